@@ -1,0 +1,45 @@
+"""The `dtt` command: parses, calls one function of the library, prints.
+
+Each command is a module of this package with `add_parser(subparsers)`; what it
+needs beyond argparse is imported when the command runs, so that `dtt --help`
+stays instant and works without torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+import dtt_plugin
+from dtt_plugin.errors import DttError
+
+COMMANDS = ("align", "transfer", "bake", "inspect", "fetch", "demo", "doctor")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of `dtt` with every command."""
+    main_parser = argparse.ArgumentParser(
+        prog="dtt",
+        description="Transfer DefensiveTokens between language models and measure what they are worth.",
+    )
+    main_parser.add_argument("--version", action="version", version=f"dtt-plugin {dtt_plugin.__version__}")
+    subparsers = main_parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        importlib.import_module(f"dtt_plugin.cli.{command}").add_parser(subparsers)
+    return main_parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `dtt`; the exit code is 0 for success, 2 for bad input, else what the command returns."""
+    args = parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+    except DttError as error:
+        print(f"dtt {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"dtt {args.command}: interrupted", file=sys.stderr)
+        return 130
+    return code

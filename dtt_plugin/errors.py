@@ -1,0 +1,10 @@
+"""The one exception that users see as a sentence instead of a traceback."""
+
+from __future__ import annotations
+
+
+class DttError(ValueError):
+    """Bad input. The message is one sentence: what is wrong, in which file or argument, what to do.
+
+    The command line prints it and exits with code 2.
+    """

@@ -1,0 +1,103 @@
+"""Prompt formats: where the DefensiveTokens, the BOS token and the messages stand.
+
+A format is a jinja chat template, so that one text serves the model wrappers,
+a baked checkpoint and any server. The variable `add_defensive_tokens`
+(default: true) switches the DefensiveTokens per request.
+
+Source of the published formats: the DefensiveTokens paper, arXiv 2507.07974,
+and the templates of the checkpoints its authors publish. They differ from the
+models' own templates in their white space, and put the tokens before the BOS.
+"""
+
+from __future__ import annotations
+
+from dtt_plugin.errors import DttError
+
+MODEL_FORMAT = "model"
+"""The model's own chat template, with the DefensiveTokens in front of everything."""
+
+# Per format: (once at the start, before the role, after the role, after the content, generation prompt).
+_PUBLISHED = {
+    "llama3": (
+        "<|begin_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>\n",
+        "\n\n<|eot_id|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n",
+    ),
+    "falcon3": ("", "<|", "|>\n", "\n\n", "<|assistant|>\n"),
+    "qwen2.5": ("", "<|im_start|>", "\n", "\n\n<|im_end|>\n", "<|im_start|>assistant\n"),
+}
+
+PUBLISHED_FORMATS = tuple(_PUBLISHED)
+
+# The formats that the four published token files were trained with.
+FORMAT_OF_PUBLISHED_MODEL = {
+    "meta-llama/Meta-Llama-3-8B-Instruct": "llama3",
+    "meta-llama/Llama-3.1-8B-Instruct": "llama3",
+    "tiiuae/Falcon3-7B-Instruct": "falcon3",
+    "Qwen/Qwen2.5-7B-Instruct": "qwen2.5",
+}
+
+
+def defensive_token_names(k: int) -> list[str]:
+    """Return the names of `k` DefensiveTokens as the tokenizer knows them: `[DefensiveToken0]` ..."""
+    return [f"[DefensiveToken{i}]" for i in range(k)]
+
+
+def check_format(prompt_format: str) -> str:
+    """Return `prompt_format` if it names a format.
+
+    Raises:
+        DttError: it does not; the sentence lists those that exist.
+    """
+    if prompt_format != MODEL_FORMAT and prompt_format not in _PUBLISHED:
+        known = ", ".join((MODEL_FORMAT, *_PUBLISHED))
+        raise DttError(f"prompt_format={prompt_format!r} is not a prompt format; choose one of: {known}.")
+    return prompt_format
+
+
+def chat_template(
+    prompt_format: str,
+    *,
+    model_template: str | None,
+    k: int,
+    bos: str = "",
+    default_on: bool = True,
+) -> str:
+    """Return the jinja chat template of `prompt_format` for `k` DefensiveTokens.
+
+    Args:
+        prompt_format: "model" or one of `PUBLISHED_FORMATS`.
+        model_template: the model's own template; needed by the format "model" only.
+        k: number of DefensiveTokens, 0 for a template without any.
+        bos: for the format "model": a BOS text to put between the DefensiveTokens and the model's template,
+            where the model's tokenizer adds a BOS that its template does not render.
+        default_on: whether the tokens stand there when a request leaves `add_defensive_tokens` out.
+
+    Raises:
+        DttError: unknown format, or the format "model" and a model without a template.
+    """
+    switch = "add_defensive_tokens is not defined or add_defensive_tokens"
+    if not default_on:
+        switch = "add_defensive_tokens is defined and add_defensive_tokens"
+    names = "".join(defensive_token_names(k))
+    tokens = f"{{%- if {switch} -%}}{{{{- {names!r} -}}}}{{%- endif -%}}" if k else ""
+    if check_format(prompt_format) == MODEL_FORMAT:
+        if not model_template:
+            raise DttError(
+                "The model's tokenizer has no chat template; choose a published one with prompt_format= "
+                f"({', '.join(_PUBLISHED)}), or use an instruction-tuned model."
+            )
+        return tokens + (f"{{{{- {bos!r} -}}}}" if bos else "") + model_template
+    start, before_role, after_role, after_content, generation = (
+        repr(part) for part in _PUBLISHED[prompt_format]
+    )
+    return (
+        f"{tokens}{{{{- {start} -}}}}"
+        "{%- for message in messages -%}"
+        f"{{{{- {before_role} + message['role'] + {after_role}"
+        f" + message['content'] | trim + {after_content} -}}}}"
+        "{%- endfor -%}"
+        f"{{%- if add_generation_prompt -%}}{{{{- {generation} -}}}}{{%- endif -%}}"
+    )

@@ -1,0 +1,201 @@
+"""From a conversation to the exact prompt: defenses, neutralised untrusted data, one format, token ids.
+
+Both model wrappers render through this module, so their prompts are the same
+token for token.
+"""
+
+from __future__ import annotations
+
+import os.path
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dtt_plugin.control_tokens import (
+    DEFENSIVE_TOKEN_PREFIX,
+    UNTRUSTED_ROLES,
+    control_texts,
+    neutralise,
+    separator_for,
+)
+from dtt_plugin.defenses import TOKENS, Message, apply_prompt_defenses
+from dtt_plugin.errors import DttError
+from dtt_plugin.files import sha256_json
+from dtt_plugin.formats import MODEL_FORMAT, chat_template
+
+_INNOCUOUS = "data"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered conversation."""
+
+    text: str
+    """The prompt; `PromptRenderer.encode` turns it into the ids that the engine gets."""
+    messages: list[Message]
+    """The conversation as rendered: defenses applied, untrusted data neutralised."""
+    neutralised: int
+    """Control tokens that were broken in untrusted data."""
+
+
+class PromptRenderer:
+    """Renders conversations for one tokenizer, prompt format and defense.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer. With the defense "tokens" it knows the DefensiveTokens' names.
+        prompt_format: see `dtt_plugin.formats`.
+        model_template: the model's own chat template, for the format "model".
+        defenses: from `parse_defense`.
+        k: number of DefensiveTokens; used with the defense "tokens" only.
+        extra_bos: put one more BOS in front of everything, as the reference run had it.
+        template_args: variables for the chat template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        prompt_format: str,
+        model_template: str | None,
+        defenses: Collection[str],
+        k: int = 0,
+        extra_bos: bool = False,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.prompt_format = prompt_format
+        self.defenses = tuple(defenses)
+        self.template_args = dict(template_args or {})
+        self.template = chat_template(
+            prompt_format,
+            model_template=model_template,
+            k=k if TOKENS in self.defenses else 0,
+            bos=self._missing_bos(model_template) if prompt_format == MODEL_FORMAT else "",
+        )
+        if extra_bos and not tokenizer.bos_token:
+            raise DttError("add_bos_token=True: this model's tokenizer has no BOS token; leave the argument out.")
+        self._front = tokenizer.bos_token if extra_bos else ""
+        added = tokenizer.get_added_vocab()
+        self.controls = control_texts([*added, *tokenizer.all_special_tokens])
+        self.separator = separator_for(self.controls)
+        self._control_ids = {i for text, i in added.items() if text.strip()} | set(tokenizer.all_special_ids)
+        self._opening = self._common_opening()
+
+    def _missing_bos(self, model_template: str | None) -> str:
+        """Return the BOS text where the tokenizer adds a BOS to plain text and the template renders none."""
+        bos = self.tokenizer.bos_token
+        if not bos or self.tokenizer("a").input_ids[0] != self.tokenizer.bos_token_id:
+            return ""
+        rendered = self._apply(model_template, [{"role": "user", "content": _INNOCUOUS}])
+        return "" if rendered.startswith(bos) else str(bos)
+
+    def _apply(self, template: str | None, messages: Sequence[Message], generation_prompt: bool = True) -> str:
+        import jinja2
+
+        try:
+            rendered: str = self.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                continue_final_message=not generation_prompt,
+                **self.template_args,
+            )
+        except jinja2.TemplateError as error:
+            roles = ", ".join(str(message.get("role")) for message in messages)
+            raise DttError(
+                f"The chat template (prompt_format={self.prompt_format}) refuses a conversation with the roles"
+                f" {roles}: {error}. Choose a published format with prompt_format=, or another model."
+            ) from error
+        return rendered
+
+    def _common_opening(self) -> str:
+        conversations: list[list[Message]] = [
+            [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}],
+            [{"role": "system", "content": "c"}, {"role": "user", "content": "d"}],
+            [{"role": "user", "content": "e"}],
+        ]
+        rendered = []
+        for conversation in conversations:
+            try:
+                rendered.append(self._front + self._apply(self.template, conversation))
+            except DttError:  # no system role: the conversations that the format can render decide
+                continue
+        return os.path.commonprefix(rendered)
+
+    def is_rendered(self, text: str) -> bool:
+        """Return whether `text` begins as every prompt of this renderer does."""
+        return bool(text) and text.startswith(self._opening)
+
+    def render(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> Prompt:
+        """Return the prompt of a conversation.
+
+        Args:
+            messages: trusted system text, untrusted user (and tool) text, assistant turns.
+            generation_prompt: end with the opening of the assistant's turn; else the last message stays open.
+
+        Raises:
+            DttError: the template drops the instruction or the data, a prompt defense does not apply, or
+                untrusted data would still yield a control token.
+        """
+        safe: list[Message] = []
+        count = 0
+        for message in messages:
+            if message["role"] in UNTRUSTED_ROLES:
+                if not isinstance(message["content"], str):
+                    raise DttError(f"A {message['role']} message has content that is no text; it can't be rendered.")
+                text, broken = neutralise(message["content"], self.controls, self.separator)
+                count += broken
+                message = {**message, "content": text}
+            safe.append(message)
+        defended = apply_prompt_defenses(safe, self.defenses)
+        text = self._front + self._apply(self.template, defended, generation_prompt)
+        self._check_complete(text, defended)
+        self._check_control_ids(text, messages, generation_prompt)
+        return Prompt(text, defended, count)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a rendered prompt, or of a continuation: nothing is added."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    def _check_complete(self, text: str, messages: Sequence[Message]) -> None:
+        for message in messages:
+            if message["role"] != "assistant" and message["content"].strip() not in text:
+                raise DttError(
+                    f"The chat template (prompt_format={self.prompt_format}) drops or rewrites the"
+                    f" {message['role']} message; choose a published format with prompt_format=, or another model."
+                )
+
+    def _check_control_ids(self, text: str, messages: Sequence[Message], generation_prompt: bool) -> None:
+        """Second line of defense: the prompt has the control ids of the same prompt with harmless data."""
+        harmless = [
+            {**message, "content": _INNOCUOUS} if message["role"] in UNTRUSTED_ROLES else message
+            for message in messages
+        ]
+        expected = self._front + self._apply(
+            self.template, apply_prompt_defenses(harmless, self.defenses), generation_prompt
+        )
+        surplus = self._count_controls(text) - self._count_controls(expected)
+        if surplus:
+            names = ", ".join(self.tokenizer.convert_ids_to_tokens(list(surplus)))
+            raise DttError(
+                f"Untrusted data would yield the control tokens {names} in spite of neutralisation: this tokenizer"
+                " normalises text into them; such a model can't be evaluated safely."
+            )
+
+    def _count_controls(self, text: str) -> Counter[int]:
+        return Counter(i for i in self.encode(text) if i in self._control_ids)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that decides how a conversation becomes ids, the tokenizer's vocabulary apart."""
+        return sha256_json(
+            [self.template, self.defenses, self._front, self.template_args, self.controls, self.separator]
+        )
+
+
+def has_defensive_tokens(tokenizer: Any) -> bool:
+    """Return whether a tokenizer already knows DefensiveTokens (a defended checkpoint's does)."""
+    return any(text.startswith(DEFENSIVE_TOKEN_PREFIX) for text in tokenizer.get_added_vocab())

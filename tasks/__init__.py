@@ -1,0 +1,1 @@
+"""lm-eval tasks that measure prompt injection; each folder is one benchmark."""

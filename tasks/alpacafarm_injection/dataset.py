@@ -1,0 +1,30 @@
+"""The AlpacaFarm records under injection, from the user's own copy of the data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from dtt_plugin.data import RECORDS_FILE, SENTENCES_FILE, data_file, load_records, load_sentences
+from dtt_plugin.tasks.attacks import VARIANTS
+from dtt_plugin.tasks.injection import injection_dataset
+
+logger = logging.getLogger(__name__)
+
+
+def alpacafarm(
+    *, variants: Sequence[str] = VARIANTS, allow_modified_data: bool = False, **_metadata: Any
+) -> dict[str, Any]:
+    """Return the 208 records that have an input, with the asked variants.
+
+    Args:
+        variants: which of the attacks and "benign" each record gets.
+        allow_modified_data: accept data that is not the protocol's (`--metadata`).
+        _metadata: lm-eval passes its model arguments along; they don't concern the data.
+    """
+    records = load_records(data_file(RECORDS_FILE), allow_modified=allow_modified_data)
+    sentences = load_sentences(data_file(SENTENCES_FILE), allow_modified=allow_modified_data)
+    if allow_modified_data:
+        logger.warning("allow_modified_data: the data is not checked against the protocol's digests.")
+    return injection_dataset(records, sentences.test, variants)

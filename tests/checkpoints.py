@@ -43,8 +43,8 @@ def make_tokenizer(folder: Path, vocab_tokens: Sequence[str], special: Sequence[
         if token[:cut] in vocab and token[cut:] in vocab
     ]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -121,7 +121,8 @@ def make_checkpoint(
 
 def _weights(generator: np.random.Generator, *, rows: int, width: int, tied: bool) -> dict[str, NDArray[Any]]:
     def matrix(*shape: int) -> NDArray[Any]:
-        return generator.standard_normal(shape) / np.sqrt(shape[-1])
+        values: NDArray[Any] = generator.standard_normal(shape) / np.sqrt(shape[-1])
+        return values
 
     tensors = {"model.embed_tokens.weight": 0.5 * matrix(rows, width)}
     for layer in range(2):
@@ -151,7 +152,7 @@ def write_weights(folder: Path, tensors: Mapping[str, NDArray[Any]], *, shards: 
         save_file(dict(tensors), folder / "model.safetensors", metadata=metadata)
         return
     names = list(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         part = {name: tensors[name] for name in names[shard::shards]}

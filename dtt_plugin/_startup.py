@@ -17,7 +17,7 @@ TYPE_CHECKING = False  # as type checkers know it, without importing typing
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from importlib.machinery import ModuleSpec
-    from types import ModuleType
+    from types import ModuleType, TracebackType
     from typing import Any
 
 # The same objects as the entry points in pyproject.toml.
@@ -40,6 +40,23 @@ def register_models(_module: ModuleType) -> None:
     for name, target in MODELS.items():
         if name not in model_registry:
             model_registry.register(name, target=EntryPoint(name, target, "lm_eval.models"))
+    show_bad_input_as_a_sentence()
+
+
+def show_bad_input_as_a_sentence() -> None:
+    """Let an uncaught `DttError` end lm-eval with its sentence and exit code 2, as it ends the `dtt` command."""
+    show_traceback = sys.excepthook
+
+    def show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        from dtt_plugin.errors import DttError
+
+        if not isinstance(error, DttError):
+            show_traceback(kind, error, traceback)
+            return
+        print(f"dtt-plugin: {error}", file=sys.stderr)
+        raise SystemExit(2)
+
+    sys.excepthook = show
 
 
 def add_task_folder(module: ModuleType) -> None:
@@ -76,19 +93,18 @@ class _LmEvalHook:
         action = _AFTER_IMPORT.get(name)
         if action is None:
             return None
-        for finder in sys.meta_path:
-            spec = None if finder is _LmEvalHook else finder.find_spec(name, path, target)
-            if spec is None or spec.loader is None:
-                continue
-            execute = spec.loader.exec_module
-
-            def execute_then_act(module: ModuleType) -> None:
-                execute(module)
-                action(module)
-
-            spec.loader.exec_module = execute_then_act  # type: ignore[method-assign]
+        others = (finder for finder in sys.meta_path if finder is not _LmEvalHook)
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is None or spec.loader is None:
             return spec
-        return None
+        execute = spec.loader.exec_module
+
+        def execute_then_act(module: ModuleType) -> None:
+            execute(module)
+            action(module)
+
+        spec.loader.exec_module = execute_then_act  # type: ignore[method-assign]
+        return spec
 
 
 if _LmEvalHook not in sys.meta_path:

@@ -122,7 +122,7 @@ class PromptRenderer:
                 rendered.append(self._front + self._apply(self.template, conversation))
             except DttError:  # no system role: the conversations that the format can render decide
                 continue
-        return os.path.commonprefix(rendered)
+        return os.path.commonprefix(rendered)  # noqa: RUF071  these are texts, not paths
 
     def is_rendered(self, text: str) -> bool:
         """Return whether `text` begins as every prompt of this renderer does."""
@@ -194,6 +194,12 @@ class PromptRenderer:
         return sha256_json(
             [self.template, self.defenses, self._front, self.template_args, self.controls, self.separator]
         )
+
+
+def model_template(tokenizer: Any) -> str | None:
+    """Return a tokenizer's own chat template; of several the one called "default"."""
+    template = tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
 
 
 def has_defensive_tokens(tokenizer: Any) -> bool:

@@ -1,0 +1,1 @@
+"""lm-eval models that run a language model under a defense."""

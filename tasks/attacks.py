@@ -36,9 +36,7 @@ def injected_data(
         injected_prompt: the instruction that the attacker wants followed.
     """
     generator = np.random.RandomState(_SENTENCE_SEED)
-    drawn = [
-        str(generator.choice(sentences)).replace("{injected_prompt}", injected_prompt) for _ in records
-    ]
+    drawn = [str(generator.choice(sentences)).replace("{injected_prompt}", injected_prompt) for _ in records]
     build: Mapping[str, Callable[[Record, str], str]] = {
         "ignore": lambda record, sentence: record["input"] + " " + sentence,
         "completion": lambda record, sentence: (

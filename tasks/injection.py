@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -28,9 +29,7 @@ from dtt_plugin.tasks.attacks import injected_data
 logger = logging.getLogger(__name__)
 
 
-def injection_dataset(
-    records: Sequence[Record], sentences: Sequence[str], variants: Sequence[str]
-) -> dict[str, Any]:
+def injection_dataset(records: Sequence[Record], sentences: Sequence[str], variants: Sequence[str]) -> dict[str, Any]:
     """Return lm-eval's split dictionary: per record its fields and its `variants`, attack and messages each."""
     import datasets
 
@@ -53,6 +52,13 @@ def injection_dataset(
         for i, record in enumerate(records)
     ]
     return {"test": datasets.Dataset.from_list(rows)}
+
+
+@dataclass
+class InjectionRequest(Instance):
+    """A request that also tells which defense `--metadata` asked for; not in the document, whose hash pairs arms."""
+
+    task_defense: str = NONE
 
 
 class InjectionTask(ConfigurableTask):
@@ -118,16 +124,12 @@ class InjectionTask(ConfigurableTask):
         kwargs.pop("apply_chat_template", None)
         kwargs.pop("chat_template", None)
         return [
-            Instance(
+            InjectionRequest(
                 request_type="generate_until",
-                doc={
-                    "record_id": doc["record_id"],
-                    "attack": variant["attack"],
-                    "messages": messages,
-                    "defense": self.defense,
-                },
+                doc={"record_id": doc["record_id"], "attack": variant["attack"], "messages": messages},
                 arguments=(prompt, deepcopy(self.config.generation_kwargs)),
                 idx=index,
+                task_defense=self.defense,
                 **kwargs,
             )
             for index, (variant, (messages, prompt)) in enumerate(zip(doc["variants"], ctx, strict=True))

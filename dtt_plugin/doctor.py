@@ -1,0 +1,130 @@
+"""Checks of an installation: is everything there that an evaluation needs, and if not, what to do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from dtt_plugin.errors import DttError
+
+
+class Finding(NamedTuple):
+    """The result of one check, in one line."""
+
+    check: str
+    ok: bool
+    message: str
+
+
+def examine(model: str | None = None, tokens: str | None = None, tokens_model: str | None = None) -> Iterator[Finding]:
+    """Yield a finding per check, as each is done.
+
+    Args:
+        model: a model to check as well: does its chat template render?
+        tokens: a token file to check as well: is it sound, and does it fit `model`?
+        tokens_model: the entry of an upstream JSON.
+    """
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("models in lm-eval", _models),
+        ("tasks in lm-eval", _tasks),
+        ("vLLM", lambda: _imports("dtt_vllm", "vllm")),
+        ("Hugging Face", lambda: _imports("dtt_hf", "hf")),
+        ("benchmark data", _data),
+    ]
+    if tokens:
+        checks.append(("token file", lambda: _tokens(tokens, tokens_model, model)))
+    if model:
+        checks.append(("chat template", lambda: _template(model)))
+    for name, check in checks:
+        try:
+            yield Finding(name, True, check())
+        except DttError as error:
+            yield Finding(name, False, str(error))
+
+
+def _models() -> str:
+    import lm_eval.models  # noqa: F401  its import is what registers models
+    from lm_eval.api.registry import model_registry
+
+    from dtt_plugin._startup import MODELS
+
+    missing = [name for name in MODELS if name not in model_registry]
+    if missing:
+        raise DttError(
+            f"lm-eval does not know {', '.join(missing)}: the start-up hook did not run; reinstall dtt-plugin with pip"
+            " (its dtt_plugin.pth belongs into site-packages)."
+        )
+    return ", ".join(MODELS)
+
+
+def _tasks() -> str:
+    from lm_eval.tasks import TaskManager
+
+    names = [name for name in TaskManager().all_tasks if name.startswith(("alpacafarm_injection", "injection_demo"))]
+    if len(names) < 6:
+        raise DttError("lm-eval does not list the injection tasks; reinstall dtt-plugin with pip.")
+    return ", ".join(names)
+
+
+def _imports(model: str, extra: str) -> str:
+    """Import the engine in a process of its own: a broken one may abort instead of raising."""
+    code = f"import lm_eval.models; from lm_eval.api.registry import get_model; get_model({model!r})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
+        raise DttError(f"--model {model} does not import: {reason} (the extra dtt-plugin[{extra}] installs its engine)")
+    return f"--model {model} imports"
+
+
+def _data() -> str:
+    from dtt_plugin.data import (
+        RECORDS_FILE,
+        SENTENCES_FILE,
+        data_file,
+        data_folder,
+        load_records,
+        load_sentences,
+    )
+
+    records = load_records(data_file(RECORDS_FILE))
+    load_sentences(data_file(SENTENCES_FILE))
+    return f"{len(records)} records and the attack sentences in {data_folder()} match their digests"
+
+
+def _tokens(tokens: str, tokens_model: str | None, model: str | None) -> str:
+    from dtt_plugin.checkpoint import open_checkpoint
+    from dtt_plugin.tokens import load_tokens
+
+    loaded = load_tokens(Path(tokens), model=tokens_model)
+    summary = f"{loaded.k} tokens of width {loaded.width}, {loaded.method}, for {loaded.model}"
+    if model is None:
+        return summary
+    width = open_checkpoint(model, need="embeddings").input_embedding().shape[1]
+    if width != loaded.width:
+        raise DttError(
+            f"{summary}: {model} has width {width}; transfer the tokens with `dtt align` and `dtt transfer`."
+        )
+    return f"{summary}; fits {model}"
+
+
+def _template(model: str) -> str:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise DttError("Checking a chat template needs transformers: pip install 'dtt-plugin[hf]'.") from error
+
+    from dtt_plugin.formats import MODEL_FORMAT
+    from dtt_plugin.prompt import PromptRenderer, model_template
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise DttError(f"{model}: its tokenizer does not load ({str(error).splitlines()[0]}).") from error
+    renderer = PromptRenderer(
+        tokenizer, prompt_format=MODEL_FORMAT, model_template=model_template(tokenizer), defenses=()
+    )
+    prompt = renderer.render([{"role": "system", "content": "instruction"}, {"role": "user", "content": "data"}])
+    return f"{model} renders system and user roles in {len(renderer.encode(prompt.text))} tokens"

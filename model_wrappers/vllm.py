@@ -1,0 +1,99 @@
+"""`--model dtt_vllm`: lm-eval's vLLM model with DefensiveTokens, from a baked checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING, Any
+
+from dtt_plugin.bake import bake_cached
+
+from dtt_plugin.demo_model import default_model
+from dtt_plugin.errors import DttError
+from dtt_plugin.model_wrappers.arguments import as_bool, check_arguments, parameters_of
+from dtt_plugin.model_wrappers.defended import Arm, Defended
+from dtt_plugin.model_wrappers.vllm_import import import_vllm_class
+from dtt_plugin.prompt import model_template
+
+if TYPE_CHECKING:
+    from lm_eval.models.vllm_causallms import VLLM
+else:
+    VLLM = import_vllm_class()
+
+logger = logging.getLogger("dtt_plugin")
+
+
+class DttVLLM(Defended, VLLM):
+    """lm-eval's `vllm` model under a defense.
+
+    Takes every argument of `vllm` and of vLLM's engine, and `tokens`, `tokens_model`, `defense`,
+    `prompt_format` (docs/models.md). With DefensiveTokens the engine starts from a baked checkpoint in the
+    cache: what does not change is linked, and a second start writes nothing.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        tokens: str | None = None,
+        tokens_model: str | None = None,
+        defense: str | None = None,
+        prompt_format: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_arguments("dtt_vllm", kwargs, _known_arguments())
+        self.arm = Arm.from_arguments(tokens, tokens_model, defense, prompt_format)
+        model = pretrained or default_model()
+        if self.arm.defended and kwargs.get("tokenizer"):
+            raise DttError(
+                "dtt_vllm can't combine tokens= with tokenizer=; put that tokenizer's files into the checkpoint folder."
+            )
+        extra_bos = as_bool("add_bos_token", kwargs.pop("add_bos_token", None))
+        revision = kwargs.get("revision")
+        arguments = dict(kwargs)
+        self._set_defaults(kwargs, demo=pretrained is None)
+        template = None
+        checkpoint = model
+        if self.arm.defended and self.arm.tokens is not None:
+            template = _template_of(model, revision)
+            baked = bake_cached(model, self.arm.tokens, revision=revision, prompt_format=self.arm.prompt_format)
+            checkpoint = str(baked)
+            kwargs.pop("revision", None)
+        super().__init__(checkpoint, **kwargs)
+        self._ready(
+            model=model,
+            revision=revision,
+            model_template=template or model_template(self.tokenizer),
+            arguments=arguments,
+            extra_bos=extra_bos,
+            template_args=self.chat_template_args,
+        )
+
+    @staticmethod
+    def _set_defaults(kwargs: dict[str, Any], *, demo: bool) -> None:
+        """Fill in what serves where the user said nothing."""
+        from vllm.platforms import current_platform
+
+        kwargs.setdefault("load_format", "safetensors")  # never unpickle weights
+        # lm-eval passes batch size 1 where none is given; vLLM schedules its batches itself.
+        if str(kwargs.get("batch_size", 1)) == "1":
+            kwargs["batch_size"] = "auto"
+        if current_platform.is_cpu() and kwargs.get("dtype", "auto") == "auto":
+            kwargs["dtype"] = "float32"
+            logger.info("dtype=float32, since vLLM runs on the processor.")
+        if demo and current_platform.is_cpu():
+            kwargs.setdefault("enforce_eager", True)
+            if "max_length" not in kwargs:
+                kwargs.setdefault("max_model_len", 2048)
+
+
+def _known_arguments() -> set[str]:
+    from vllm import LLM, EngineArgs
+
+    engine = {field.name for field in dataclasses.fields(EngineArgs)}
+    return parameters_of(VLLM.__init__) | parameters_of(LLM.__init__) | engine | {"device", "swap_space"}
+
+
+def _template_of(model: str, revision: str | None) -> str | None:
+    from transformers import AutoTokenizer
+
+    return model_template(AutoTokenizer.from_pretrained(model, revision=revision))

@@ -11,6 +11,9 @@ models' own templates in their white space, and put the tokens before the BOS.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from dtt_plugin.control_tokens import UNTRUSTED_ROLES, broken, control_texts, separator_for
 from dtt_plugin.errors import DttError
 
 MODEL_FORMAT = "model"
@@ -64,6 +67,8 @@ def chat_template(
     k: int,
     bos: str = "",
     default_on: bool = True,
+    control_tokens: Sequence[str] = (),
+    system_in_user: bool = False,
 ) -> str:
     """Return the jinja chat template of `prompt_format` for `k` DefensiveTokens.
 
@@ -74,6 +79,10 @@ def chat_template(
         bos: for the format "model": a BOS text to put between the DefensiveTokens and the model's template,
             where the model's tokenizer adds a BOS that its template does not render.
         default_on: whether the tokens stand there when a request leaves `add_defensive_tokens` out.
+        control_tokens: the tokenizer's added tokens; where they are given, the template itself breaks them in
+            user and tool messages, exactly as `control_tokens.neutralise` does.
+        system_in_user: put the system message in front of the first user message, for models without a
+            system role.
 
     Raises:
         DttError: unknown format, or the format "model" and a model without a template.
@@ -83,6 +92,8 @@ def chat_template(
         switch = "add_defensive_tokens is defined and add_defensive_tokens"
     names = "".join(defensive_token_names(k))
     tokens = f"{{%- if {switch} -%}}{{{{- {names!r} -}}}}{{%- endif -%}}" if k else ""
+    tokens += neutralising_prelude(control_tokens) if control_tokens else ""
+    tokens += _SYSTEM_IN_USER if system_in_user else ""
     if check_format(prompt_format) == MODEL_FORMAT:
         if not model_template:
             raise DttError(
@@ -90,9 +101,7 @@ def chat_template(
                 f"({', '.join(_PUBLISHED)}), or use an instruction-tuned model."
             )
         return tokens + (f"{{{{- {bos!r} -}}}}" if bos else "") + model_template
-    start, before_role, after_role, after_content, generation = (
-        repr(part) for part in _PUBLISHED[prompt_format]
-    )
+    start, before_role, after_role, after_content, generation = (repr(part) for part in _PUBLISHED[prompt_format])
     return (
         f"{tokens}{{{{- {start} -}}}}"
         "{%- for message in messages -%}"
@@ -101,3 +110,65 @@ def chat_template(
         "{%- endfor -%}"
         f"{{%- if add_generation_prompt -%}}{{{{- {generation} -}}}}{{%- endif -%}}"
     )
+
+
+def neutralising_prelude(added_tokens: Sequence[str]) -> str:
+    """Return jinja that renders nothing and breaks control tokens in untrusted messages.
+
+    It rebinds `messages`, so any template can follow. Contents may be text, or a list of parts as the OpenAI
+    API has them. vLLM reads from a template's syntax whether contents are lists, so this text must not look
+    like a loop over a content: hence `if true` in it, and `~ ''` where a content is assigned.
+    """
+    controls = control_texts(added_tokens)
+    separator = separator_for(controls)
+    # Occurrences of one token may overlap; each pass breaks the leftmost of every such cluster at least.
+    pairs = [
+        (control, broken(control, separator))
+        for control in controls
+        for _ in range(len(control) if _overlaps_itself(control) else 1)
+    ]
+    table = "[" + ", ".join(f"[{control!r}, {safe!r}]" for control, safe in pairs) + "]"
+    return _NEUTRALISE.replace("ROLES", repr(sorted(UNTRUSTED_ROLES))).replace("TABLE", table)
+
+
+def _overlaps_itself(text: str) -> bool:
+    return any(text.endswith(text[:length]) for length in range(1, len(text)))
+
+
+_BREAK_ALL = (
+    "{%- for control, safe in dtt_controls -%}{%- set dtt.text = dtt.text | replace(control, safe) -%}{%- endfor -%}"
+)
+_NEUTRALISE = (
+    "{%- set dtt_controls = TABLE -%}"
+    "{%- set dtt = namespace(turns=[], parts=[], text='') -%}"
+    "{%- for turn in messages -%}"
+    "{%- if turn['role'] not in ROLES or not turn['content'] or turn['content'] is mapping -%}"
+    "{%- set dtt.turns = dtt.turns + [turn] -%}"
+    "{%- elif turn['content'] is string -%}"
+    "{%- set dtt.text = turn['content'] ~ '' -%}"
+    + _BREAK_ALL
+    + "{%- set dtt.turns = dtt.turns + [dict(turn, content=dtt.text)] -%}"
+    "{%- else -%}"
+    "{%- set dtt.parts = [] -%}"
+    "{%- for part in (turn['content'] if true else []) -%}"
+    "{%- if part is string -%}"
+    "{%- set dtt.text = part ~ '' -%}" + _BREAK_ALL + "{%- set dtt.parts = dtt.parts + [dtt.text] -%}"
+    "{%- elif part['text'] is string -%}"
+    "{%- set dtt.text = part['text'] ~ '' -%}"
+    + _BREAK_ALL
+    + "{%- set dtt.parts = dtt.parts + [dict(part, text=dtt.text)] -%}"
+    "{%- else -%}"
+    "{%- set dtt.parts = dtt.parts + [part] -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set dtt.turns = dtt.turns + [dict(turn, content=dtt.parts)] -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set messages = dtt.turns -%}"
+)
+_SYSTEM_IN_USER = (
+    "{%- if messages | length > 1 and messages[0]['role'] == 'system' and messages[1]['role'] == 'user' -%}"
+    "{%- set messages = [dict(messages[1], content=messages[0]['content'] ~ '\n\n' ~ messages[1]['content'])]"
+    " + messages[2:] -%}"
+    "{%- endif -%}"
+)

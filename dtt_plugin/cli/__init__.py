@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import dtt_plugin
 from dtt_plugin.errors import DttError
 
-COMMANDS = ("align", "transfer", "bake", "inspect", "fetch", "demo", "doctor")
+COMMANDS = ("align", "transfer", "bake", "inspect", "cache", "fetch", "demo", "doctor")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,0 +1,18 @@
+"""Defended checkpoints: a base model with DefensiveTokens baked in, for any engine."""
+
+from dtt_plugin.bake.baking import BakeReport, bake
+from dtt_plugin.bake.cache import bake_cached, baked_folder, cached_checkpoints, prune
+from dtt_plugin.bake.manifest import MANIFEST, altered_since, is_defended_checkpoint, read_manifest
+
+__all__ = [
+    "MANIFEST",
+    "BakeReport",
+    "altered_since",
+    "bake",
+    "bake_cached",
+    "baked_folder",
+    "cached_checkpoints",
+    "is_defended_checkpoint",
+    "prune",
+    "read_manifest",
+]

@@ -1,0 +1,211 @@
+"""Baking: a base model's files plus DefensiveTokens make a defended checkpoint."""
+
+from __future__ import annotations
+
+import copy as copying
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtt_plugin.bake.manifest import (
+    card,
+    is_defended_checkpoint,
+    manifest_of,
+    write_manifest,
+)
+from dtt_plugin.bake.plan import BakePlan, make_plan
+from dtt_plugin.bake.staging import check_free, staged
+from dtt_plugin.bake.template import defended_templates
+from dtt_plugin.bake.tokenizer import DEFAULT_TEMPLATE, TokenizerFiles
+from dtt_plugin.bake.verify import verify as verify_checkpoint
+from dtt_plugin.bake.weights import write_weights
+from dtt_plugin.checkpoint import INDEX_FILE, Checkpoint, open_checkpoint, read_json_table
+from dtt_plugin.errors import DttError
+from dtt_plugin.formats import check_format
+from dtt_plugin.tokens import DefensiveTokens
+
+# Files that engines read besides weights and tokenizer; small, so they are copied.
+_CARRIED_ENDINGS = frozenset({".json", ".txt", ".model", ".py", ".tiktoken", ".jinja"})
+_CARRIED_NAMES = frozenset({"LICENSE", "LICENSE.md", "NOTICE", "USE_POLICY.md"})
+_LARGEST_CARRIED = 256 << 20
+
+
+@dataclass(frozen=True)
+class BakeReport:
+    """What baking did."""
+
+    folder: Path
+    """The defended checkpoint."""
+    base_model: str
+    base_revision: str | None
+    token_ids: tuple[int, ...]
+    token_names: tuple[str, ...]
+    rows: int
+    """Rows of the input embedding, the new `vocab_size`."""
+    base_rows: int
+    untied: bool
+    """The base model's output head was its input embedding; the result has a head of its own."""
+    prompt_format: str
+    default_on: bool
+    changed_tensors: tuple[str, ...]
+    bytes_written: int
+    """Of weight files that were not linked."""
+    bytes_linked: int
+    verified: bool
+    seconds: float
+
+
+def bake(
+    model: str,
+    tokens: DefensiveTokens,
+    out: Path,
+    *,
+    revision: str | None = None,
+    prompt_format: str | None = None,
+    default_on: bool = True,
+    reuse_reserved: bool = False,
+    system_in_user: bool = False,
+    keep_bos: bool = False,
+    copy: bool = False,
+    force: bool = False,
+    verify: bool = True,
+) -> BakeReport:
+    """Write a defended checkpoint: the base model with DefensiveTokens as tokens of its own.
+
+    Only files with a changed tensor are written; the others are linked. The folder appears at its name when
+    it is complete (and verified), or not at all.
+
+    Args:
+        model: the base model: a folder or a hub id.
+        tokens: (k, d), in the base model's embedding space.
+        out: the folder to make; not the base model's, and not inside it.
+        revision: of a hub id.
+        prompt_format: see `dtt_plugin.formats`; the tokens' own by default.
+        default_on: whether the tokens stand in prompts of requests that leave `add_defensive_tokens` out.
+        reuse_reserved: overwrite unused reserved tokens, so that no tensor changes its shape.
+        system_in_user: for templates without a system role: put the system message in front of the user's.
+        keep_bos: let the tokenizer go on adding a BOS to plain text by itself.
+        copy: copy what does not change instead of linking it.
+        force: replace the defended checkpoint that is at `out`.
+        verify: read everything back and compare before the folder gets its name.
+
+    Raises:
+        DttError: the tokens don't fit the model, the model can't be defended this way, `out` may not be
+            written, or the disk is full.
+    """
+    started = time.perf_counter()
+    out = Path(out).expanduser()
+    check_free(out, force=force, replaceable=is_defended_checkpoint)
+    checkpoint = open_checkpoint(model, revision=revision, need="all")
+    _check_apart(checkpoint.folder, out)
+    tokenizer = TokenizerFiles(checkpoint.folder)
+    plan = make_plan(checkpoint, tokens, tokenizer, reuse_reserved=reuse_reserved)
+    prompt_format = check_format(prompt_format or tokens.prompt_format)
+    templates = defended_templates(
+        tokenizer, prompt_format, k=tokens.k, default_on=default_on, system_in_user=system_in_user
+    )
+    with staged(out, force=force, replaceable=is_defended_checkpoint) as folder:
+        how = write_weights(plan, folder, copy=copy)
+        _carry_over(checkpoint, folder)
+        tokenizer.write_defended(folder, plan.names, plan.token_ids, templates, keep_bos=keep_bos)
+        _write_config(plan, folder)
+        _write_generation_config(plan, folder)
+        (folder / "README.md").write_text(
+            card(plan, prompt_format=prompt_format, default_on=default_on), encoding="utf-8"
+        )
+        digests = verify_checkpoint(plan, folder) if verify else {}
+        manifest = manifest_of(
+            plan,
+            prompt_format=prompt_format,
+            default_on=default_on,
+            reuse_reserved=reuse_reserved,
+            template=templates[DEFAULT_TEMPLATE],
+            tensor_digests=digests,
+            how=how,
+        )
+        write_manifest(folder, manifest)
+        sizes = {name: (folder / name).stat().st_size for name in how}
+    written = sum(size for name, size in sizes.items() if how[name] in ("written", "copied"))
+    return BakeReport(
+        folder=out,
+        base_model=model,
+        base_revision=checkpoint.revision,
+        token_ids=plan.token_ids,
+        token_names=plan.names,
+        rows=plan.n_rows,
+        base_rows=plan.changes[0].source.shape[0],
+        untied=plan.untie,
+        prompt_format=prompt_format,
+        default_on=default_on,
+        changed_tensors=tuple(change.name for change in plan.changes),
+        bytes_written=written,
+        bytes_linked=sum(sizes.values()) - written,
+        verified=verify,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _check_apart(source: Path, out: Path) -> None:
+    """Refuse to write where the base model is read: that would destroy what is being read."""
+    real_source, real_out = source.resolve(), out.resolve()
+    if real_out == real_source:
+        raise DttError(f"--out {out} is the base model's own folder; choose another one.")
+    if real_source in real_out.parents:
+        raise DttError(f"--out {out} lies inside the base model's folder; choose one outside.")
+    if real_out in real_source.parents:
+        raise DttError(f"The base model lies inside --out {out}; choose another --out.")
+
+
+def _carry_over(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy the small files that an engine may read; never other weights (pickles, consolidated files)."""
+    for path in sorted(checkpoint.folder.iterdir()):
+        wanted = path.suffix in _CARRIED_ENDINGS or path.name in _CARRIED_NAMES
+        if not wanted or not path.is_file() or path.stat().st_size > _LARGEST_CARRIED:
+            continue
+        if path.name == INDEX_FILE or path.name.endswith(".index.json") or path.name.startswith("dtt_"):
+            continue
+        shutil.copyfile(path, folder / path.name)
+
+
+def _write_config(plan: BakePlan, folder: Path) -> None:
+    config = copying.deepcopy(plan.checkpoint.config())
+    if not config:
+        raise DttError(f"{plan.checkpoint.folder} has no config.json; download the whole model.")
+    text = config.get("text_config")
+    for table in (config, text) if isinstance(text, dict) else (config,):
+        if table is text or not isinstance(text, dict) or "vocab_size" in table:
+            table["vocab_size"] = plan.n_rows
+        if table is config or "tie_word_embeddings" in table:
+            table["tie_word_embeddings"] = False
+    if plan.untie:
+        _leave_head_unquantized(config.get("quantization_config"))
+    _write_table(folder / "config.json", config)
+
+
+def _leave_head_unquantized(quantization: Any) -> None:
+    """Say that the new head is a plain matrix, where the quantization's own list says what is plain."""
+    if not isinstance(quantization, dict):
+        return
+    for key in ("ignore", "modules_to_not_convert", "ignored_layers"):
+        names = quantization.get(key)
+        if isinstance(names, list) and "lm_head" not in names:
+            names.append("lm_head")
+
+
+def _write_generation_config(plan: BakePlan, folder: Path) -> None:
+    """Have transformers suppress the DefensiveTokens; nothing else of the model's own settings changes."""
+    path = plan.checkpoint.folder / "generation_config.json"
+    config = read_json_table(path, missing={})
+    if not config:  # what transformers would have derived from config.json
+        base = plan.checkpoint.config()
+        keys = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+        config = {key: base[key] for key in keys if base.get(key) is not None}
+    suppressed = {*(config.get("suppress_tokens") or ()), *plan.token_ids}
+    _write_table(folder / "generation_config.json", {**config, "suppress_tokens": sorted(suppressed)})
+
+
+def _write_table(path: Path, table: dict[str, Any]) -> None:
+    path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,167 @@
+"""What a defended checkpoint says about itself: dtt_checkpoint.json, and a README for people."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtt_plugin import __version__
+from dtt_plugin.bake.plan import BakePlan
+from dtt_plugin.checkpoint import read_json_table
+from dtt_plugin.errors import DttError
+from dtt_plugin.files import sha256_bytes, write_json
+
+MANIFEST = "dtt_checkpoint.json"
+FORMAT = "dtt.checkpoint/1"
+_SMALL = 64 << 20
+_SAMPLES = 256
+_SAMPLE_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class Altered:
+    """What differs from the manifest of a defended checkpoint."""
+
+    missing: tuple[str, ...]
+    changed: tuple[str, ...]
+    added: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.changed or self.added)
+
+
+def fingerprint(path: Path) -> str:
+    """Return a digest of a file's contents.
+
+    Up to 64 MiB it is the SHA-256 of all of it. Of a larger file 256 evenly spread blocks, the first and
+    last among them, and the size are hashed: that takes milliseconds, and notices another file, a
+    truncated one, or a changed header; it may miss a single changed value.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= _SMALL:
+            return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(str(size).encode())
+        for sample in range(_SAMPLES):
+            position = (size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1)
+            digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, position))
+    return "sampled-sha256:" + digest.hexdigest()
+
+
+def manifest_of(
+    plan: BakePlan,
+    *,
+    prompt_format: str,
+    default_on: bool,
+    reuse_reserved: bool,
+    template: str,
+    tensor_digests: Mapping[str, str],
+    how: Mapping[str, str],
+) -> dict[str, Any]:
+    """Return the manifest of a defended checkpoint, its files' digests excepted."""
+    tokens = plan.tokens
+    return {
+        "format": FORMAT,
+        "dtt_plugin": __version__,
+        "base_model": plan.checkpoint.name,
+        "base_revision": plan.checkpoint.revision,
+        "base_tied": plan.untie,
+        "tokens": {
+            "sha256": tokens.digest,
+            "model": tokens.model,
+            "method": tokens.method,
+            "source_model": tokens.source_model,
+            "k": tokens.k,
+            "width": tokens.width,
+            **({"metadata": tokens.metadata} if tokens.metadata else {}),
+        },
+        "token_names": list(plan.names),
+        "token_ids": list(plan.token_ids),
+        "rows": plan.n_rows,
+        "reuse_reserved": reuse_reserved,
+        "prompt_format": prompt_format,
+        "default_on": default_on,
+        "chat_template_sha256": sha256_bytes(template.encode()),
+        "changed_tensors": {
+            change.name: {
+                "shape": list(change.shape),
+                "dtype": change.source.dtype,
+                "sha256": tensor_digests.get(change.name),
+            }
+            for change in plan.changes
+        },
+        "weight_files": dict(how),
+    }
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest with the digests of every file in `folder`."""
+    files = {name: fingerprint(folder / name) for name in files_of(folder)}
+    write_json(folder / MANIFEST, {**manifest, "files": files})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of the defended checkpoint `folder`.
+
+    Raises:
+        DttError: it has none, or one of another format.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise DttError(f"{folder} is not a defended checkpoint (it has no {MANIFEST}); make one with `dtt bake`.")
+    manifest = read_json_table(folder / MANIFEST)
+    if manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
+        raise DttError(f"{folder / MANIFEST} has the format {manifest.get('format')!r}, not {FORMAT!r}; bake it again.")
+    return manifest
+
+
+def is_defended_checkpoint(folder: Path) -> bool:
+    """Return whether `folder` holds a defended checkpoint."""
+    return (folder / MANIFEST).is_file()
+
+
+def altered_since(folder: Path, manifest: Mapping[str, Any]) -> Altered:
+    """Compare the files in `folder` with its manifest."""
+    expected: dict[str, str] = manifest["files"]
+    present = set(files_of(folder))
+    return Altered(
+        missing=tuple(sorted(expected.keys() - present)),
+        changed=tuple(
+            name for name in sorted(present & expected.keys()) if fingerprint(folder / name) != expected[name]
+        ),
+        added=tuple(sorted(present - expected.keys())),
+    )
+
+
+def files_of(folder: Path) -> list[str]:
+    """Return the files below `folder`, the manifest excepted, relative to it."""
+    # A dangling link (its model was moved away) counts as missing.
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in paths if path.name != MANIFEST)
+
+
+def card(plan: BakePlan, *, prompt_format: str, default_on: bool) -> str:
+    """Return the README.md of a defended checkpoint."""
+    tokens = plan.tokens
+    state = (
+        "on unless a request passes `add_defensive_tokens=false` to the chat template"
+        if default_on
+        else "OFF unless a request passes `add_defensive_tokens=true` to the chat template"
+    )
+    base = plan.checkpoint.name + (f" (revision {plan.checkpoint.revision})" if plan.checkpoint.revision else "")
+    source = f", from {tokens.source_model}" if tokens.source_model else ""
+    return (
+        f"# {Path(plan.checkpoint.name).name} with DefensiveTokens\n\n"
+        f"A copy of `{base}` with {tokens.k} DefensiveTokens ({tokens.method}{source}) against prompt\n"
+        f"injection. They are {state}.\n\n"
+        f"- Tokens: {', '.join(f'`{name}`' for name in plan.names)}, ids {plan.token_ids[0]} to "
+        f"{plan.token_ids[-1]}, SHA-256 of their values {tokens.digest}\n"
+        f"- Prompt format: {prompt_format}\n"
+        "- System messages are trusted. User and tool messages are data: the chat template breaks control\n"
+        "  tokens in them.\n"
+        "- Without the tokens the logits of the original vocabulary are those of the base model.\n\n"
+        f"Made by dtt-plugin {__version__}; `dtt inspect` on this folder checks it.\n"
+    )

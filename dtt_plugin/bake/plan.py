@@ -1,0 +1,203 @@
+"""What a defended checkpoint consists of, decided before a byte is written."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtt_plugin.bake.tokenizer import TokenizerFiles
+from dtt_plugin.checkpoint import Checkpoint
+from dtt_plugin.errors import DttError
+from dtt_plugin.formats import defensive_token_names
+from dtt_plugin.tensor_files import TensorLocation
+from dtt_plugin.tokens import DefensiveTokens
+
+# vLLM and transformers compute the logits of these families from the input embedding whatever
+# `tie_word_embeddings` says, so their output rows can't be told apart from the input rows.
+_ALWAYS_TIED = re.compile(r"^(gemma|cohere|bloom|gpt2$|openai-gpt)")
+_ROWS_AT_ONCE = 4096
+_PLAIN_FLOATS = frozenset({"BF16", "F16", "F32"})
+
+BIAS_OF_NEVER = -1e4
+"""Where a head has a bias, the bias of a DefensiveToken."""
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """A tensor of the defended checkpoint that differs from the base model's."""
+
+    name: str
+    source: TensorLocation
+    """Where its unchanged rows come from; for a new head of a tied model, the input embedding."""
+    n_rows: int
+    """Of the changed tensor: at least the source's."""
+    rows: dict[int, bytes]
+    """The rows that differ, in the stored type."""
+    new: bool = False
+    """The base model has no tensor of this name."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the changed tensor."""
+        return (self.n_rows, *self.source.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the changed tensor."""
+        return self.n_rows * self.source.row_nbytes
+
+
+@dataclass(frozen=True)
+class BakePlan:
+    """Everything that decides what is written."""
+
+    checkpoint: Checkpoint
+    tokens: DefensiveTokens
+    names: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    n_rows: int
+    """Rows of the defended checkpoint's input embedding, its `vocab_size`."""
+    changes: tuple[TensorChange, ...]
+    untie: bool
+    """The base model's output head is its input embedding; the defended one has a head of its own."""
+
+
+def make_plan(
+    checkpoint: Checkpoint, tokens: DefensiveTokens, tokenizer: TokenizerFiles, *, reuse_reserved: bool
+) -> BakePlan:
+    """Decide ids, shapes and changed rows.
+
+    Args:
+        checkpoint: the base model, all its files.
+        tokens: (k, d), in the base model's embedding space.
+        tokenizer: the base model's.
+        reuse_reserved: overwrite unused reserved tokens, so that no shape changes.
+
+    Raises:
+        DttError: widths differ, the matrices are quantized, or the model can't be untied.
+    """
+    embedding = checkpoint.input_embedding()
+    _check_base(checkpoint, tokens, tokenizer, embedding)
+    token_ids = tokenizer.reserved_ids(tokens.k) if reuse_reserved else tokenizer.next_ids(tokens.k)
+    base_rows = embedding.shape[0]
+    n_rows = max(base_rows, token_ids[-1] + 1)
+    input_rows = tokens.rows.astype(embedding.numpy_dtype)
+    if not np.isfinite(input_rows.astype(np.float32)).all():
+        raise DttError(
+            f"A DefensiveToken does not fit the type of {embedding.name} ({embedding.dtype}); "
+            "check that the tokens were made for this model."
+        )
+    changes = [
+        TensorChange(embedding.name, embedding, n_rows, _rows(token_ids, input_rows)),
+    ]
+    head = checkpoint.output_head()
+    untie = checkpoint.tied
+    source = embedding if untie or head is None else head
+    n_vocabulary = min(tokenizer.size, source.shape[0])
+    ordinary = mean_row(source, n_vocabulary)
+    head_rows = {token_id: ordinary for token_id in token_ids}
+    head_name = _head_name(embedding.name) if head is None else head.name
+    changes.append(TensorChange(head_name, source, _grown(source, base_rows, n_rows), head_rows, new=head is None))
+    changes += _bias_change(checkpoint, head_name, token_ids, n_rows)
+    return BakePlan(
+        checkpoint,
+        tokens,
+        tuple(defensive_token_names(tokens.k)),
+        tuple(token_ids),
+        n_rows,
+        tuple(changes),
+        untie,
+    )
+
+
+def _check_base(
+    checkpoint: Checkpoint, tokens: DefensiveTokens, tokenizer: TokenizerFiles, embedding: TensorLocation
+) -> None:
+    if embedding.dtype not in _PLAIN_FLOATS:
+        raise DttError(
+            f"{embedding.name} of {checkpoint.name} has the type {embedding.dtype}; "
+            "only bfloat16, float16 and float32 embeddings can take DefensiveTokens."
+        )
+    if embedding.shape[1] != tokens.width:
+        raise DttError(
+            f"The tokens have width {tokens.width} and {checkpoint.name} has width {embedding.shape[1]}; "
+            f"they were made for {tokens.model or 'another model'}: transfer them with `dtt transfer`."
+        )
+    if tokenizer.defended:
+        raise DttError(f"{checkpoint.name} already has DefensiveTokens; bake into the base model it was made from.")
+    if tokenizer.size > embedding.shape[0]:
+        raise DttError(
+            f"The tokenizer of {checkpoint.name} has {tokenizer.size} tokens and {embedding.name} only "
+            f"{embedding.shape[0]} rows; the two don't belong together."
+        )
+    quantized_head = [
+        name for name in checkpoint.tensors() if re.search(r"(^|\.)(lm_head|embed_out)\.(?!weight$|bias$)", name)
+    ]
+    head = checkpoint.output_head()
+    if head is not None and head.dtype not in _PLAIN_FLOATS:
+        quantized_head.append(head.name)
+    if quantized_head:
+        raise DttError(
+            f"The output head of {checkpoint.name} is quantized ({quantized_head[0]}); "
+            "use a checkpoint whose head is not."
+        )
+    family = str(checkpoint.config().get("model_type", ""))
+    if checkpoint.tied and _ALWAYS_TIED.match(family):
+        raise DttError(
+            f"{checkpoint.name} ({family}) computes its output from the input embedding in every engine, so "
+            "a defended checkpoint of it would generate its DefensiveTokens; use --model dtt_hf instead."
+        )
+
+
+def _rows(token_ids: list[int], values: NDArray[Any]) -> dict[int, bytes]:
+    return {token_id: row.tobytes() for token_id, row in zip(token_ids, values, strict=True)}
+
+
+def _grown(source: TensorLocation, base_rows: int, n_rows: int) -> int:
+    if source.shape[0] != base_rows:
+        raise DttError(
+            f"{source.name} has {source.shape[0]} rows and the input embedding {base_rows}; "
+            "such a model is not supported."
+        )
+    return n_rows
+
+
+def _head_name(embedding_name: str) -> str:
+    """Return what transformers and vLLM call the head of the model with this input embedding."""
+    if embedding_name.endswith("embed_in.weight"):
+        return "embed_out.weight"
+    prefix = re.match(r"^(language_model\.)(?:model\.)?embed_tokens", embedding_name)
+    return (prefix.group(1) if prefix else "") + "lm_head.weight"
+
+
+def _bias_change(checkpoint: Checkpoint, head_name: str, token_ids: list[int], n_rows: int) -> list[TensorChange]:
+    bias = checkpoint.tensors().get(head_name.removesuffix("weight") + "bias")
+    if bias is None:
+        return []
+    never = np.full(1, BIAS_OF_NEVER).astype(bias.numpy_dtype).tobytes()
+    return [TensorChange(bias.name, bias, n_rows, dict.fromkeys(token_ids, never))]
+
+
+def mean_row(matrix: TensorLocation, n_rows: int) -> bytes:
+    """Return the mean of the first `n_rows` rows of `matrix`, in the stored type.
+
+    As a DefensiveToken's output row it can't win: its logit is the mean of the ordinary tokens' logits, so
+    at most their maximum, and by Jensen's inequality its probability is at most the mean of theirs, which is
+    below 1 / n_rows, at every temperature.
+    """
+    total = np.zeros(matrix.shape[1], np.float64)
+    for start in range(0, n_rows, _ROWS_AT_ONCE):
+        block = matrix.read_rows(start, min(start + _ROWS_AT_ONCE, n_rows))
+        total += _as_float32(block).sum(axis=0, dtype=np.float32)
+    mean: bytes = (total / n_rows).astype(np.float32).astype(matrix.numpy_dtype).tobytes()
+    return mean
+
+
+def _as_float32(block: NDArray[Any]) -> NDArray[np.float32]:
+    if block.dtype.name == "bfloat16":  # ten times faster than ml_dtypes' conversion
+        return (block.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return block.astype(np.float32)

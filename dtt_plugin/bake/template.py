@@ -1,0 +1,87 @@
+"""The chat templates of a defended checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dtt_plugin.bake.tokenizer import DEFAULT_TEMPLATE, TokenizerFiles
+from dtt_plugin.errors import DttError
+from dtt_plugin.formats import MODEL_FORMAT, chat_template
+
+_SYSTEM, _USER = "the trusted instruction", "the untrusted data"
+
+
+def defended_templates(
+    tokenizer: TokenizerFiles, prompt_format: str, *, k: int, default_on: bool, system_in_user: bool
+) -> dict[str, str]:
+    """Return the defended chat templates by name; "default" is always there.
+
+    A model may have further ones, which transformers takes for requests with tools: each is defended, so
+    that no request is without the tokens.
+
+    Raises:
+        DttError: the format "model" and a model without a template, or one that drops the system message.
+    """
+    own = tokenizer.templates()
+    names = {DEFAULT_TEMPLATE, *own} if prompt_format == MODEL_FORMAT else {DEFAULT_TEMPLATE}
+    adds_bos = tokenizer.adds_bos()
+    templates = {}
+    for name in sorted(names):
+        model_template = own.get(name)
+        bos = tokenizer.bos if adds_bos and not _renders_bos(model_template, tokenizer) else ""
+        if prompt_format == MODEL_FORMAT and name == DEFAULT_TEMPLATE and not system_in_user:
+            _check_system_role(model_template, tokenizer)
+        templates[name] = chat_template(
+            prompt_format,
+            model_template=model_template,
+            k=k,
+            bos=bos if prompt_format == MODEL_FORMAT else "",
+            default_on=default_on,
+            control_tokens=tokenizer.added_tokens,
+            system_in_user=system_in_user,
+        )
+    return templates
+
+
+def _render(template: str, tokenizer: TokenizerFiles, messages: list[dict[str, str]]) -> str | None:
+    """Render as transformers does; None where the template refuses or needs what only an engine has."""
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda pattern: pattern
+    specials: dict[str, Any] = {
+        key: value["content"] if isinstance(value, dict) else value
+        for key, value in tokenizer.config.items()
+        if key.endswith("_token") and value
+    }
+    try:
+        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **specials)
+    except (jinja2.TemplateError, TypeError):
+        return None
+
+
+def _renders_bos(template: str | None, tokenizer: TokenizerFiles) -> bool:
+    if not template:
+        return False
+    rendered = _render(template, tokenizer, [{"role": "user", "content": _USER}])
+    return rendered is None or rendered.startswith(tokenizer.bos)
+
+
+def _check_system_role(template: str | None, tokenizer: TokenizerFiles) -> None:
+    """Refuse a template that can render a conversation but not its trusted instruction."""
+    if not template or _render(template, tokenizer, [{"role": "user", "content": _USER}]) is None:
+        return
+    messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}]
+    rendered = _render(template, tokenizer, messages)
+    if rendered is None or _SYSTEM not in rendered:
+        raise DttError(
+            f"The chat template of {tokenizer.folder} has no system role; bake with --system-in-user to put the "
+            "instruction in front of the data, or choose a published format with --prompt-format."
+        )

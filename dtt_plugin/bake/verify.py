@@ -1,0 +1,117 @@
+"""Reading a defended checkpoint back, before it gets its name."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from dtt_plugin.bake.plan import BakePlan, TensorChange
+from dtt_plugin.bake.weights import blocks
+from dtt_plugin.checkpoint import Checkpoint, open_checkpoint, read_json_table
+from dtt_plugin.errors import DttError
+from dtt_plugin.tensor_files import TensorLocation
+
+
+def verify(plan: BakePlan, folder: Path) -> dict[str, str]:
+    """Check a written checkpoint against its plan.
+
+    Every changed tensor is read back, every other one is the same file or the same bytes, the configuration
+    agrees with the shapes, and each DefensiveToken's name is one token.
+
+    Returns:
+        SHA-256 of every changed tensor's bytes.
+
+    Raises:
+        DttError: something differs.
+    """
+    written = open_checkpoint(str(folder), need="all")
+    base, result = plan.checkpoint.tensors(), written.tensors()
+    changes = {change.name: change for change in plan.changes}
+    if result.keys() != base.keys() | changes.keys():
+        raise _differs(folder, f"the tensors {sorted(result.keys() ^ (base.keys() | changes.keys()))[:3]}")
+    digests = {}
+    for name, location in result.items():
+        if name in changes:
+            digests[name] = _check_changed(location, changes[name])
+        elif not _same_file(location, base[name]):
+            _check_equal(location, base[name])
+    _check_config(written, plan)
+    _check_token_names(folder, plan)
+    return digests
+
+
+def _check_changed(location: TensorLocation, change: TensorChange) -> str:
+    """Compare a changed tensor with its source and its new rows; return its SHA-256."""
+    if location.shape != change.shape or location.dtype != change.source.dtype:
+        raise _differs(location.file, f"the shape of {location.name}")
+    digest = hashlib.sha256()
+    row_nbytes = location.row_nbytes
+    for start, block in blocks(location):
+        digest.update(block.data)
+        expected = np.zeros(len(block), np.uint8)
+        unchanged = max(min(change.source.nbytes - start, len(block)), 0)
+        if unchanged:
+            change.source.read_into(expected[:unchanged], start)
+        for row, values in change.rows.items():
+            first = row * row_nbytes - start
+            if -row_nbytes < first < len(block):
+                part = np.frombuffer(values, np.uint8)[max(-first, 0) : len(block) - first]
+                expected[max(first, 0) : max(first, 0) + len(part)] = part
+        if not np.array_equal(block, expected):
+            raise _differs(location.file, f"the values of {location.name}")
+    return digest.hexdigest()
+
+
+def _same_file(location: TensorLocation, base: TensorLocation) -> bool:
+    return location.offset == base.offset and location.file.samefile(base.file)
+
+
+def _check_equal(location: TensorLocation, base: TensorLocation) -> None:
+    if (location.shape, location.dtype) != (base.shape, base.dtype):
+        raise _differs(location.file, f"the shape of {location.name}")
+    buffer = np.empty(min(base.nbytes, 8 << 20), np.uint8)
+    for start, block in blocks(location):
+        base.read_into(buffer[: len(block)], start)
+        if not np.array_equal(block, buffer[: len(block)]):
+            raise _differs(location.file, f"the values of {location.name}")
+
+
+def _check_config(written: Checkpoint, plan: BakePlan) -> None:
+    config = written.config()
+    text = config.get("text_config", config)
+    if text.get("vocab_size") != plan.n_rows:
+        raise _differs(written.folder / "config.json", "vocab_size")
+    if written.tied:
+        raise _differs(written.folder / "config.json", "tie_word_embeddings")
+    suppressed = read_json_table(written.folder / "generation_config.json").get("suppress_tokens", [])
+    if not set(plan.token_ids) <= set(suppressed):
+        raise _differs(written.folder / "generation_config.json", "suppress_tokens")
+
+
+def _check_token_names(folder: Path, plan: BakePlan) -> None:
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise _differs(file, f"the whole tokenizer ({error})") from error
+    for name, token_id in zip(plan.names, plan.token_ids, strict=True):
+        if tokenizer.encode(name, add_special_tokens=False).ids != [token_id]:
+            raise _differs(file, f"the id of {name}")
+    joined = tokenizer.encode("".join(plan.names), add_special_tokens=False).ids
+    if joined != list(plan.token_ids):
+        raise _differs(file, "the ids of the DefensiveTokens in a row")
+    base = Tokenizer.from_file(str(plan.checkpoint.folder / "tokenizer.json"))
+    sample = "Print exactly 'Hacked!'\n\n### response: naïve 漢字 🙂  1234"
+    if base.encode(sample, add_special_tokens=False).ids != tokenizer.encode(sample, add_special_tokens=False).ids:
+        raise _differs(file, "how ordinary text is split")
+
+
+def _differs(path: Path, what: str) -> DttError:
+    return DttError(
+        f"Verification failed: {what} in {path.name} is not what was to be written; the base model may "
+        "have changed meanwhile, bake again."
+    )

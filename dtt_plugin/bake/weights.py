@@ -1,0 +1,217 @@
+"""Writing the tensors that change, and linking the files that do not.
+
+Loaders read every tensor of every file that the index names, whatever the
+index says about that tensor. A file that holds a changed tensor is therefore
+written again, with its other tensors copied inside the kernel (shared where
+the file system can); every other file is linked.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from dtt_plugin.bake.plan import BakePlan, TensorChange
+from dtt_plugin.checkpoint import INDEX_FILE, read_json_table
+from dtt_plugin.files import sync
+from dtt_plugin.tensor_files import TensorLocation, read_header
+
+_BLOCK = 8 << 20
+_FICLONERANGE = 0x4020940D
+_ALIGNMENT = 4096
+
+How = Literal["written", "linked", "symlinked", "copied"]
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor of a file to be written."""
+
+    name: str
+    source: TensorLocation
+    change: TensorChange | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.change.shape if self.change else self.source.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.change.nbytes if self.change else self.source.nbytes
+
+
+def write_weights(plan: BakePlan, folder: Path, *, copy: bool) -> dict[str, How]:
+    """Write or link every weight file of the defended checkpoint into `folder`.
+
+    Args:
+        plan: what changes.
+        folder: an empty folder.
+        copy: copy unchanged files instead of linking them.
+
+    Returns:
+        Per file name how it came there.
+    """
+    changes = {change.name: change for change in plan.changes}
+    embedding_file = plan.changes[0].source.file
+    how: dict[str, How] = {}
+    for file in plan.checkpoint.weight_files:
+        tensors, metadata = read_header(file)
+        in_order = sorted(tensors.items(), key=lambda item: item[1].offset)
+        kept = [
+            _Tensor(name, changes[name].source if name in changes else location, changes.get(name))
+            for name, location in in_order
+        ]
+        if file == embedding_file:
+            # A head of its own for a tied model stands beside the embedding it is made from.
+            kept += [_Tensor(change.name, change.source, change) for change in plan.changes if change.new]
+        if any(tensor.change for tensor in kept):
+            _write_file(folder / file.name, kept, metadata, data_start=in_order[0][1].offset)
+            how[file.name] = "written"
+        else:
+            how[file.name] = link(file, folder / file.name, copy=copy)
+    _write_index(plan, folder)
+    return how
+
+
+def link(source: Path, target: Path, *, copy: bool) -> How:
+    """Make `target` the file `source`: a hard link, else a symbolic link, or a copy."""
+    real = source.resolve()  # in a hub cache, the blob
+    if copy:
+        _copy_file(real, target)
+        return "copied"
+    try:
+        os.link(real, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EACCES, errno.ENOTSUP):
+            raise
+        target.symlink_to(real)
+        return "symlinked"
+    return "linked"
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+    sync(target)
+
+
+def _write_file(path: Path, tensors: Sequence[_Tensor], metadata: dict[str, str], *, data_start: int) -> None:
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    position = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": tensor.source.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + tensor.nbytes],
+        }
+        position += tensor.nbytes
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    # The data starts where the source's does, modulo the block size: a file system that can share blocks
+    # shares them only there.
+    text += b" " * ((data_start - 8 - len(text)) % _ALIGNMENT)
+    with path.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        out.flush()
+        for tensor in tensors:
+            _write_tensor(out.fileno(), tensor)
+        os.fsync(out.fileno())
+
+
+def _write_tensor(out: int, tensor: _Tensor) -> None:
+    """Append one tensor; the file offset of `out` is its start."""
+    start = os.lseek(out, 0, os.SEEK_CUR)
+    change = tensor.change
+    with tensor.source.file.open("rb") as file:
+        _copy_range(file.fileno(), tensor.source.offset, out, start, tensor.source.nbytes)
+    if change is not None:
+        # Rows beyond the source's end are all in `rows`, so the tensor has no hole.
+        for row, values in change.rows.items():
+            _write_at(out, values, start + row * len(values))
+    os.lseek(out, start + tensor.nbytes, os.SEEK_SET)
+
+
+def _copy_range(source: int, offset: int, target: int, position: int, count: int) -> None:
+    """Copy bytes between files: shared where the file system can, inside the kernel where it can."""
+    count_shared = _share_range(source, offset, target, position, count)
+    offset, position, count = offset + count_shared, position + count_shared, count - count_shared
+    while count:
+        try:
+            done = os.copy_file_range(source, target, min(count, 1 << 30), offset, position)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            done = 0
+        if done == 0:
+            _copy_by_reading(source, offset, target, position, count)
+            return
+        offset, position, count = offset + done, position + done, count - done
+
+
+def _share_range(source: int, offset: int, target: int, position: int, count: int) -> int:
+    """Share whole blocks (FICLONERANGE); return how many bytes from the start are done."""
+    lead = -offset % _ALIGNMENT
+    whole = (count - lead) // _ALIGNMENT * _ALIGNMENT
+    if whole < 16 * _ALIGNMENT or (offset - position) % _ALIGNMENT:
+        return 0
+    request = np.array([source, offset + lead, whole, position + lead], np.int64).tobytes()
+    try:
+        fcntl.ioctl(target, _FICLONERANGE, request)
+    except OSError:
+        return 0
+    _copy_by_reading(source, offset, target, position, lead)
+    return lead + whole
+
+
+def _copy_by_reading(source: int, offset: int, target: int, position: int, count: int) -> None:
+    buffer = memoryview(bytearray(min(count, _BLOCK)))
+    while count:
+        done = os.preadv(source, [buffer[: min(count, _BLOCK)]], offset)
+        if done == 0:
+            raise OSError(errno.EIO, "a weight file ended early; it may have been changed meanwhile")
+        _write_at(target, buffer[:done], position)
+        offset, position, count = offset + done, position + done, count - done
+
+
+def _write_at(descriptor: int, data: bytes | memoryview, position: int) -> None:
+    rest = memoryview(data)
+    while len(rest):
+        done = os.pwrite(descriptor, rest, position)
+        rest, position = rest[done:], position + done
+
+
+def _write_index(plan: BakePlan, folder: Path) -> None:
+    """Write the index where the base model has one: it must know a new head and the new total."""
+    source = plan.checkpoint.folder / INDEX_FILE
+    if not source.is_file():
+        return
+    index = read_json_table(source)
+    weight_map = dict(index["weight_map"])
+    for change in plan.changes:
+        if change.new:
+            weight_map[change.name] = change.source.file.name
+    locations: dict[str, TensorLocation] = {}
+    for file in dict.fromkeys(weight_map.values()):
+        locations |= read_header(folder / file)[0]
+    metadata = index.get("metadata")
+    metadata = dict(metadata) if isinstance(metadata, dict) else {}
+    metadata["total_size"] = sum(location.nbytes for location in locations.values())
+    metadata.pop("total_parameters", None)
+    text = json.dumps({**index, "metadata": metadata, "weight_map": weight_map}, indent=2)
+    (folder / INDEX_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def blocks(location: TensorLocation) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[np.uint8]]]]:
+    """Yield a tensor's raw bytes as (start, block), in one buffer that is used again."""
+    buffer = np.empty(min(_BLOCK, location.nbytes), np.uint8)
+    for start in range(0, location.nbytes, _BLOCK):
+        part = buffer[: min(_BLOCK, location.nbytes - start)]
+        location.read_into(part, start)
+        yield start, part

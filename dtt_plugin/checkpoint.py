@@ -100,9 +100,7 @@ class Checkpoint:
             found = [location for location in found if location.shape[0] == rows] or found
         if len(found) > 1:
             names = ", ".join(location.name for location in found)
-            raise DttError(
-                f"{self.name} has several input embeddings ({names}); only text models are supported."
-            )
+            raise DttError(f"{self.name} has several input embeddings ({names}); only text models are supported.")
         return self._check_embedding(found[0])
 
     def output_head(self) -> TensorLocation | None:
@@ -146,10 +144,7 @@ class Checkpoint:
         stems = tuple(name.removesuffix(".weight") for name in _EMBEDDING_NAMES)
         for name in tensors:
             if any(stem + ending in name for stem in stems for ending in _QUANTIZED_ENDINGS):
-                return (
-                    f"The input embedding of {self.name} is quantized ({name}); "
-                    "use the model's original checkpoint."
-                )
+                return f"The input embedding of {self.name} is quantized ({name}); use the model's original checkpoint."
         return (
             f"{self.name} has no input embedding: none of its {len(tensors)} tensors is called "
             "like one (model.embed_tokens.weight, transformer.wte.weight ...); is it a LoRA adapter or "
@@ -238,9 +233,7 @@ def open_checkpoint(
         files = () if need == "tokenizer" else _weight_files(path, model)
         return Checkpoint(model, path, weight_files=files)
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or model.endswith("/"):
-        raise DttError(
-            f"There is no folder or file {model}; check the path, or give a hub id like owner/name."
-        )
+        raise DttError(f"There is no folder or file {model}; check the path, or give a hub id like owner/name.")
     from dtt_plugin.hub import download_checkpoint
 
     folder, commit = download_checkpoint(model, revision=revision, need=need)
@@ -265,9 +258,7 @@ def _weight_files(folder: Path, model: str, *, present_only: bool = False) -> tu
         if present_only:
             return tuple(file for file in files if file not in missing)
         if missing:
-            raise DttError(
-                f"{index} names {missing[0].name}, which is not there; download the checkpoint again."
-            )
+            raise DttError(f"{index} names {missing[0].name}, which is not there; download the checkpoint again.")
         return tuple(files)
     if (folder / SINGLE_FILE).is_file():
         return (folder / SINGLE_FILE,)
@@ -284,7 +275,7 @@ def _no_weights(folder: Path, model: str) -> str:
         return f"{model} holds GGUF files only; give the original safetensors checkpoint they were made from."
     if any(path for ending in ("*.bin", "*.pt", "*.pth") for path in folder.glob(ending)):
         return (
-            f"{model} holds pickled weights only, which can run code when they are read; convert it with "
-            "`AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)` or give one with safetensors."
+            f"{model} holds pickled weights only, which can run code when they are read; convert it "
+            "with `AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)`, or give one in safetensors."
         )
     return f"{model} has no safetensors file; give a model's folder, a .safetensors file or a hub id."

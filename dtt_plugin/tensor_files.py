@@ -60,7 +60,10 @@ class TensorLocation:
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
         """The stored type; bfloat16 and float8 come from ml_dtypes."""
-        return np.dtype(DTYPES[self.dtype])
+        if self.dtype not in DTYPES:
+            raise DttError(f"{self.name} in {self.file} has the type {self.dtype}, which can't be read.")
+        dtype: np.dtype[Any] = np.dtype(DTYPES[self.dtype])
+        return dtype
 
     @property
     def row_nbytes(self) -> int:
@@ -88,9 +91,7 @@ class TensorLocation:
         with self._open() as descriptor:
             for first, last in zip([0, *breaks.tolist()], [*breaks.tolist(), len(rows)], strict=True):
                 part = view[first * self.row_nbytes : last * self.row_nbytes]
-                self._fill(
-                    descriptor, part, self.offset + int(rows[first]) * self.row_nbytes if len(rows) else 0
-                )
+                self._fill(descriptor, part, self.offset + int(rows[first]) * self.row_nbytes if len(rows) else 0)
         return out
 
     def read_into(self, buffer: NDArray[np.uint8], start: int) -> None:
@@ -108,13 +109,11 @@ class TensorLocation:
 
     def _fill(self, descriptor: int, buffer: NDArray[np.uint8], position: int) -> None:
         """Fill `buffer` from `position`; a single read may return less than was asked for."""
-        rest = memoryview(buffer)
+        rest = buffer.data
         while len(rest):
             count = os.preadv(descriptor, [rest], position)
             if count == 0:
-                raise DttError(
-                    f"{self.file} ends inside the tensor {self.name}: it is truncated; download it again."
-                )
+                raise DttError(f"{self.file} ends inside the tensor {self.name}: it is truncated; download it again.")
             rest = rest[count:]
             position += count
 
@@ -226,4 +225,4 @@ def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any]], metadata:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             little_endian = np.ascontiguousarray(tensor, tensor.dtype.newbyteorder("<"))
-            file.write(memoryview(little_endian).cast("B"))
+            file.write(little_endian.data.cast("B"))

@@ -99,9 +99,7 @@ def load_tokens(path: str | Path, *, model: str | None = None) -> DefensiveToken
 def _load_safetensors(path: Path, model: str | None) -> DefensiveTokens:
     tensors, metadata = read_header(path)
     if metadata.get("format") != FORMAT or TENSOR not in tensors:
-        raise DttError(
-            f"{path} is a safetensors file but not a token file ({FORMAT}); make one with `dtt transfer`."
-        )
+        raise DttError(f"{path} is a safetensors file but not a token file ({FORMAT}); make one with `dtt transfer`.")
     location = tensors[TENSOR]
     if location.dtype != "F32" or len(location.shape) != 2 or location.shape[0] > MOST_TOKENS:
         raise DttError(
@@ -120,13 +118,20 @@ def _load_safetensors(path: Path, model: str | None) -> DefensiveTokens:
         metadata={key: value for key, value in metadata.items() if key not in _RESERVED},
     )
     if metadata.get("sha256", tokens.digest) != tokens.digest:
-        raise DttError(
-            f"{path}: the values don't match the digest in the file; it is damaged, make it again."
-        )
+        raise DttError(f"{path}: the values don't match the digest in the file; it is damaged, make it again.")
     return tokens
 
 
-def _load_upstream_json(path: Path, model: str | None) -> DefensiveTokens:
+def upstream_models(path: str | Path) -> list[str]:
+    """Return the names of the models whose tokens the upstream JSON `path` holds.
+
+    Raises:
+        DttError: not such a file.
+    """
+    return list(_upstream_table(Path(path)))
+
+
+def _upstream_table(path: Path) -> dict[str, Any]:
     try:
         table = json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates)
     except DttError as error:
@@ -135,8 +140,15 @@ def _load_upstream_json(path: Path, model: str | None) -> DefensiveTokens:
         raise DttError(
             f"{path} is neither a token file ({FORMAT}) nor JSON with tokens; give one of the two."
         ) from error
+    except OSError as error:
+        raise DttError(f"{path} can't be read: {error.strerror}; give a token file.") from error
     if not isinstance(table, dict) or not table:
         raise DttError(f"{path} should hold an object {{model id: [[number, ...], ...]}}; check the file.")
+    return table
+
+
+def _load_upstream_json(path: Path, model: str | None) -> DefensiveTokens:
+    table = _upstream_table(path)
     if model is None and len(table) > 1:
         raise DttError(
             f"{path} holds tokens of {len(table)} models ({', '.join(table)}); name one "
@@ -160,18 +172,14 @@ def _table_of_numbers(path: Path, name: str, rows: Any) -> NDArray[np.float32]:
         raise DttError(f"{path}: the entry of {name} is not a list of rows of numbers; check the file.")
     lengths = {len(row) for row in rows}
     if len(lengths) > 1:
-        raise DttError(
-            f"{path}: the rows of {name} have different lengths ({sorted(lengths)}); check the file."
-        )
+        raise DttError(f"{path}: the rows of {name} have different lengths ({sorted(lengths)}); check the file.")
     if not all(type(value) in (int, float) for row in rows for value in row):
         raise DttError(f"{path}: the entry of {name} holds something that is not a number; check the file.")
     try:
         with np.errstate(over="ignore"):
             return np.array(rows, np.float64).astype(np.float32)
     except OverflowError as error:
-        raise DttError(
-            f"{path}: the entry of {name} holds a number beyond float32; check the file."
-        ) from error
+        raise DttError(f"{path}: the entry of {name} holds a number beyond float32; check the file.") from error
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -113,9 +113,7 @@ def make_checkpoint(
     tensors = _weights(generator, rows=rows, width=width, tied=tied)
     if embedding is not None:
         tensors["model.embed_tokens.weight"] = embedding
-    write_weights(
-        folder, {name: np.asarray(value, DTYPES[dtype]) for name, value in tensors.items()}, shards=shards
-    )
+    write_weights(folder, {name: np.asarray(value, DTYPES[dtype]) for name, value in tensors.items()}, shards=shards)
     return folder
 
 

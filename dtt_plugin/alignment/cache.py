@@ -1,0 +1,135 @@
+"""Solved once per pair: alignments kept by the content of both matrices, both vocabularies and the options."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dtt_plugin.alignment.result import Alignment, load_alignment, save_alignment
+from dtt_plugin.errors import DttError
+from dtt_plugin.files import replacing, sha256_json
+from dtt_plugin.tensor_files import TensorLocation
+
+# An alignment of 4096 dimensions has 134 MB: the oldest make room.
+MOST_ENTRIES = 16
+_BLOCK_NBYTES = 2**24
+# A file written within this time may be written again without a visible change of its time stamp.
+_SETTLED_SECONDS = 2.0
+
+
+def cache_folder() -> Path:
+    """Return `$DTT_CACHE_DIR`, else the user's cache folder."""
+    import platformdirs
+
+    return Path(os.environ.get("DTT_CACHE_DIR") or platformdirs.user_cache_dir("dtt-plugin")) / "alignments"
+
+
+def matrix_digest(location: TensorLocation) -> str:
+    """Return the SHA-256 of the tensor's bytes as they are stored, reading it block by block."""
+    digest = hashlib.sha256()
+    buffer = np.empty(min(_BLOCK_NBYTES, location.nbytes), np.uint8)
+    for start in range(0, location.nbytes, _BLOCK_NBYTES):
+        part = buffer[: location.nbytes - start]
+        location.read_into(part, start)
+        digest.update(part.data)
+    return digest.hexdigest()
+
+
+def matrix_digests(locations: Sequence[TensorLocation], cache: AlignmentCache | None) -> list[str]:
+    """Return the digest of each tensor; two are read at a time."""
+    with ThreadPoolExecutor(2, thread_name_prefix="dtt-digest") as pool:
+        return list(pool.map(cache.digest if cache else matrix_digest, locations))
+
+
+@dataclass(frozen=True)
+class AlignmentCache:
+    """A folder of solved alignments and of digests of matrices that have not changed since they were read."""
+
+    folder: Path
+
+    def digest(self, location: TensorLocation) -> str:
+        """Return the digest of the tensor, from a note where its file has not changed since."""
+        note = self.folder / "digests" / self._identity(location)
+        try:
+            known = note.read_text(encoding="ascii").strip()
+        except OSError:
+            known = ""
+        if len(known) == 64:
+            return known
+        digest = matrix_digest(location)
+        if time.time() - location.file.stat().st_mtime > _SETTLED_SECONDS:
+            with replacing(note) as temporary:
+                temporary.write_text(digest + "\n", encoding="ascii")
+        return digest
+
+    @staticmethod
+    def _identity(location: TensorLocation) -> str:
+        """Name what would have to change for the tensor's bytes to change."""
+        file = location.file.resolve()
+        stat = file.stat()
+        return sha256_json(
+            {
+                "file": [str(file), stat.st_dev, stat.st_ino, stat.st_size],
+                "times": [stat.st_mtime_ns, stat.st_ctime_ns],
+                "part": [location.offset, location.nbytes],
+            }
+        )
+
+    @contextmanager
+    def locked(self, keys: Sequence[str]) -> Iterator[None]:
+        """Hold the locks of all `keys`; a second process with one of them waits until it is released.
+
+        Raises:
+            DttError: the cache folder can't be written.
+        """
+        from filelock import FileLock
+
+        with ExitStack() as stack:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                # In one order everywhere, so that two processes never wait for each other.
+                for key in sorted(set(keys)):
+                    stack.enter_context(FileLock(self.folder / f"{key}.lock"))
+            except OSError as error:
+                raise DttError(
+                    f"The cache folder {self.folder} can't be written ({error.strerror}); set DTT_CACHE_DIR "
+                    "to one that can, or use --no-cache."
+                ) from error
+            yield
+
+    def load(self, key: str) -> Alignment | None:
+        """Return the alignment stored under `key`; a damaged one counts as none."""
+        path = self._path(key)
+        if not path.is_file():
+            return None
+        try:
+            alignment = load_alignment(path)
+            os.utime(path)  # the least recently used make room first
+        except (DttError, OSError):
+            return None
+        return alignment
+
+    def store(self, key: str, alignment: Alignment) -> None:
+        """Keep `alignment` under `key`, and drop the least recently used beyond `MOST_ENTRIES`."""
+        save_alignment(self._path(key), alignment)
+        entries = sorted(self.folder.glob("*.safetensors"), key=_used, reverse=True)
+        for entry in entries[MOST_ENTRIES:]:
+            entry.unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+
+def _used(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # another process dropped it
+        return 0.0

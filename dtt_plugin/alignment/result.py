@@ -1,0 +1,137 @@
+"""An alignment and its file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtt_plugin.alignment.engine import Matrix
+from dtt_plugin.errors import DttError
+from dtt_plugin.files import replacing
+from dtt_plugin.tensor_files import read_header, write_safetensors
+
+FORMAT = "dtt.alignment/1"
+# Repeated as metadata of their own, so that a reader needs no JSON for them.
+_PLAIN = (
+    "source_model",
+    "target_model",
+    "source_sha256",
+    "target_sha256",
+    "anchors",
+    "residual",
+    "relative_residual",
+    "orthogonality_error",
+)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The map from one model's embedding space to another's: x -> scale (x - source_mean) W + target_mean."""
+
+    W: Matrix
+    """(d_s, d_t), float64: orthogonal, or semi-orthogonal where the widths differ."""
+    report: dict[str, Any]
+    """What the map is and how good; JSON values only."""
+    source_mean: Matrix | None = None
+    """(d_s,), where the alignment is centred."""
+    target_mean: Matrix | None = None
+    """(d_t,)"""
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
+    """How long each stage took in this run; not stored."""
+    cached: bool = field(default=False, compare=False)
+    """Whether it was taken from the cache."""
+
+    @property
+    def source_model(self) -> str:
+        """Whose tokens it takes."""
+        return str(self.report["source_model"])
+
+    @property
+    def target_model(self) -> str:
+        """Whose space it leads to."""
+        return str(self.report["target_model"])
+
+    def apply(self, rows: NDArray[Any]) -> Matrix:
+        """Map `rows`, (k, d_s), to the target's space: (k, d_t), float64.
+
+        Raises:
+            DttError: the rows have another width than the source.
+        """
+        if rows.shape[1] != self.W.shape[0]:
+            raise DttError(
+                f"The rows are {rows.shape[1]} wide and the alignment starts from {self.source_model}, whose "
+                f"embedding is {self.W.shape[0]} wide; use the alignment of the model that the tokens belong to."
+            )
+        moved = np.asarray(rows, np.float64)
+        if self.source_mean is not None:
+            moved = moved - self.source_mean
+        moved = moved @ self.W
+        if self.report["scale_applied"]:
+            moved = moved * self.report["scale"]
+        if self.target_mean is not None:
+            moved = moved + self.target_mean
+        return moved
+
+
+def save_alignment(path: str | Path, alignment: Alignment) -> None:
+    """Write `alignment` to a safetensors file, atomically; the same alignment gives the same bytes.
+
+    Raises:
+        DttError: the file can't be written.
+    """
+    tensors: dict[str, Matrix] = {"W": alignment.W}
+    if alignment.source_mean is not None and alignment.target_mean is not None:
+        tensors["source_mean"], tensors["target_mean"] = alignment.source_mean, alignment.target_mean
+    report = alignment.report
+    metadata: dict[str, str] = {
+        "format": FORMAT,
+        "report": json.dumps(report, sort_keys=True),
+        "sha256": _digest(tensors),
+    }
+    metadata |= {name: str(report[name]) for name in _PLAIN}
+    with replacing(Path(path)) as temporary:
+        write_safetensors(temporary, tensors, metadata)
+
+
+def load_alignment(path: str | Path) -> Alignment:
+    """Read an alignment file.
+
+    Raises:
+        DttError: not an alignment file, or a damaged one.
+    """
+    path = Path(path)
+    located, metadata = read_header(path)
+    if metadata.get("format") != FORMAT or "W" not in located or "report" not in metadata:
+        raise DttError(f"{path} is not an alignment file ({FORMAT}); make one with `dtt align`.")
+    known = {name: located[name] for name in ("W", "source_mean", "target_mean") if name in located}
+    shape = known["W"].shape
+    shapes = {"W": shape, "source_mean": shape[:1], "target_mean": shape[1:]}
+    if len(shape) != 2 or any(t.dtype != "F64" or t.shape != shapes[name] for name, t in known.items()):
+        raise DttError(f"{path}: W and the means don't have matching float64 shapes; the file is damaged.")
+    tensors = {name: location.read() for name, location in known.items()}
+    if metadata.get("sha256") != _digest(tensors):
+        raise DttError(f"{path}: the values don't match the digest in the file; make it again with `dtt align`.")
+    try:
+        report = json.loads(metadata["report"])
+        alignment = Alignment(tensors["W"], report, tensors.get("source_mean"), tensors.get("target_mean"))
+        missing = [name for name in (*_PLAIN, "scale", "scale_applied") if name not in report]
+    except (ValueError, TypeError) as error:
+        raise DttError(f"{path}: its report is not readable; make it again with `dtt align`.") from error
+    if missing:
+        raise DttError(f"{path}: its report lacks {missing[0]}; make it again with `dtt align`.")
+    return alignment
+
+
+def _digest(tensors: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 of the little-endian values of all tensors, one after the other."""
+    digest = hashlib.sha256()
+    for tensor in tensors.values():
+        digest.update(np.ascontiguousarray(tensor, "<f8").data)
+    return digest.hexdigest()

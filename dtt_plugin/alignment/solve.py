@@ -1,0 +1,252 @@
+"""From two checkpoints to a checked alignment."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dtt_plugin.alignment.anchors import Anchors, choose_anchors
+from dtt_plugin.alignment.cache import AlignmentCache, matrix_digests
+from dtt_plugin.alignment.engine import Engine, choose_engine
+from dtt_plugin.alignment.heldout import HeldOut, hold_out
+from dtt_plugin.alignment.moments import Moments, Side, measure
+from dtt_plugin.alignment.options import AlignmentOptions
+from dtt_plugin.alignment.polar import Polar, polar_factor
+from dtt_plugin.alignment.result import Alignment
+from dtt_plugin.checkpoint import Checkpoint
+from dtt_plugin.errors import DttError
+from dtt_plugin.files import sha256_file, sha256_json
+from dtt_plugin.vocabulary import load_vocabulary, vocabulary_digest
+
+# Changes when the same input would give another alignment or another report.
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One target, with what identifies the work to be done."""
+
+    target: Checkpoint
+    source_sha256: str
+    target_sha256: str
+    key: str
+    same: bool
+    """Source and target are the same matrix with the same vocabulary."""
+
+
+def align(
+    source: Checkpoint,
+    target: Checkpoint,
+    options: AlignmentOptions | None = None,
+    *,
+    device: str = "auto",
+    cache: AlignmentCache | None = None,
+    progress: bool = False,
+) -> Alignment:
+    """Align the embedding space of `source` to that of `target`. See `align_many`."""
+    return align_many(source, [target], options, device=device, cache=cache, progress=progress)[0]
+
+
+def align_many(
+    source: Checkpoint,
+    targets: Sequence[Checkpoint],
+    options: AlignmentOptions | None = None,
+    *,
+    device: str = "auto",
+    cache: AlignmentCache | None = None,
+    progress: bool = False,
+) -> list[Alignment]:
+    """Align one source to several targets; the source is read once.
+
+    Args:
+        source: whose input embedding, [rows, d_s], is mapped.
+        targets: each with an input embedding [rows, d_t].
+        options: what to align by; the defaults where not given.
+        device: "auto", "cpu" or "cuda".
+        cache: where solved alignments are kept; None solves in any case.
+        progress: show a bar on stderr for what takes longer than two seconds.
+
+    Returns:
+        One alignment per target, in their order.
+
+    Raises:
+        DttError: checkpoints that can't be read or don't fit together.
+    """
+    options = options or AlignmentOptions()
+    for target in targets:
+        _check_widths(source, target, options)
+    started = time.perf_counter()
+    jobs = _jobs(source, targets, options, cache)
+    digest_seconds = time.perf_counter() - started
+    with cache.locked([job.key for job in jobs]) if cache else contextlib.nullcontext():
+        found = [cache.load(job.key) if cache else None for job in jobs]
+        todo = [job for job, alignment in zip(jobs, found, strict=True) if alignment is None]
+        solved = iter(_solve(source, todo, options, device, progress=progress))
+        results = []
+        for job, alignment in zip(jobs, found, strict=True):
+            if alignment is None:
+                alignment = next(solved)
+                if cache:
+                    cache.store(job.key, alignment)
+                seconds = {"digests": digest_seconds, **alignment.seconds}
+                alignment = replace(alignment, seconds=seconds)
+            else:
+                # The content is the same; the names are those of this call.
+                report = alignment.report | {"source_model": source.name, "target_model": job.target.name}
+                alignment = replace(alignment, report=report, cached=True)
+            results.append(alignment)
+    return results
+
+
+def _check_widths(source: Checkpoint, target: Checkpoint, options: AlignmentOptions) -> None:
+    d_s, d_t = source.input_embedding().shape[1], target.input_embedding().shape[1]
+    if d_s != d_t and not options.allow_width_change:
+        raise DttError(
+            f"The embedding of {source.name} is {d_s} wide and that of {target.name} {d_t}; a semi-orthogonal "
+            "map between different widths has to be asked for with --allow-width-change."
+        )
+
+
+def _jobs(
+    source: Checkpoint, targets: Sequence[Checkpoint], options: AlignmentOptions, cache: AlignmentCache | None
+) -> list[_Job]:
+    embeddings = [checkpoint.input_embedding() for checkpoint in (source, *targets)]
+    digests = matrix_digests(embeddings, cache)
+    vocabularies = [
+        "" if options.match == "rows" else vocabulary_digest(checkpoint) for checkpoint in (source, *targets)
+    ]
+    known = asdict(options)
+    if options.anchors_file is not None:
+        known["anchors_file"] = sha256_file(Path(options.anchors_file))
+    contents = [
+        [digest, embedding.dtype, embedding.shape, vocabulary]
+        for digest, embedding, vocabulary in zip(digests, embeddings, vocabularies, strict=True)
+    ]
+    return [
+        _Job(target, digests[0], digest, sha256_json([_VERSION, contents[0], content, known]), content == contents[0])
+        for target, digest, content in zip(targets, digests[1:], contents[1:], strict=True)
+    ]
+
+
+def _solve(
+    source: Checkpoint, jobs: Sequence[_Job], options: AlignmentOptions, device: str, *, progress: bool
+) -> list[Alignment]:
+    """Solve `jobs` in one pass over the source."""
+    if not jobs:
+        return []
+    started = time.perf_counter()
+    by_token = options.match == "tokens"
+    source_side = Side(source.name, source.input_embedding(), load_vocabulary(source) if by_token else None)
+    pairs = []
+    for job in jobs:
+        vocabulary = load_vocabulary(job.target) if by_token else None
+        side = Side(job.target.name, job.target.input_embedding(), vocabulary)
+        anchors = choose_anchors(source_side.vocabulary, vocabulary, source_side.embedding, side.embedding, options)
+        pairs.append((side, anchors))
+    work = max(
+        len(anchors.source_rows) * source_side.embedding.shape[1] * side.embedding.shape[1] for side, anchors in pairs
+    )
+    bfloat16 = all(side.embedding.dtype == "BF16" for side in (source_side, *(side for side, _ in pairs)))
+    engine = choose_engine(device, multiplications=work, bfloat16=bfloat16)
+    vocabulary_seconds = time.perf_counter() - started
+    moments = measure(source_side, pairs, options, engine, progress=progress)
+    stream_seconds = time.perf_counter() - started - vocabulary_seconds
+    alignments = []
+    for job, (side, anchors) in zip(jobs, pairs, strict=True):
+        seconds = {"vocabulary": vocabulary_seconds, "stream": stream_seconds}
+        alignment = _finish(source_side, side, anchors, moments.pop(0), job, options, engine)
+        alignments.append(replace(alignment, seconds=seconds | alignment.seconds))
+    return alignments
+
+
+def _finish(
+    source: Side,
+    target: Side,
+    anchors: Anchors,
+    moments: Moments,
+    job: _Job,
+    options: AlignmentOptions,
+    engine: Engine,
+) -> Alignment:
+    """Solve for W and measure it."""
+    started = time.perf_counter()
+    polar = polar_factor(moments.M, engine)
+    W = np.eye(len(moments.M)) if job.same else polar.W
+    if job.same:
+        polar = replace(polar, W=W, orthogonality_error=0.0)
+    polar_seconds = time.perf_counter() - started
+    held: HeldOut | None = None
+    if len(moments.held_source):
+        held = hold_out(moments.M, polar, moments.held_source, moments.held_target, engine, seed=options.seed)
+    report = {
+        "source_model": source.model,
+        "target_model": target.model,
+        "source_sha256": job.source_sha256,
+        "target_sha256": job.target_sha256,
+        "source_shape": list(source.embedding.shape),
+        "target_shape": list(target.embedding.shape),
+        "source_dtype": source.embedding.dtype,
+        "target_dtype": target.embedding.dtype,
+        "same_model": job.same,
+        "shared_tokens": anchors.n_shared,
+        "shared_share": anchors.share,
+        "anchors": len(anchors.source_rows),
+        "special_left_out": list(anchors.special_left_out),
+        **_figures(moments, polar, W),
+        "scale_applied": options.scale,
+        "held_out": asdict(held) if held else None,
+        "warnings": _warnings(anchors, polar, options, held, job),
+        "options": asdict(options),
+        "engine": engine.name,
+    }
+    seconds = {
+        "polar": polar_seconds,
+        "diagnostics": time.perf_counter() - started - polar_seconds,
+    }
+    return Alignment(W, report, moments.source_mean, moments.target_mean, seconds)
+
+
+def _figures(moments: Moments, polar: Polar, W: Any) -> dict[str, Any]:
+    """Return what follows from the sums alone: no second pass over the embeddings."""
+    d_s, d_t = W.shape
+    overlap = float(np.vdot(W, moments.M))  # tr(W^T M)
+    residual = np.sqrt(max(moments.source_square + moments.target_square - 2 * overlap, 0.0))
+    # Where the width shrinks, the residual is that of the way back, which alone keeps lengths.
+    reference = moments.target_square if d_s <= d_t else moments.source_square
+    return {
+        "residual": float(residual),
+        "relative_residual": float(residual / np.sqrt(reference)),
+        "orthogonality_error": polar.orthogonality_error,
+        "distance_from_identity": (float(np.sqrt(max(1 - np.trace(W) / d_s, 0.0))) if d_s == d_t else None),
+        "rank": polar.rank,
+        "condition": polar.condition if np.isfinite(polar.condition) else None,
+        "gap": polar.gap,
+        "unique": polar.unique,
+        "scale": overlap / moments.source_square,
+    }
+
+
+def _warnings(anchors: Anchors, polar: Polar, options: AlignmentOptions, held: HeldOut | None, job: _Job) -> list[str]:
+    """Return what a user should know before relying on W."""
+    warnings = []
+    if job.same:
+        warnings.append("source and target are the same embedding and vocabulary: W is the identity")
+    elif not polar.unique:
+        missing = len(polar.singular_values) - polar.rank
+        warnings.append(
+            f"the anchors determine only {polar.rank} of {len(polar.singular_values)} dimensions: W is not unique "
+            f"in the other {missing}"
+        )
+    if anchors.share < options.warn_share:
+        warnings.append(
+            f"only {anchors.share:.0%} of the smaller vocabulary is shared: the map rests on these tokens alone"
+        )
+    if held is None:
+        warnings.append("no held-out figures: too few anchors to spare any")
+    return warnings

@@ -1,0 +1,152 @@
+"""`dtt transfer`: DefensiveTokens of one model for another."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dtt_plugin.cli.output import add_json_option, show
+from dtt_plugin.errors import DttError
+
+if TYPE_CHECKING:
+    from dtt_plugin.alignment import Alignment
+    from dtt_plugin.tokens import DefensiveTokens
+
+_EPILOG = """\
+examples:
+  dtt transfer tokens.safetensors w.safetensors -o moved.safetensors
+  dtt transfer defensivetokens.json w.safetensors --compare --native defensivetokens.json
+  dtt transfer tokens.safetensors --method copy --target-model owner/name -o copied.safetensors
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `transfer` to the parser of `dtt`."""
+    parser = subparsers.add_parser(
+        "transfer",
+        help="move DefensiveTokens to another model's embedding space",
+        description="Move DefensiveTokens to another model's embedding space with the map of `dtt align`, "
+        "or with a control (copy, random rotation).",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    suppress = argparse.SUPPRESS  # a positional that is not given must not undo the option of the same name
+    parser.add_argument("tokens", metavar="TOKENS", nargs="?", default=suppress, help="token file or upstream JSON")
+    parser.add_argument(
+        "alignment", metavar="ALIGNMENT", nargs="?", default=suppress, help="file written by `dtt align`"
+    )
+    parser.add_argument("--tokens", dest="tokens", metavar="FILE", help="the same as TOKENS")
+    parser.add_argument("--alignment", dest="alignment", metavar="FILE", help="the same as ALIGNMENT")
+    parser.add_argument("-o", "--out", type=Path, help="token file to write")
+    parser.add_argument(
+        "--tokens-model",
+        metavar="ID",
+        help="which entry of an upstream JSON (default: the alignment's source)",
+    )
+    parser.add_argument(
+        "--target-model", metavar="ID", help="what the new tokens are for (default: the alignment's target)"
+    )
+    parser.add_argument(
+        "--method",
+        choices=["procrustes", "copy", "random"],
+        default="procrustes",
+        help="procrustes (default), or a control: the values as they are, or a random rotation",
+    )
+    parser.add_argument(
+        "--norm",
+        metavar="source|native|FLOAT",
+        help="rescale every token: to its length before, to the mean length of --native, or to a number",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of --method random (default 0)")
+    parser.add_argument("--native", metavar="FILE", help="the target's own tokens, to compare with")
+    parser.add_argument("--native-model", metavar="ID", help="which entry of an upstream JSON (default: the target)")
+    parser.add_argument("--compare", action="store_true", help="print a table over all methods")
+    add_json_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Transfer, write what was asked for, print the report."""
+    from dtt_plugin.alignment import load_alignment
+    from dtt_plugin.tokens import load_tokens, save_tokens
+    from dtt_plugin.transfer import compare, compare_methods, transfer
+
+    if args.tokens is None:
+        raise DttError("Which tokens? Give a token file: dtt transfer TOKENS ALIGNMENT -o OUT.")
+    if args.out is None and not args.compare:
+        raise DttError("Where to? Give -o FILE, or --compare to look only.")
+    alignment = load_alignment(args.alignment) if args.alignment else None
+    tokens = load_tokens(args.tokens, model=_entry(args.tokens, args.tokens_model, alignment, "source_model"))
+    native = None
+    if args.native:
+        native_model = args.native_model or args.target_model
+        native = load_tokens(args.native, model=_entry(args.native, native_model, alignment, "target_model"))
+    if alignment and tokens.model != alignment.source_model:
+        print(
+            f"dtt transfer: the tokens belong to {tokens.model}, the alignment starts from "
+            f"{alignment.source_model}; make sure that these are the same model",
+            file=sys.stderr,
+        )
+    target = args.target_model or (native.model if native and not alignment else None)
+    options: dict[str, Any] = {"target_model": target, "norm": args.norm, "native": native, "seed": args.seed}
+    report: dict[str, Any] = {}
+    if args.out is not None:
+        moved = transfer(tokens, alignment, method=args.method, **options)
+        comparison = compare(tokens, moved, alignment=alignment, native=native)
+        save_tokens(args.out, moved)
+        report = _report(moved, comparison, args.out)
+    if args.compare:
+        report["methods"] = compare_methods(tokens, alignment, **options)
+    if args.compare and not args.json:
+        _print_table(report.pop("methods"))
+    show(report, as_json=args.json)
+    return 0
+
+
+def _entry(path: str, chosen: str | None, alignment: Alignment | None, side: str) -> str | None:
+    """Return which entry of an upstream JSON is meant; a token file has only one."""
+    if chosen or alignment is None or not path.endswith(".json"):
+        return chosen
+    from dtt_plugin.tokens import upstream_models
+
+    name = getattr(alignment, side)
+    return name if name in upstream_models(path) else None
+
+
+def _report(moved: DefensiveTokens, comparison: Any, out: Path) -> dict[str, Any]:
+    return {
+        "source_model": moved.source_model,
+        "model": moved.model,
+        "method": moved.method,
+        "k": moved.k,
+        "width": moved.width,
+        "prompt_format": moved.prompt_format,
+        "norms": comparison.norms,
+        "norm_ratio": comparison.norm_ratio,
+        "cosine_to_source": comparison.cosine_to_source,
+        "cosine_to_native": comparison.cosine_to_native,
+        "distance_from_identity": comparison.distance_from_identity,
+        "digest": moved.digest,
+        "out": str(out),
+    }
+
+
+def _print_table(methods: list[dict[str, Any]]) -> None:
+    """Print one line per method; figures over the tokens as smallest .. largest."""
+    columns = ("norms", "norm_ratio", "cosine_to_source", "cosine_to_native", "distance_from_identity")
+    rows = [["method", *(name.replace("_", " ") for name in columns)]]
+    for method in methods:
+        rows.append([method["method"], *(_cell(method[name]) for name in columns)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _cell(value: float | list[float] | None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return f"{min(value):.4g} .. {max(value):.4g}"
+    return f"{value:.6g}"

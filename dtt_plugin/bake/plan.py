@@ -85,7 +85,8 @@ def make_plan(
     token_ids = tokenizer.reserved_ids(tokens.k) if reuse_reserved else tokenizer.next_ids(tokens.k)
     base_rows = embedding.shape[0]
     n_rows = max(base_rows, token_ids[-1] + 1)
-    input_rows = tokens.rows.astype(embedding.numpy_dtype)
+    with np.errstate(over="ignore"):  # said below, in words
+        input_rows = tokens.rows.astype(embedding.numpy_dtype)
     if not np.isfinite(input_rows.astype(np.float32)).all():
         raise DttError(
             f"A DefensiveToken does not fit the type of {embedding.name} ({embedding.dtype}); "
@@ -96,6 +97,11 @@ def make_plan(
     ]
     head = checkpoint.output_head()
     untie = checkpoint.tied
+    if untie and head is not None and not _equal(head, embedding):
+        raise DttError(
+            f"{checkpoint.name} says tie_word_embeddings=true and stores another head, {head.name}: engines "
+            "disagree on which counts; set the value in its config.json to the one that is meant."
+        )
     source = embedding if untie or head is None else head
     n_vocabulary = min(tokenizer.size, source.shape[0])
     ordinary = mean_row(source, n_vocabulary)
@@ -164,6 +170,14 @@ def _grown(source: TensorLocation, base_rows: int, n_rows: int) -> int:
             "such a model is not supported."
         )
     return n_rows
+
+
+def _equal(one: TensorLocation, other: TensorLocation) -> bool:
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    starts = range(0, one.shape[0], _ROWS_AT_ONCE)
+    ranges = [(start, min(start + _ROWS_AT_ONCE, one.shape[0])) for start in starts]
+    return all(one.read_rows(*rows).tobytes() == other.read_rows(*rows).tobytes() for rows in ranges)
 
 
 def _head_name(embedding_name: str) -> str:

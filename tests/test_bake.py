@@ -1,0 +1,256 @@
+"""A defended checkpoint computes what the base model computes with the tokens as input embeddings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dtt_plugin.bake import MANIFEST, altered_since, bake, read_manifest
+from dtt_plugin.checkpoint import open_checkpoint
+from dtt_plugin.errors import DttError
+from tests.bake_helpers import load, logits_of_ids, logits_of_rows, random_tokens, tiny
+from tests.checkpoints import BOS, DTYPES, END, default_vocab_tokens, write_weights
+
+N_TOKENS = len(default_vocab_tokens()) + 3
+PROMPT = [3, 50, 17, 200, 90, 264]
+
+SHAPES = [
+    pytest.param({"tied": tied, "extra_rows": extra, "dtype": dtype, "shards": shards}, id=name)
+    for name, tied, extra, dtype, shards in (
+        ("tied", True, 0, "bfloat16", 1),
+        ("untied", False, 0, "bfloat16", 1),
+        ("tied-padded", True, 20, "bfloat16", 1),
+        ("untied-padded", False, 20, "float16", 3),
+        ("tied-partly-padded", True, 2, "float32", 3),
+        ("untied-partly-padded", False, 2, "float32", 2),
+    )
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_with_and_without_the_tokens_are_the_base_models(tmp_path: Path, shape: dict[str, object]) -> None:
+    torch = pytest.importorskip("torch")
+    base_folder = tiny(tmp_path / "base", **shape)
+    tokens = random_tokens(32)
+    report = bake(str(base_folder), tokens, tmp_path / "baked")
+    base, baked = load(base_folder), load(tmp_path / "baked")
+    stored = tokens.rows.astype(DTYPES[str(shape["dtype"])]).astype(np.float32)
+
+    expected = logits_of_rows(base, torch.tensor(stored), PROMPT)
+    got = logits_of_ids(baked, [*report.token_ids, *PROMPT])
+    assert torch.allclose(got[:, :N_TOKENS], expected[:, :N_TOKENS], atol=1e-4, rtol=0)
+    # A larger matrix may take another path through the matrix product; the values are the same bits.
+    plain, plain_base = logits_of_ids(baked, PROMPT), logits_of_ids(base, PROMPT)
+    assert torch.allclose(plain[:, :N_TOKENS], plain_base[:, :N_TOKENS], atol=1e-6, rtol=0)
+    head, base_head = baked.get_output_embeddings().weight, base.get_output_embeddings().weight
+    assert torch.equal(head[:N_TOKENS], base_head[:N_TOKENS])
+    assert report.token_ids == tuple(range(N_TOKENS, N_TOKENS + 5))
+    rows = N_TOKENS + max(5, int(str(shape["extra_rows"])))
+    assert report.rows == rows == baked.config.vocab_size == got.shape[-1]
+    assert baked.config.tie_word_embeddings is False
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_tensor_but_the_changed_rows_is_bit_equal(tmp_path: Path, shape: dict[str, object]) -> None:
+    base_folder = tiny(tmp_path / "base", **shape)
+    report = bake(str(base_folder), random_tokens(32), tmp_path / "baked")
+    base = open_checkpoint(str(base_folder), need="all").tensors()
+    baked = open_checkpoint(str(tmp_path / "baked"), need="all").tensors()
+    assert baked.keys() == base.keys() | {"lm_head.weight"}
+    for name, location in baked.items():
+        value = location.read()
+        before = base.get(name, base["model.embed_tokens.weight"]).read()
+        if name in report.changed_tensors:
+            kept = [row for row in range(len(before)) if row not in report.token_ids]
+            assert value[kept].tobytes() == before[kept].tobytes()
+        else:
+            assert value.tobytes() == before.tobytes()
+    for file in {location.file for location in baked.values()}:
+        assert load_file(file)  # the library finds the header in order, too
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_defensive_token_is_never_the_likeliest_and_transformers_never_samples_one(
+    tmp_path: Path, tied: bool
+) -> None:
+    torch = pytest.importorskip("torch")
+    base_folder = tiny(tmp_path / "base", tied=tied)
+    report = bake(str(base_folder), random_tokens(32), tmp_path / "baked")
+    model = load(tmp_path / "baked")
+    logits = logits_of_ids(model, [*report.token_ids, *range(0, 250)])
+    first = report.token_ids[0]
+    assert (logits[:, first:].max(dim=1).values < logits[:, :first].max(dim=1).values).all()
+    for temperature in (0.5, 1.0, 2.0, 10.0):
+        probabilities = torch.softmax(logits / temperature, dim=-1)
+        assert probabilities[:, first:].max() <= 1.05 / N_TOKENS  # Jensen, and the row's rounding
+    ids = torch.tensor([[*report.token_ids, *PROMPT]] * 64)
+    options = {"max_new_tokens": 64, "min_new_tokens": 64, "pad_token_id": 0}
+    sampled = model.generate(ids, do_sample=True, temperature=2.0, top_k=0, **options)[:, ids.shape[1] :]
+    assert sampled.shape == (64, 64)
+    assert not torch.isin(sampled, torch.tensor(report.token_ids)).any()
+    greedy = model.generate(ids[:1], do_sample=False, **options)[:, ids.shape[1] :]
+    assert not torch.isin(greedy, torch.tensor(report.token_ids)).any()
+
+
+def test_without_the_head_rows_handled_a_tied_model_would_emit_the_tokens(tmp_path: Path) -> None:
+    """The trap that the two tests above guard against exists."""
+    torch = pytest.importorskip("torch")
+    base_folder = tiny(tmp_path / "base", tied=True)
+    base = load(base_folder)
+    rows = torch.tensor(random_tokens(32).rows)
+    with torch.no_grad():
+        hidden = base.model(torch.tensor([PROMPT])).last_hidden_state[0]
+    assert ((hidden @ rows.T).max(dim=1).values > logits_of_ids(base, PROMPT).max(dim=1).values).any()
+
+
+def test_unchanged_files_are_links_and_changed_ones_are_not(tmp_path: Path) -> None:
+    base_folder = tiny(tmp_path / "base with späce", tied=True, shards=4)
+    report = bake(str(base_folder), random_tokens(32), tmp_path / "baké d")
+    same = [
+        file.name
+        for file in sorted((tmp_path / "baké d").glob("*.safetensors"))
+        if file.samefile(base_folder / file.name)
+    ]
+    assert len(same) == 3
+    assert report.bytes_linked == sum((base_folder / name).stat().st_size for name in same)
+    copied = bake(str(base_folder), random_tokens(32), tmp_path / "copied", copy=True)
+    assert copied.bytes_linked == 0
+    assert not any(f.samefile(base_folder / f.name) for f in (tmp_path / "copied").glob("*.safetensors"))
+
+
+def test_a_hub_cache_of_symlinks_and_a_read_only_model_work(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    tiny(blobs, shards=2)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        file.chmod(0o444)
+        (snapshot / file.name).symlink_to(file)
+    snapshot.chmod(0o555)
+    before = {file.name: file.read_bytes() for file in blobs.iterdir()}
+    bake(str(snapshot), random_tokens(32), tmp_path / "baked")
+    assert {file.name: file.read_bytes() for file in blobs.iterdir()} == before
+    assert all(file.resolve().is_file() for file in (tmp_path / "baked").iterdir())
+    load(tmp_path / "baked")
+
+
+def test_a_tied_model_that_stores_its_head_too_is_untied(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    base_folder = tiny(tmp_path / "base", tied=True)
+    tensors = load_file(base_folder / "model.safetensors")
+    write_weights(base_folder, {"lm_head.weight": tensors["model.embed_tokens.weight"], **tensors}, shards=2)
+    (base_folder / "model.safetensors").unlink()
+    bake(str(base_folder), random_tokens(32), tmp_path / "baked")
+    base, baked = load(base_folder), load(tmp_path / "baked")
+    assert torch.allclose(
+        logits_of_ids(baked, PROMPT)[:, :N_TOKENS], logits_of_ids(base, PROMPT)[:, :N_TOKENS], atol=1e-6
+    )
+
+
+def test_a_tied_model_that_stores_another_head_is_refused(tmp_path: Path) -> None:
+    base_folder = tiny(tmp_path / "base", tied=False)
+    config = json.loads((base_folder / "config.json").read_text())
+    (base_folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(DttError, match=r"stores another head, lm_head\.weight"):
+        bake(str(base_folder), random_tokens(32), tmp_path / "baked")
+
+
+def test_reserved_tokens_are_reused_and_no_shape_changes(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    reserved = [f"<|reserved_special_token_{i}|>" for i in range(8)]
+    base_folder = tiny(tmp_path / "base", tied=False, special=[BOS, "<|im_start|>", END, *reserved])
+    tokens = random_tokens(32)
+    report = bake(str(base_folder), tokens, tmp_path / "baked", reuse_reserved=True)
+    assert report.rows == report.base_rows
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "baked")
+    assert tokenizer.convert_tokens_to_ids(list(report.token_names)) == list(report.token_ids)
+    assert tokenizer.convert_ids_to_tokens(report.token_ids[0] - 1) == reserved[2]
+    stored = torch.tensor(tokens.rows.astype(ml_dtypes.bfloat16).astype(np.float32))
+    got = logits_of_ids(load(tmp_path / "baked"), [*report.token_ids, *PROMPT])
+    expected = logits_of_rows(load(base_folder), stored, PROMPT)
+    assert torch.allclose(got[:, : report.token_ids[0]], expected[:, : report.token_ids[0]], atol=1e-4)
+    with pytest.raises(DttError, match="unused reserved tokens and 9 are needed"):
+        bake(str(base_folder), random_tokens(32, k=9), tmp_path / "more", reuse_reserved=True)
+
+
+def test_the_manifest_tells_an_altered_checkpoint(tmp_path: Path) -> None:
+    base_folder = tiny(tmp_path / "base")
+    tokens = random_tokens(32)
+    bake(str(base_folder), tokens, tmp_path / "baked")
+    manifest = read_manifest(tmp_path / "baked")
+    assert manifest["tokens"]["sha256"] == tokens.digest
+    assert not altered_since(tmp_path / "baked", manifest)
+    assert manifest["changed_tensors"]["lm_head.weight"]["sha256"]
+    with (tmp_path / "baked" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    (tmp_path / "baked" / "README.md").unlink()
+    (tmp_path / "baked" / "new.json").write_text("{}")
+    altered = altered_since(tmp_path / "baked", manifest)
+    assert (altered.changed, altered.missing, altered.added) == (("model.safetensors",), ("README.md",), ("new.json",))
+
+
+def test_verification_finds_a_wrong_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dtt_plugin.bake import weights
+
+    base_folder = tiny(tmp_path / "base")
+    write_at = weights._write_at
+
+    def careless(descriptor: int, data: bytes | memoryview, position: int) -> None:
+        write_at(descriptor, bytes(data)[:-1] + b"\x00", position)
+
+    monkeypatch.setattr(weights, "_write_at", careless)
+    with pytest.raises(DttError, match=r"Verification failed: the values of .* in model\.safetensors"):
+        bake(str(base_folder), random_tokens(32), tmp_path / "baked")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+def test_tokens_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    base_folder = tiny(tmp_path / "base", dtype="float16")
+    with pytest.raises(DttError, match=r"tokens have width 48 and .* has width 32"):
+        bake(str(base_folder), random_tokens(48), tmp_path / "baked")
+    with pytest.raises(DttError, match=r"does not fit the type of model\.embed_tokens\.weight"):
+        bake(str(base_folder), random_tokens(32, scale=1e6), tmp_path / "baked")
+    bake(str(base_folder), random_tokens(32), tmp_path / "baked")
+    with pytest.raises(DttError, match="already has DefensiveTokens"):
+        bake(str(tmp_path / "baked"), random_tokens(32), tmp_path / "twice")
+
+
+def test_models_that_cannot_be_defended_this_way_are_refused(tmp_path: Path) -> None:
+    base_folder = tiny(tmp_path / "base")
+    config = json.loads((base_folder / "config.json").read_text())
+    (base_folder / "config.json").write_text(json.dumps({**config, "model_type": "gemma2"}))
+    with pytest.raises(DttError, match="computes its output from the input embedding in every engine"):
+        bake(str(base_folder), random_tokens(32), tmp_path / "baked")
+    (base_folder / "config.json").write_text(json.dumps(config))
+    (base_folder / "tokenizer.json").unlink()
+    with pytest.raises(DttError, match=r"has no tokenizer\.json"):
+        bake(str(base_folder), random_tokens(32), tmp_path / "baked")
+    (base_folder / "model.safetensors").rename(base_folder / "pytorch_model.bin")
+    with pytest.raises(DttError, match="pickled weights only"):
+        bake(str(base_folder), random_tokens(32), tmp_path / "baked")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+def test_everything_says_the_same(tmp_path: Path) -> None:
+    """Index, configuration, tokenizer, generation config and manifest agree."""
+    base_folder = tiny(tmp_path / "base", shards=3)
+    report = bake(str(base_folder), random_tokens(32), tmp_path / "baked")
+    baked = tmp_path / "baked"
+    index = json.loads((baked / "model.safetensors.index.json").read_text())
+    tensors = open_checkpoint(str(baked), need="all").tensors()
+    assert index["weight_map"] == {name: location.file.name for name, location in tensors.items()}
+    assert index["metadata"]["total_size"] == sum(location.nbytes for location in tensors.values())
+    generation = json.loads((baked / "generation_config.json").read_text())
+    assert generation == {
+        "eos_token_id": json.loads((base_folder / "config.json").read_text())["eos_token_id"],
+        "suppress_tokens": list(report.token_ids),
+    }
+    assert json.loads((baked / MANIFEST).read_text())["token_ids"] == list(report.token_ids)

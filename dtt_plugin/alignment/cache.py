@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dtt_plugin import paths
 from dtt_plugin.alignment.result import Alignment, load_alignment, save_alignment
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import replacing, sha256_json
@@ -26,10 +27,8 @@ _SETTLED_SECONDS = 2.0
 
 
 def cache_folder() -> Path:
-    """Return `$DTT_CACHE_DIR`, else the user's cache folder."""
-    import platformdirs
-
-    return Path(os.environ.get("DTT_CACHE_DIR") or platformdirs.user_cache_dir("dtt-plugin")) / "alignments"
+    """Return the folder in which the command keeps alignments."""
+    return paths.cache_folder("alignments")
 
 
 def matrix_digest(location: TensorLocation) -> str:

@@ -20,6 +20,7 @@ from dtt_plugin.vocabulary import Vocabulary
 
 # Numbers per block and matrix: large enough for full speed, small beside M.
 _BLOCK = 2**25
+_FEWEST_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def measure(
     d_s = source.embedding.shape[1]
     sums = [_Sums(engine.cross(d_s, width)) for width in widths]
     union = np.unique(np.concatenate([anchors.source_rows for _, anchors in targets]))
-    block = max(256, _BLOCK // max(d_s, *widths))
+    block = max(_FEWEST_ROWS, _BLOCK // max(d_s, *widths))
     with tqdm(total=len(union), unit="row", desc="aligning", delay=2, disable=not progress) as bar:
         for rows, x_raw, parts in _blocks(source, targets, union, block):
             for total, (side, _), (x_rows, part, y_raw, y_rows, held) in zip(sums, targets, parts, strict=True):

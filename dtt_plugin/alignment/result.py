@@ -110,12 +110,13 @@ def load_alignment(path: str | Path) -> Alignment:
     located, metadata = read_header(path)
     if metadata.get("format") != FORMAT or "W" not in located or "report" not in metadata:
         raise DttError(f"{path} is not an alignment file ({FORMAT}); make one with `dtt align`.")
-    known = {name: located[name] for name in ("W", "source_mean", "target_mean") if name in located}
+    names: tuple[str, ...] = ("W", "source_mean", "target_mean")
+    known = {name: located[name] for name in names if name in located}
     shape = known["W"].shape
     shapes = {"W": shape, "source_mean": shape[:1], "target_mean": shape[1:]}
     if len(shape) != 2 or any(t.dtype != "F64" or t.shape != shapes[name] for name, t in known.items()):
         raise DttError(f"{path}: W and the means don't have matching float64 shapes; the file is damaged.")
-    tensors = {name: location.read() for name, location in known.items()}
+    tensors: dict[str, Matrix] = {name: location.read() for name, location in known.items()}
     if metadata.get("sha256") != _digest(tensors):
         raise DttError(f"{path}: the values don't match the digest in the file; make it again with `dtt align`.")
     try:

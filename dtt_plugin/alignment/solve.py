@@ -108,8 +108,8 @@ def _check_widths(source: Checkpoint, target: Checkpoint, options: AlignmentOpti
     d_s, d_t = source.input_embedding().shape[1], target.input_embedding().shape[1]
     if d_s != d_t and not options.allow_width_change:
         raise DttError(
-            f"The embedding of {source.name} is {d_s} wide and that of {target.name} {d_t}; a semi-orthogonal "
-            "map between different widths has to be asked for with --allow-width-change."
+            f"The embedding of {source.name} is {d_s} wide and that of {target.name} {d_t} wide; a "
+            "semi-orthogonal map between different widths has to be asked for with --allow-width-change."
         )
 
 

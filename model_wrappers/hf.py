@@ -43,7 +43,6 @@ _LOADING_ARGUMENTS = frozenset(
         "offload_buffers",
         "offload_state_dict",
         "quantization_config",
-        "token",
         "torch_dtype",
         "use_kernels",
         "use_safetensors",

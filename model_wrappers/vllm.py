@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from dtt_plugin.bake import bake_cached
@@ -21,6 +22,8 @@ else:
     VLLM = import_vllm_class()
 
 logger = logging.getLogger("dtt_plugin")
+
+_CPU_KV_CACHE_BYTES = 4 << 30
 
 
 class DttVLLM(Defended, VLLM):
@@ -68,6 +71,13 @@ class DttVLLM(Defended, VLLM):
             template_args=self.chat_template_args,
         )
 
+    def get_model_info(self) -> dict[str, Any]:
+        """Return the model facts, with the data type that the engine really uses."""
+        info = super().get_model_info()
+        if self.data_parallel_size <= 1:
+            info["model_dtype"] = str(self.model.llm_engine.model_config.dtype)
+        return info
+
     @staticmethod
     def _set_defaults(kwargs: dict[str, Any], *, demo: bool) -> None:
         """Fill in what serves where the user said nothing."""
@@ -80,6 +90,10 @@ class DttVLLM(Defended, VLLM):
         if current_platform.is_cpu() and kwargs.get("dtype", "auto") == "auto":
             kwargs["dtype"] = "float32"
             logger.info("dtype=float32, since vLLM runs on the processor.")
+        chosen = kwargs.keys() & {"gpu_memory_utilization", "kv_cache_memory_bytes"}
+        if current_platform.is_cpu() and not chosen and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            # vLLM would claim 92 % of the memory, and refuse to start where other programs use a part of it.
+            kwargs["kv_cache_memory_bytes"] = _CPU_KV_CACHE_BYTES
         if demo and current_platform.is_cpu():
             kwargs.setdefault("enforce_eager", True)
             if "max_length" not in kwargs:

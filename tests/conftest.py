@@ -1,0 +1,164 @@
+"""Fixtures: the benchmark data, real models, real tokenizers. What can't be had is skipped, with the reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dtt_plugin.data import RECORDS_FILE, SENTENCES_FILE, Record, data_folder, load_records, load_sentences
+from dtt_plugin.errors import DttError
+from dtt_plugin.paths import cache_folder
+from dtt_plugin.tokens import DefensiveTokens, save_tokens
+from tests.checkpoints import make_checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder with the AlpacaFarm data."""
+    folder = data_folder()
+    missing = [name for name in (RECORDS_FILE, SENTENCES_FILE) if not (folder / name).is_file()]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not in {folder}: run `dtt fetch` or set DTT_DATA_DIR")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def alpacafarm_records(data_dir: Path) -> list[Record]:
+    return load_records(data_dir / RECORDS_FILE)
+
+
+@pytest.fixture(scope="session")
+def test_sentences(data_dir: Path) -> list[str]:
+    return load_sentences(data_dir / SENTENCES_FILE).test
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """The folder of the demo model, SmolLM2-135M-Instruct."""
+    from dtt_plugin.demo_model import demo_model
+
+    try:
+        return demo_model()
+    except DttError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="session")
+def qwen() -> str:
+    """The folder of Qwen2.5-Coder-0.5B-Instruct, built by the script beside the test data."""
+    script = ROOT.parent / "shared" / "models" / "build_test_models.py"
+    built = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dtt-test-models" / "qwen-coder-0.5b"
+    if not (built / "config.json").is_file():
+        if not script.is_file():
+            pytest.skip(f"no Qwen2.5 model: neither {built} nor {script} exists")
+        subprocess.run([sys.executable, str(script), "qwen-coder-0.5b"], check=True, capture_output=True)
+    return str(built)
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer(qwen: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(qwen)
+
+
+@pytest.fixture(scope="session")
+def llama3_tokenizer() -> Any:
+    """Meta's Llama 3 tokenizer, 128,256 tokens, from the PyPI package llama-models (read as data)."""
+    import re
+
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    folder = cache_folder("models") / "llama3-tokenizer"
+    model_file = folder / "tokenizer.model"
+    if not model_file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), "llama-models"]
+        result = subprocess.run(download, capture_output=True, text=True, check=False)
+        if result.returncode:
+            pytest.skip(f"llama-models can't be downloaded: {result.stderr.strip()[-200:]}")
+        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+            model_file.write_bytes(wheel.read("llama_models/llama3/tokenizer.model"))
+    named = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id"}
+    named |= {7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag"}
+    reserved = iter(range(256))
+    special = [f"<|{named[i]}|>" if i in named else f"<|reserved_special_token_{next(reserved)}|>" for i in range(256)]
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    )
+    converted = TikTokenConverter(str(model_file), pattern=pattern, extra_special_tokens=special).converted()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=converted, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"
+    )
+    assert len(tokenizer) == 128256
+    assert re.fullmatch(r"<\|start_header_id\|>", tokenizer.convert_ids_to_tokens(128006))
+    return tokenizer
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> str:
+    """A two-layer chat model that loads in milliseconds; its answers are noise."""
+    return str(make_checkpoint(tmp_path / "tiny", width=32))
+
+
+@pytest.fixture
+def tiny_tokens(tmp_path: Path) -> str:
+    return write_tokens(tmp_path / "tiny.tokens.safetensors", width=32)
+
+
+def write_tokens(path: Path, *, width: int, k: int = 5, seed: int = 0, norm: float = 20.0, **fields: str) -> str:
+    """Write k random tokens of the given norm and return the file's path."""
+    rows = np.random.default_rng(seed).standard_normal((k, width))
+    rows *= norm / np.linalg.norm(rows, axis=1, keepdims=True)
+    values: dict[str, Any] = {"model": "tiny", "method": "random", "prompt_format": "model"} | fields
+    save_tokens(path, DefensiveTokens(rows=rows.astype(np.float32), **values))
+    return str(path)
+
+
+@pytest.fixture
+def lm_eval_command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the real lm_eval command in a process of its own."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "lm_eval", *arguments],
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+        )
+
+    return run
+
+
+def read_samples(folder: Path, task: str) -> list[dict[str, Any]]:
+    """Return the newest samples of a task below an output folder."""
+    newest = sorted(folder.rglob(f"samples_{task}_2*.jsonl"))[-1]
+    return [json.loads(line) for line in newest.read_text(encoding="utf-8").splitlines()]
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Return the newest results below an output folder."""
+    results: dict[str, Any] = json.loads(sorted(folder.rglob("results_*.json"))[-1].read_text(encoding="utf-8"))
+    return results

@@ -26,6 +26,7 @@ from dtt_plugin.checkpoint import INDEX_FILE, Checkpoint, open_checkpoint, read_
 from dtt_plugin.errors import DttError
 from dtt_plugin.formats import check_format
 from dtt_plugin.tokens import DefensiveTokens
+from dtt_plugin.vllm_plugin import CONFIG_KEY
 
 # Files that engines read besides weights and tokenizer; small, so they are copied.
 _CARRIED_ENDINGS = frozenset({".json", ".txt", ".model", ".py", ".tiktoken", ".jinja"})
@@ -180,6 +181,7 @@ def _write_config(plan: BakePlan, folder: Path) -> None:
             table["vocab_size"] = plan.n_rows
         if table is config or "tie_word_embeddings" in table:
             table["tie_word_embeddings"] = False
+    config[CONFIG_KEY] = list(plan.token_ids)
     if plan.untie:
         _leave_head_unquantized(config.get("quantization_config"))
     _write_table(folder / "config.json", config)

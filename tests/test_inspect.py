@@ -1,0 +1,100 @@
+"""`dtt bake`, `dtt inspect` and `dtt cache` as commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dtt_plugin import cli
+from dtt_plugin.bake import is_defended_checkpoint
+from dtt_plugin.tensor_files import write_safetensors
+from dtt_plugin.tokens import save_tokens, save_upstream_json
+from tests.bake_helpers import random_tokens, tiny
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    tiny(tmp_path / "base")
+    save_tokens(tmp_path / "tokens.safetensors", random_tokens(32))
+    return tmp_path
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, Any]:
+    code = cli.main([*map(str, arguments), "--json"])
+    output = capsys.readouterr()
+    return code, json.loads(output.out) if output.out else output.err
+
+
+def test_bake_then_inspect_then_alter(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = files / "baked"
+    code, report = run(capsys, "bake", files / "base", "--tokens", files / "tokens.safetensors", "--out", out)
+    assert (code, report["verified"], report["untied"], len(report["token_ids"])) == (0, True, True, 5)
+    code, found = run(capsys, "inspect", out)
+    assert code == 0
+    assert found["what"] == "defended checkpoint"
+    assert (found["base_model"], found["method"], found["k"]) == (str(files / "base"), "random", 5)
+    assert (found["default"], found["altered"], found["verified_when_baked"]) == ("on", "", True)
+    assert found["tokens_sha256"] == random_tokens(32).digest
+    (out / "chat_template.jinja").write_text("{{ messages }}")
+    code, found = run(capsys, "inspect", out)
+    assert (code, found["altered"]) == (1, "chat_template.jinja was changed")
+
+
+def test_default_off_and_no_verify_are_told(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--tokens", files / "tokens.safetensors", "--out", files / "baked", "--default-off", "--no-verify")
+    assert run(capsys, "bake", files / "base", *options)[0] == 0
+    found = run(capsys, "inspect", files / "baked")[1]
+    assert found["default"] == "off: a plain server is undefended"
+    assert found["verified_when_baked"] is False
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (
+        ("bake", files / "base", "--tokens", files / "missing", "--out", files / "baked"),
+        ("bake", files / "none", "--tokens", files / "tokens.safetensors", "--out", files / "baked"),
+        ("inspect", files / "missing"),
+        ("inspect", files / "base" / "model.safetensors"),
+        ("inspect", files / "base" / "tokenizer_config.json"),
+    ):
+        code, sentence = run(capsys, *arguments)
+        assert code == 2
+        assert sentence.count("\n") == 1
+        assert sentence.startswith(f"dtt {arguments[0]}: ")
+    assert not is_defended_checkpoint(files / "baked")
+
+
+def test_token_files_alignments_and_models_are_told_apart(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run(capsys, "inspect", files / "tokens.safetensors")[1]
+    assert (found["what"], found["k"], found["width"]) == ("token file", 5, 32)
+    assert np.allclose(found["norms"], np.linalg.norm(random_tokens(32).rows, axis=1), rtol=1e-5)
+    save_upstream_json(files / "published.json", {"a": np.ones((5, 8), np.float32), "b": np.ones((2, 4), np.float32)})
+    found = run(capsys, "inspect", files / "published.json")[1]
+    assert (found["models"], found["b"][:5]) == (2, "2 x 4")
+    assert run(capsys, "inspect", files / "published.json", "--tokens-model", "a")[1]["norms"][0] == 8**0.5
+    metadata = {"format": "dtt.alignment/1", "source_model": "s", "residual": "0.25"}
+    write_safetensors(files / "w.safetensors", {"W": np.ones((4, 6), np.float32)}, metadata)
+    found = run(capsys, "inspect", files / "w.safetensors")[1]
+    assert (found["what"], found["source_width"], found["residual"]) == ("alignment file", 4, 0.25)
+    assert run(capsys, "inspect", files / "base")[1]["what"] == "model without DefensiveTokens"
+
+
+def test_cache_lists_and_prunes(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dtt_plugin.bake import bake_cached
+
+    monkeypatch.setenv("DTT_CACHE_DIR", str(files / "cache"))
+    assert run(capsys, "cache", "list")[1]["entries"] == []
+    for seed in (1, 2):
+        bake_cached(str(files / "base"), random_tokens(32, seed=seed))
+    listed = run(capsys, "cache", "list")[1]
+    assert [row["base_model"] for row in listed["entries"]] == [str(files / "base")] * 2
+    assert listed["disk_bytes"] > 0
+    assert len(run(capsys, "cache", "prune", "--keep", "1")[1]["removed"]) == 1
+    assert run(capsys, "cache", "prune", "--older-than", "1")[1]["removed"] == []
+    assert len(run(capsys, "cache", "prune")[1]["removed"]) == 1
+    assert run(capsys, "cache", "prune", "--keep", "-1")[0] == 2

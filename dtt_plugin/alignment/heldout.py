@@ -83,7 +83,7 @@ def hold_out(M: Matrix, polar: Polar, x: NDArray[Any], y: NDArray[Any], engine: 
 
 
 def _first_order(
-    polar: Polar, V: Matrix, x: NDArray[np.float32], y: NDArray[np.float32]
+    polar: Polar, V: NDArray[np.float32], x: NDArray[np.float32], y: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
     """Take the held-out rows' share E = x^T y out of the polar factor of M, to first order.
 
@@ -95,16 +95,15 @@ def _first_order(
     Returns:
         Predictions and targets, both (n, d); None, None where K is too large for one step.
     """
-    V32 = V.astype(np.float32)
-    a = (x @ polar.W.astype(np.float32)) @ V32  # (n, d)
-    b = y @ V32  # (n, d)
-    del V32
+    a = (x @ polar.W.astype(np.float32)) @ V  # (n, d)
+    b = y @ V  # (n, d)
     K = a.T @ b  # V^T W^T E V: (d, d)
     p = polar.singular_values.astype(np.float32) - np.diagonal(K)
     if p.min() <= 0:
         return None, None
     K = K.T - K
-    K /= p[:, None] + p
+    for row, sum_with_row in zip(K, p, strict=True):
+        row /= sum_with_row + p
     if np.linalg.norm(K) > _LARGEST_FIRST_ORDER * np.sqrt(len(K)):
         return None, None
     # a (I + K/2) (I - K/2)^-1, and (I - K/2)^T = I + K/2.

@@ -19,7 +19,7 @@ from dtt_plugin.tensor_files import TensorLocation
 from dtt_plugin.vocabulary import Vocabulary
 
 # Numbers per block and matrix: large enough for full speed, small beside M.
-_BLOCK = 2**25
+_BLOCK = 2**24
 _FEWEST_ROWS = 256
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dtt_plugin.alignment.engine import Engine, Matrix, NumpyEngine
 from dtt_plugin.errors import DttError
@@ -15,6 +17,7 @@ WORST_CONDITION_FOR_EIGH = 1e5
 # What float32 products leave undetermined, relative to the largest singular value.
 RANK_TOLERANCE = 2.0**-24
 _ORTHOGONAL_ENOUGH = 2e-13
+_STEP_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Polar:
     """(d_s, d_t): orthonormal columns, or orthonormal rows where d_s < d_t."""
     singular_values: Matrix
     """(min(d_s, d_t),), descending."""
-    vectors: Matrix | None
+    vectors: NDArray[np.float32] | None
     """(d, d): eigenvectors of H in columns, in the order of `singular_values`; None where not computed."""
     rank: int
     """Of M, with `RANK_TOLERANCE`."""
@@ -68,20 +71,20 @@ def polar_factor(M: Matrix, engine: Engine | None = None) -> Polar:
     if norm == 0:
         raise DttError("The cross-covariance of the two embeddings is zero, so nothing determines a map.")
     eigenvalues, V = engine.eigh(engine.gram(M))
-    sigma = np.sqrt(np.maximum(eigenvalues[::-1], 0))  # (d_t,)
-    V = V[:, ::-1]
-    vectors: Matrix | None
-    if sigma[-1] * WORST_CONDITION_FOR_EIGH > sigma[0]:
-        half = V / np.sqrt(sigma)
-        W = engine.matmul(M, engine.gram(half.T))  # M V diag(1/sigma) V^T: (d_s, d_t)
-        vectors = V
-        del half
+    sigma = np.sqrt(np.maximum(eigenvalues, 0))  # (d_t,), ascending like the columns of V
+    vectors: NDArray[np.float32] | None = None
+    if sigma[0] * WORST_CONDITION_FOR_EIGH > sigma[-1]:
+        vectors = V[:, ::-1].astype(np.float32)
+        V /= np.sqrt(sigma)
+        W = engine.matmul(M, engine.gram(V.T))  # M V diag(1/sigma) V^T: (d_s, d_t)
+        del V
+        sigma = sigma[::-1]
     else:
         del V
         u, sigma, vt = engine.svd(M)
         W = engine.matmul(u, vt)
-        vectors = None
-    W, error = _orthogonalised(W, engine)
+        del u, vt
+    error = _orthogonalise(W, engine)
     rank = int(np.count_nonzero(sigma > RANK_TOLERANCE * sigma[0]))
     return Polar(W, sigma, vectors, rank, error)
 
@@ -99,8 +102,11 @@ def _defect(W: Matrix, engine: Engine) -> Matrix:
     return defect
 
 
-def _orthogonalised(W: Matrix, engine: Engine) -> tuple[Matrix, float]:
-    """Take Newton-Schulz steps W (3 I - W^T W) / 2, which square the distance from orthogonality."""
+def _orthogonalise(W: Matrix, engine: Engine) -> float:
+    """Take Newton-Schulz steps W (3 I - W^T W) / 2 in place; return what is left of ||W^T W - I||_F.
+
+    Each step squares the distance from orthogonality.
+    """
     defect = _defect(W, engine)
     error = float(np.linalg.norm(defect))
     for _ in range(4):
@@ -108,15 +114,15 @@ def _orthogonalised(W: Matrix, engine: Engine) -> tuple[Matrix, float]:
             break
         # The correction is as small as the defect, so float32 gives it all the digits that W can take.
         dtype = np.float32 if error < 1e-5 else np.float64
-        step = engine.matmul(W.astype(dtype, copy=False), defect.astype(dtype, copy=False))
-        step *= 0.5
-        candidate = W - step
-        del step
-        defect = _defect(candidate, engine)
-        candidate_error = float(np.linalg.norm(defect))
-        if candidate_error >= error:
+        half_defect: NDArray[Any] = defect.astype(dtype)
+        half_defect *= 0.5
+        del defect  # the peak of memory is here
+        for start in range(0, len(W), _STEP_ROWS):
+            rows = W[start : start + _STEP_ROWS]
+            rows -= engine.matmul(rows.astype(dtype), half_defect)
+        del half_defect
+        defect = _defect(W, engine)
+        before, error = error, float(np.linalg.norm(defect))
+        if error > before / 10:  # rounding, not convergence, sets what is left
             break
-        W, improved, error = candidate, error / candidate_error, candidate_error
-        if improved < 10:  # rounding, not convergence, sets what is left
-            break
-    return W, error
+    return error

@@ -1,0 +1,257 @@
+"""How fast and exact `dtt align` is: beside SciPy with the same diagnostics, and beside the bare product.
+
+    python -m benchmarks.alignment [--sizes 32064x1024 ...] [--json FILE] [--markdown FILE]
+
+Per size it writes two synthetic bfloat16 checkpoints to a temporary folder and
+runs each contestant in a process of its own, so that peak memory is that of one
+contestant, interpreter and imports included:
+
+- floor: X^T Y by numpy in float32, both matrices in memory already (only the product is timed);
+- ours: files to alignment with every diagnostic, without the cache, from page cache;
+- cached: the same command again, the whole process timed;
+- scipy: files to float64 arrays, `scipy.linalg.orthogonal_procrustes`, then orthogonality error, residual
+  and the held-out figures (a second solve without the held-out rows, as in `ours`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SIZES = ("32064x1024", "64128x2048", "128256x4096")
+
+
+def _peak_mib() -> float:
+    """Peak resident memory of this process and its children, in MiB."""
+    used = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return used / 1024
+
+
+def _float32(folder: Path) -> Any:
+    from dtt_plugin.alignment.engine import NumpyEngine
+    from dtt_plugin.checkpoint import open_checkpoint
+
+    location = open_checkpoint(str(folder)).input_embedding()
+    out = np.empty(location.shape, np.float32)
+    for start in range(0, len(out), 8192):
+        stop = min(start + 8192, len(out))
+        out[start:stop] = NumpyEngine().float_block(location.read_rows(start, stop))
+    return out
+
+
+def floor(folder: Path) -> dict[str, Any]:
+    x, y = _float32(folder / "source"), _float32(folder / "target")
+    started = time.perf_counter()
+    x.T @ y
+    return {"seconds": time.perf_counter() - started}
+
+
+def ours(folder: Path) -> dict[str, Any]:
+    started = time.perf_counter()
+    from dtt_plugin.alignment import align, save_alignment
+    from dtt_plugin.checkpoint import open_checkpoint
+
+    pair = [open_checkpoint(str(folder / side)) for side in ("source", "target")]
+    alignment = align(*pair)
+    save_alignment(folder / "ours.safetensors", alignment)
+    seconds = time.perf_counter() - started
+    names = ("orthogonality_error", "relative_residual", "condition", "rank", "engine")
+    return {
+        "seconds": seconds,
+        "stages": alignment.seconds,
+        **{name: alignment.report[name] for name in names},
+        "held_out": alignment.report["held_out"],
+    }
+
+
+def scipy(folder: Path) -> dict[str, Any]:
+    started = time.perf_counter()
+    from scipy.linalg import orthogonal_procrustes
+
+    from dtt_plugin.alignment.anchors import choose_anchors
+    from dtt_plugin.alignment.heldout import random_rotation, retrieval
+    from dtt_plugin.alignment.options import AlignmentOptions
+    from dtt_plugin.checkpoint import open_checkpoint
+    from dtt_plugin.vocabulary import load_vocabulary
+
+    opened = [open_checkpoint(str(folder / side)) for side in ("source", "target")]
+    located = [checkpoint.input_embedding() for checkpoint in opened]
+    anchors = choose_anchors(*map(load_vocabulary, opened), *located, AlignmentOptions())
+    x, y = (_float32(folder / side).astype(np.float64) for side in ("source", "target"))
+    loaded = time.perf_counter()
+    W, _ = orthogonal_procrustes(x, y)
+    solved = time.perf_counter()
+    orthogonality = float(np.linalg.norm(W.T @ W - np.eye(len(W))))
+    residual = float(np.linalg.norm(x @ W - y) / np.linalg.norm(y))
+    measured = time.perf_counter()
+    held = anchors.held_out
+    x_held, y_held = x[held].astype(np.float32), y[held].astype(np.float32)
+    x[held] = 0  # a row of zeros adds nothing to X^T Y, and no copy is needed
+    refitted, _ = orthogonal_procrustes(x, y)
+    predicted = x_held @ refitted.astype(np.float32)
+    null = random_rotation(predicted, np.random.default_rng([0, 2]))
+    figures = [retrieval(rows, y_held).__dict__ for rows in (predicted, null)]
+    finished = time.perf_counter()
+    np.save(folder / "scipy.npy", W)
+    return {
+        "seconds": finished - started,
+        "stages": {
+            "load": loaded - started,
+            "solve": solved - loaded,
+            "residual and orthogonality": measured - solved,
+            "held out": finished - measured,
+        },
+        "seconds_without_held_out": measured - started,
+        "orthogonality_error": orthogonality,
+        "relative_residual": residual,
+        "held_out": {"aligned": figures[0], "random_rotation": figures[1]},
+    }
+
+
+def _contestant(name: str, folder: Path) -> dict[str, Any]:
+    """Run one contestant in a new process and return its figures."""
+    command = [sys.executable, "-m", "benchmarks.alignment", "--run", name, str(folder)]
+    started = time.perf_counter()
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result | {"process_seconds": time.perf_counter() - started}
+
+
+def _cached(folder: Path) -> dict[str, Any]:
+    """Time the command's second run; the first fills the cache."""
+    command = [sys.executable, "-m", "dtt_plugin.cli", "align", str(folder / "source"), str(folder / "target")]
+    code = "import sys; from dtt_plugin.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *command[3:], "-o", str(folder / "cached.safetensors"), "--json"]
+    environment = {"DTT_CACHE_DIR": str(folder / "cache")}
+    import os
+
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        subprocess.run(command, stdout=subprocess.PIPE, check=True, env=os.environ | environment)
+        seconds.append(time.perf_counter() - started)
+    return {"first_seconds": seconds[0], "process_seconds": seconds[1]}
+
+
+def measure(size: str, folder: Path) -> dict[str, Any]:
+    """Run every contestant on one size."""
+    from benchmarks.synthetic import write_pair
+    from dtt_plugin.alignment import load_alignment
+
+    rows, width = map(int, size.split("x"))
+    write_pair(folder, rows, width)
+    # Long enough ago for the digests of the matrices to be noted.
+    time.sleep(2.5)
+    result: dict[str, Any] = {"rows": rows, "width": width}
+    for name in ("floor", "ours", "scipy"):
+        result[name] = _contestant(name, folder)
+        print(f"{size} {name}: {result[name]['seconds']:.1f} s", file=sys.stderr)
+    result["cached"] = _cached(folder)
+    ours_w, scipy_w = load_alignment(folder / "ours.safetensors").W, np.load(folder / "scipy.npy")
+    result["difference"] = float(np.linalg.norm(ours_w - scipy_w) / np.sqrt(width))
+    result["ratio_to_scipy"] = result["ours"]["seconds"] / result["scipy"]["seconds"]
+    result["ratio_to_floor"] = result["ours"]["seconds"] / result["floor"]["seconds"]
+    return result
+
+
+def markdown(results: list[dict[str, Any]], machine: dict[str, Any]) -> str:
+    """Return the results as a table."""
+    lines = [
+        f"Measured on {machine['date']}: {machine['processor']}, {machine['cores']} cores, "
+        f"{machine['memory_gib']:.0f} GiB; {machine['versions']}.",
+        "",
+        "| | " + " | ".join(f"{r['rows']} x {r['width']}" for r in results) + " |",
+        "|---|" + "---|" * len(results),
+    ]
+
+    def row(name: str, cell: Any) -> None:
+        lines.append(f"| {name} | " + " | ".join(cell(r) for r in results) + " |")
+
+    row("bare float32 product (s)", lambda r: f"{r['floor']['seconds']:.2f}")
+    row("`dtt align`, files to W with all diagnostics (s)", lambda r: f"{r['ours']['seconds']:.2f}")
+    row("SciPy float64, the same diagnostics (s)", lambda r: f"{r['scipy']['seconds']:.2f}")
+    row("... without the held-out refit (s)", lambda r: f"{r['scipy']['seconds_without_held_out']:.2f}")
+    row("second run, cached, whole process (s)", lambda r: f"{r['cached']['process_seconds']:.2f}")
+    row("time against SciPy", lambda r: f"{r['ratio_to_scipy']:.3f}")
+    row("time against the bare product", lambda r: f"{r['ratio_to_floor']:.2f}")
+    row("peak memory, ours (MiB)", lambda r: f"{r['ours']['peak_mib']:.0f}")
+    row("peak memory, SciPy (MiB)", lambda r: f"{r['scipy']['peak_mib']:.0f}")
+    row("\\|W - W_scipy\\|_F / sqrt(d)", lambda r: f"{r['difference']:.1e}")
+    row("orthogonality error, ours", lambda r: f"{r['ours']['orthogonality_error']:.1e}")
+    row("orthogonality error, SciPy", lambda r: f"{r['scipy']['orthogonality_error']:.1e}")
+    row("relative residual, ours", lambda r: f"{r['ours']['relative_residual']:.8f}")
+    row("relative residual, SciPy", lambda r: f"{r['scipy']['relative_residual']:.8f}")
+    row("condition of M", lambda r: f"{r['ours']['condition']:.0f}")
+    row("held-out relative error, ours", lambda r: f"{r['ours']['held_out']['aligned']['relative_error']:.5f}")
+    row("held-out relative error, SciPy", lambda r: f"{r['scipy']['held_out']['aligned']['relative_error']:.5f}")
+    row("engine", lambda r: r["ours"]["engine"])
+    row(
+        "stages (s)",
+        lambda r: ", ".join(f"{name} {value:.1f}" for name, value in r["ours"]["stages"].items()),
+    )
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> dict[str, Any]:
+    """Describe where this runs."""
+    import os
+    from importlib import metadata
+
+    processor = platform.processor() or platform.machine()
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        processor = next(line for line in text.splitlines() if line.startswith("model name")).split(": ")[1]
+        flags = [flag for flag in ("avx2", "avx512f", "amx_bf16") if f" {flag} " in text.replace("\n", " ")]
+        processor += f" ({', '.join(flags)})"
+    except (OSError, StopIteration):
+        pass
+    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
+    versions = [f"{name} {installed[name]}" for name in ("numpy", "scipy", "torch") if name in installed]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
+        "versions": f"Python {platform.python_version()}, " + ", ".join(versions),
+        "load_before": os.getloadavg()[0],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), metavar="ROWSxWIDTH")
+    parser.add_argument("--json", type=Path, help="also write the results as JSON")
+    parser.add_argument("--markdown", type=Path, help="also write the table")
+    parser.add_argument("--run", nargs=2, metavar=("CONTESTANT", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        contestant = {"floor": floor, "ours": ours, "scipy": scipy}[args.run[0]]
+        print(json.dumps(contestant(Path(args.run[1])) | {"peak_mib": _peak_mib()}))
+        return 0
+    here = machine()
+    results = []
+    for size in args.sizes:
+        with tempfile.TemporaryDirectory(prefix="dtt-bench-") as folder:
+            results.append(measure(size, Path(folder)))
+    table = markdown(results, here)
+    print(table)
+    if args.markdown:
+        args.markdown.write_text(table, encoding="utf-8")
+    if args.json:
+        args.json.write_text(json.dumps({"machine": here, "results": results}, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

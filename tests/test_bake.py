@@ -178,6 +178,36 @@ def test_reserved_tokens_are_reused_and_no_shape_changes(tmp_path: Path) -> None
         bake(str(base_folder), random_tokens(32, k=9), tmp_path / "more", reuse_reserved=True)
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_overlay_writes_the_changed_tensors_alone(tmp_path: Path, tied: bool, shards: int) -> None:
+    torch = pytest.importorskip("torch")
+    base_folder = tiny(tmp_path / "base", tied=tied, extra_rows=8, shards=shards)
+    tokens = random_tokens(32)
+    rewritten = bake(str(base_folder), tokens, tmp_path / "rewritten")
+    report = bake(str(base_folder), tokens, tmp_path / "overlay", overlay=True)
+    both = [logits_of_ids(load(r.folder), [*r.token_ids, *PROMPT]) for r in (report, rewritten)]
+    assert torch.equal(*both)
+    assert report.bytes_written < 2 * report.rows * 32 * 2 + 8192
+    assert report.bytes_linked == sum(file.stat().st_size for file in base_folder.glob("*.safetensors"))
+    assert not altered_since(report.folder, read_manifest(report.folder))
+    weight_utils = pytest.importorskip("vllm.model_executor.model_loader.weight_utils")
+    index = json.loads((report.folder / "model.safetensors.index.json").read_text())
+    files = [str(path) for path in report.folder.glob("*.safetensors")]
+    files = weight_utils.filter_duplicate_safetensors_files(files, str(report.folder), "model.safetensors.index.json")
+    loaded = dict(weight_utils.safetensors_weights_iterator(files, use_tqdm_on_load=False))
+    assert index["weight_map"].keys() == loaded.keys()
+    stored = tokens.rows.astype(ml_dtypes.bfloat16).astype(np.float32)
+    assert torch.equal(loaded["model.embed_tokens.weight"][list(report.token_ids)].float(), torch.tensor(stored))
+
+
+def test_an_overlay_can_not_grow_a_tensor(tmp_path: Path) -> None:
+    base_folder = tiny(tmp_path / "base")
+    with pytest.raises(DttError, match=r"--overlay: model\.embed_tokens\.weight has to grow"):
+        bake(str(base_folder), random_tokens(32), tmp_path / "baked", overlay=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
 def test_the_manifest_tells_an_altered_checkpoint(tmp_path: Path) -> None:
     base_folder = tiny(tmp_path / "base")
     tokens = random_tokens(32)

@@ -21,7 +21,7 @@ from dtt_plugin.bake.staging import check_free, staged
 from dtt_plugin.bake.template import defended_templates
 from dtt_plugin.bake.tokenizer import DEFAULT_TEMPLATE, TokenizerFiles
 from dtt_plugin.bake.verify import verify as verify_checkpoint
-from dtt_plugin.bake.weights import write_weights
+from dtt_plugin.bake.weights import write_overlay, write_weights
 from dtt_plugin.checkpoint import INDEX_FILE, Checkpoint, open_checkpoint, read_json_table
 from dtt_plugin.errors import DttError
 from dtt_plugin.formats import check_format
@@ -70,6 +70,7 @@ def bake(
     reuse_reserved: bool = False,
     system_in_user: bool = False,
     keep_bos: bool = False,
+    overlay: bool = False,
     copy: bool = False,
     force: bool = False,
     verify: bool = True,
@@ -89,6 +90,8 @@ def bake(
         reuse_reserved: overwrite unused reserved tokens, so that no tensor changes its shape.
         system_in_user: for templates without a system role: put the system message in front of the user's.
         keep_bos: let the tokenizer go on adding a BOS to plain text by itself.
+        overlay: write the changed tensors alone, for loaders that read files in the order of their names
+            (transformers, vLLM's default); no tensor may grow.
         copy: copy what does not change instead of linking it.
         force: replace the defended checkpoint that is at `out`.
         verify: read everything back and compare before the folder gets its name.
@@ -109,7 +112,7 @@ def bake(
         tokenizer, prompt_format, k=tokens.k, default_on=default_on, system_in_user=system_in_user
     )
     with staged(out, force=force, replaceable=is_defended_checkpoint) as folder:
-        how = write_weights(plan, folder, copy=copy)
+        how = (write_overlay if overlay else write_weights)(plan, folder, copy=copy)
         _carry_over(checkpoint, folder)
         tokenizer.write_defended(folder, plan.names, plan.token_ids, templates, keep_bos=keep_bos)
         _write_config(plan, folder)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from dtt_plugin.bake.plan import BakePlan, TensorChange
-from dtt_plugin.bake.weights import blocks
-from dtt_plugin.checkpoint import Checkpoint, open_checkpoint, read_json_table
+from dtt_plugin.bake.weights import blocks, indexed_tensors
+from dtt_plugin.checkpoint import read_json_table
 from dtt_plugin.errors import DttError
 from dtt_plugin.tensor_files import TensorLocation
 
@@ -26,8 +26,7 @@ def verify(plan: BakePlan, folder: Path) -> dict[str, str]:
     Raises:
         DttError: something differs.
     """
-    written = open_checkpoint(str(folder), need="all")
-    base, result = plan.checkpoint.tensors(), written.tensors()
+    base, result = plan.checkpoint.tensors(), indexed_tensors(folder)
     changes = {change.name: change for change in plan.changes}
     if result.keys() != base.keys() | changes.keys():
         raise _differs(folder, f"the tensors {sorted(result.keys() ^ (base.keys() | changes.keys()))[:3]}")
@@ -37,7 +36,7 @@ def verify(plan: BakePlan, folder: Path) -> dict[str, str]:
             digests[name] = _check_changed(location, changes[name])
         elif not _same_file(location, base[name]):
             _check_equal(location, base[name])
-    _check_config(written, plan)
+    _check_config(folder, plan)
     _check_token_names(folder, plan)
     return digests
 
@@ -78,16 +77,16 @@ def _check_equal(location: TensorLocation, base: TensorLocation) -> None:
             raise _differs(location.file, f"the values of {location.name}")
 
 
-def _check_config(written: Checkpoint, plan: BakePlan) -> None:
-    config = written.config()
+def _check_config(folder: Path, plan: BakePlan) -> None:
+    config = read_json_table(folder / "config.json")
     text = config.get("text_config", config)
     if text.get("vocab_size") != plan.n_rows:
-        raise _differs(written.folder / "config.json", "vocab_size")
-    if written.tied:
-        raise _differs(written.folder / "config.json", "tie_word_embeddings")
-    suppressed = read_json_table(written.folder / "generation_config.json").get("suppress_tokens", [])
+        raise _differs(folder / "config.json", "vocab_size")
+    if config.get("tie_word_embeddings") is not False:
+        raise _differs(folder / "config.json", "tie_word_embeddings")
+    suppressed = read_json_table(folder / "generation_config.json").get("suppress_tokens", [])
     if not set(plan.token_ids) <= set(suppressed):
-        raise _differs(written.folder / "generation_config.json", "suppress_tokens")
+        raise _differs(folder / "generation_config.json", "suppress_tokens")
 
 
 def _check_token_names(folder: Path, plan: BakePlan) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 
 from dtt_plugin.bake.plan import BakePlan, TensorChange
 from dtt_plugin.checkpoint import INDEX_FILE, read_json_table
+from dtt_plugin.errors import DttError
 from dtt_plugin.files import sync
 from dtt_plugin.tensor_files import TensorLocation, read_header
 
@@ -30,6 +31,10 @@ _FICLONERANGE = 0x4020940D
 _ALIGNMENT = 4096
 
 How = Literal["written", "linked", "symlinked", "copied"]
+
+OVERLAY_FILE = "zz-defensive-tokens.safetensors"
+"""Sorted behind every usual name of a weight file."""
+_SINGLE, _SINGLE_UNDER_OVERLAY = "model.safetensors", "model-base.safetensors"
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,49 @@ def write_weights(plan: BakePlan, folder: Path, *, copy: bool) -> dict[str, How]
             how[file.name] = link(file, folder / file.name, copy=copy)
     _write_index(plan, folder)
     return how
+
+
+def write_overlay(plan: BakePlan, folder: Path, *, copy: bool) -> dict[str, How]:
+    """Write the changed tensors alone, to a file that loaders read last; link every file of the base model.
+
+    transformers and vLLM's default loader read the files in the order of their names, and a tensor that comes
+    twice counts as it came last. Other loaders may read in another order and would then use the base model's
+    rows, so this is for those who know theirs.
+
+    Raises:
+        DttError: a tensor grows; vLLM refuses the base model's tensor then, before it comes to the new one.
+    """
+    grown = [change.name for change in plan.changes if change.n_rows != change.source.shape[0]]
+    if grown:
+        raise DttError(
+            f"--overlay: {grown[0]} has to grow, which needs its file written again; add --reuse-reserved if "
+            "the tokenizer has reserved tokens, or leave --overlay out."
+        )
+    how: dict[str, How] = {}
+    weight_map: dict[str, str] = {}
+    for file in plan.checkpoint.weight_files:
+        # With a file of this name, transformers reads no index.
+        name = _SINGLE_UNDER_OVERLAY if file.name == _SINGLE else file.name
+        how[name] = link(file, folder / name, copy=copy)
+        weight_map |= dict.fromkeys(read_header(file)[0], name)
+    tensors = [_Tensor(change.name, change.source, change) for change in plan.changes]
+    _write_file(folder / OVERLAY_FILE, tensors, {"format": "pt"}, data_start=0)
+    how[OVERLAY_FILE] = "written"
+    weight_map |= dict.fromkeys((change.name for change in plan.changes), OVERLAY_FILE)
+    new = sum(change.nbytes for change in plan.changes if change.new)
+    total = sum(location.nbytes for location in plan.checkpoint.tensors().values()) + new
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return how
+
+
+def indexed_tensors(folder: Path) -> dict[str, TensorLocation]:
+    """Return where each tensor of `folder` lies by its index, or in its single file."""
+    if (folder / _SINGLE).is_file() or not (folder / INDEX_FILE).is_file():
+        return {name: at for file in folder.glob("*.safetensors") for name, at in read_header(file)[0].items()}
+    weight_map: dict[str, str] = read_json_table(folder / INDEX_FILE)["weight_map"]
+    headers = {file: read_header(folder / file)[0] for file in set(weight_map.values())}
+    return {name: headers[file][name] for name, file in weight_map.items()}
 
 
 def link(source: Path, target: Path, *, copy: bool) -> How:

@@ -44,6 +44,12 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="let the tokenizer go on adding a BOS to plain text (a string prompt then gets BOS, tokens, BOS)",
     )
+    parser.add_argument(
+        "--overlay",
+        action="store_true",
+        help="write the changed tensors alone and link everything else; only for loaders that read weight "
+        "files in the order of their names, as transformers and vLLM's default one do",
+    )
     parser.add_argument("--copy", action="store_true", help="copy unchanged files instead of linking them")
     parser.add_argument("--force", action="store_true", help="replace a defended checkpoint at --out")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="don't read the result back")
@@ -68,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         reuse_reserved=args.reuse_reserved,
         system_in_user=args.system_in_user,
         keep_bos=args.keep_bos,
+        overlay=args.overlay,
         copy=args.copy,
         force=args.force,
         verify=args.verify,

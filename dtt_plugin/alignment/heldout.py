@@ -95,6 +95,8 @@ def _first_order(
     Returns:
         Predictions and targets, both (n, d); None, None where K is too large for one step.
     """
+    from scipy import linalg
+
     a = (x @ polar.W.astype(np.float32)) @ V  # (n, d)
     b = y @ V  # (n, d)
     K = a.T @ b  # V^T W^T E V: (d, d)
@@ -106,10 +108,13 @@ def _first_order(
         row /= sum_with_row + p
     if np.linalg.norm(K) > _LARGEST_FIRST_ORDER * np.sqrt(len(K)):
         return None, None
-    # a (I + K/2) (I - K/2)^-1, and (I - K/2)^T = I + K/2.
+    # a (I + K/2) (I - K/2)^-1, and I - K/2 is the transpose of I + K/2.
     K *= 0.5
     K.flat[:: len(K) + 1] += 1
-    return np.linalg.solve(K, (a @ K).T).T, b
+    turned = a @ K
+    # SciPy's, because numpy's solvers convert to float64; the transpose is in the order that needs no copy.
+    factors = linalg.lu_factor(K.T, overwrite_a=True, check_finite=False)
+    return linalg.lu_solve(factors, turned.T, trans=1, overwrite_b=True, check_finite=False).T, b
 
 
 def random_rotation(rows: NDArray[np.float32], generator: np.random.Generator) -> NDArray[np.float32]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from dtt_plugin import paths
 from dtt_plugin.alignment.result import Alignment, load_alignment, save_alignment
@@ -31,21 +32,34 @@ def cache_folder() -> Path:
     return paths.cache_folder("alignments")
 
 
-def matrix_digest(location: TensorLocation) -> str:
-    """Return the SHA-256 of the tensor's bytes as they are stored, reading it block by block."""
+def matrix_digest(location: TensorLocation, advance: Callable[[int], object] = int) -> str:
+    """Return the SHA-256 of the tensor's bytes as they are stored, reading it block by block.
+
+    Args:
+        location: the tensor.
+        advance: is told how many bytes were read, after each block.
+    """
     digest = hashlib.sha256()
     buffer = np.empty(min(_BLOCK_NBYTES, location.nbytes), np.uint8)
     for start in range(0, location.nbytes, _BLOCK_NBYTES):
         part = buffer[: location.nbytes - start]
         location.read_into(part, start)
         digest.update(part.data)
+        advance(len(part))
     return digest.hexdigest()
 
 
-def matrix_digests(locations: Sequence[TensorLocation], cache: AlignmentCache | None) -> list[str]:
+def matrix_digests(
+    locations: Sequence[TensorLocation], cache: AlignmentCache | None, *, progress: bool = False
+) -> list[str]:
     """Return the digest of each tensor; two are read at a time."""
-    with ThreadPoolExecutor(2, thread_name_prefix="dtt-digest") as pool:
-        return list(pool.map(cache.digest if cache else matrix_digest, locations))
+    digest = cache.digest if cache else matrix_digest
+    total = sum(location.nbytes for location in locations)
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, desc="reading", delay=2, disable=not progress) as bar,
+        ThreadPoolExecutor(2, thread_name_prefix="dtt-digest") as pool,
+    ):
+        return list(pool.map(lambda location: digest(location, bar.update), locations))
 
 
 @dataclass(frozen=True)
@@ -54,7 +68,7 @@ class AlignmentCache:
 
     folder: Path
 
-    def digest(self, location: TensorLocation) -> str:
+    def digest(self, location: TensorLocation, advance: Callable[[int], object] = int) -> str:
         """Return the digest of the tensor, from a note where its file has not changed since."""
         note = self.folder / "digests" / self._identity(location)
         try:
@@ -63,7 +77,7 @@ class AlignmentCache:
             known = ""
         if len(known) == 64:
             return known
-        digest = matrix_digest(location)
+        digest = matrix_digest(location, advance)
         if time.time() - location.file.stat().st_mtime > _SETTLED_SECONDS:
             with replacing(note) as temporary:
                 temporary.write_text(digest + "\n", encoding="ascii")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from dtt_plugin.alignment.anchors import Anchors, choose_anchors
 from dtt_plugin.alignment.cache import AlignmentCache, matrix_digests
@@ -24,6 +25,7 @@ from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_file, sha256_json
 from dtt_plugin.vocabulary import load_vocabulary, vocabulary_digest
 
+_SLOW_WIDTH = 1500
 # Changes when the same input would give another alignment or another report.
 _VERSION = 1
 
@@ -82,7 +84,7 @@ def align_many(
     for target in targets:
         _check_widths(source, target, options)
     started = time.perf_counter()
-    jobs = _jobs(source, targets, options, cache)
+    jobs = _jobs(source, targets, options, cache, progress=progress)
     digest_seconds = time.perf_counter() - started
     with cache.locked([job.key for job in jobs]) if cache else contextlib.nullcontext():
         found = [cache.load(job.key) if cache else None for job in jobs]
@@ -114,10 +116,15 @@ def _check_widths(source: Checkpoint, target: Checkpoint, options: AlignmentOpti
 
 
 def _jobs(
-    source: Checkpoint, targets: Sequence[Checkpoint], options: AlignmentOptions, cache: AlignmentCache | None
+    source: Checkpoint,
+    targets: Sequence[Checkpoint],
+    options: AlignmentOptions,
+    cache: AlignmentCache | None,
+    *,
+    progress: bool,
 ) -> list[_Job]:
     embeddings = [checkpoint.input_embedding() for checkpoint in (source, *targets)]
-    digests = matrix_digests(embeddings, cache)
+    digests = matrix_digests(embeddings, cache, progress=progress)
     vocabularies = [
         "" if options.match == "rows" else vocabulary_digest(checkpoint) for checkpoint in (source, *targets)
     ]
@@ -149,19 +156,21 @@ def _solve(
         side = Side(job.target.name, job.target.input_embedding(), vocabulary)
         anchors = choose_anchors(source_side.vocabulary, vocabulary, source_side.embedding, side.embedding, options)
         pairs.append((side, anchors))
-    work = max(
-        len(anchors.source_rows) * source_side.embedding.shape[1] * side.embedding.shape[1] for side, anchors in pairs
-    )
+    width = source_side.embedding.shape[1]
+    work = max(len(anchors.source_rows) * width * side.embedding.shape[1] for side, anchors in pairs)
     bfloat16 = all(side.embedding.dtype == "BF16" for side in (source_side, *(side for side, _ in pairs)))
     engine = choose_engine(device, multiplications=work, bfloat16=bfloat16)
     vocabulary_seconds = time.perf_counter() - started
     moments = measure(source_side, pairs, options, engine, progress=progress)
     stream_seconds = time.perf_counter() - started - vocabulary_seconds
     alignments = []
-    for job, (side, anchors) in zip(jobs, pairs, strict=True):
-        seconds = {"vocabulary": vocabulary_seconds, "stream": stream_seconds}
-        alignment = _finish(source_side, side, anchors, moments.pop(0), job, options, engine)
-        alignments.append(replace(alignment, seconds=seconds | alignment.seconds))
+    # Two steps per target, each of several seconds from this width on.
+    hidden = not progress or max(min(side.embedding.shape[1], width) for side, _ in pairs) < _SLOW_WIDTH
+    with tqdm(total=2 * len(jobs), desc="solving", unit="step", disable=hidden) as bar:
+        for job, (side, anchors) in zip(jobs, pairs, strict=True):
+            seconds = {"vocabulary": vocabulary_seconds, "stream": stream_seconds}
+            alignment = _finish(source_side, side, anchors, moments.pop(0), job, options, engine, bar)
+            alignments.append(replace(alignment, seconds=seconds | alignment.seconds))
     return alignments
 
 
@@ -173,6 +182,7 @@ def _finish(
     job: _Job,
     options: AlignmentOptions,
     engine: Engine,
+    bar: Any,
 ) -> Alignment:
     """Solve for W and measure it."""
     started = time.perf_counter()
@@ -181,9 +191,11 @@ def _finish(
     if job.same:
         polar = replace(polar, W=W, orthogonality_error=0.0)
     polar_seconds = time.perf_counter() - started
+    bar.update()
     held: HeldOut | None = None
     if len(moments.held_source):
         held = hold_out(moments.M, polar, moments.held_source, moments.held_target, engine, seed=options.seed)
+    bar.update()
     report = {
         "source_model": source.model,
         "target_model": target.model,

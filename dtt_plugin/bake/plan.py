@@ -19,7 +19,7 @@ from dtt_plugin.tokens import DefensiveTokens
 # vLLM and transformers compute the logits of these families from the input embedding whatever
 # `tie_word_embeddings` says, so their output rows can't be told apart from the input rows.
 _ALWAYS_TIED = re.compile(r"^(gemma|cohere|bloom|gpt2$|openai-gpt)")
-_ROWS_AT_ONCE = 4096
+_ROWS_AT_ONCE = 1024
 _PLAIN_FLOATS = frozenset({"BF16", "F16", "F32"})
 
 BIAS_OF_NEVER = -1e4

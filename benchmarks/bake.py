@@ -1,0 +1,167 @@
+"""Bake time, bytes and memory at the shape of Llama-3-8B, against dd and against load, resize, save.
+
+    python benchmarks/bake.py FOLDER [--layers 14] [--no-reference]
+
+FOLDER needs three times the checkpoint's size, 8.2 GB at 14 layers. Weights are synthetic. The files are
+dropped from the page cache before each step, and what is written is synced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, models
+
+WIDTH, ROWS, INNER, KV = 4096, 128256, 14336, 1024
+SHARD = 5_000_000_000
+
+BAKE = """
+import sys; from pathlib import Path; from dtt_plugin.bake import bake; from dtt_plugin.tokens import load_tokens
+report = bake(sys.argv[1], load_tokens(sys.argv[2]), Path(sys.argv[3]),
+              reuse_reserved="reuse" in sys.argv, overlay="overlay" in sys.argv, verify="unverified" not in sys.argv)
+print(report.bytes_written)
+"""
+REFERENCE = """
+import sys, torch; from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+tokens = load_file(sys.argv[2])["defensive_tokens"]
+rows = model.get_input_embeddings().weight.shape[0]
+model.resize_token_embeddings(rows + len(tokens))
+with torch.no_grad():
+    model.get_input_embeddings().weight[rows:] = tokens.to(torch.bfloat16)
+model.save_pretrained(sys.argv[3])
+import pathlib; print(sum(p.stat().st_size for p in pathlib.Path(sys.argv[3]).glob("*.safetensors")))
+"""
+
+
+def tensors(layers: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (ROWS, WIDTH)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        for name, out, width in (
+            ("self_attn.q_proj", WIDTH, WIDTH),
+            ("self_attn.k_proj", KV, WIDTH),
+            ("self_attn.v_proj", KV, WIDTH),
+            ("self_attn.o_proj", WIDTH, WIDTH),
+            ("mlp.gate_proj", INNER, WIDTH),
+            ("mlp.up_proj", INNER, WIDTH),
+            ("mlp.down_proj", WIDTH, INNER),
+        ):
+            shapes[f"{prefix}{name}.weight"] = (out, width)
+        shapes[f"{prefix}input_layernorm.weight"] = (WIDTH,)
+        shapes[f"{prefix}post_attention_layernorm.weight"] = (WIDTH,)
+    return shapes | {"model.norm.weight": (WIDTH,), "lm_head.weight": (ROWS, WIDTH)}
+
+
+def build(folder: Path, layers: int) -> None:
+    """Write the checkpoint in shards of 5 GB, as the published one is."""
+    folder.mkdir(parents=True)
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, shape in tensors(layers).items():
+        if sum(2 * int(np.prod(s)) for s in shards[-1].values()) + 2 * int(np.prod(shape)) > SHARD:
+            shards.append({})
+        shards[-1][name] = shape
+    block = np.random.default_rng(0).standard_normal(8 << 20).astype(np.float32) * 0.02
+    noise = (block.view(np.uint32) >> 16).astype(np.uint16).tobytes()  # bfloat16, cut
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        header, position = {}, 0
+        for name, shape in shard.items():
+            size = 2 * int(np.prod(shape))
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, position + size]}
+            position += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / file).open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            while position:
+                position -= out.write(noise[: min(len(noise), position)])
+        weight_map |= dict.fromkeys(shard, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH}
+    config |= {"intermediate_size": INNER, "num_hidden_layers": layers, "num_attention_heads": 32}
+    config |= {"num_key_value_heads": 8, "vocab_size": ROWS, "tie_word_embeddings": False, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(128000)}, unk_token="t0"))
+    names = ["<|im_start|>", "<|im_end|>", *(f"<|reserved_special_token_{i}|>" for i in range(254))]
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|>{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+
+
+def forget(folder: Path) -> None:
+    """Drop a folder's files from the page cache."""
+    os.sync()
+    for path in folder.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measured(base: Path, command: list[str]) -> tuple[float, int, str]:
+    """Return seconds, peak resident bytes and output of a command."""
+    forget(base)
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    output = process.stdout.read() if process.stdout else ""
+    _, status, usage = os.wait4(process.pid, 0)
+    os.sync()
+    if status:
+        sys.exit(f"{command[:3]} failed")
+    return time.perf_counter() - started, usage.ru_maxrss * 1024, output.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=14)
+    parser.add_argument("--no-reference", action="store_true")
+    args = parser.parse_args()
+    from dtt_plugin.tokens import DefensiveTokens, save_tokens
+
+    base, tokens = args.folder / "base", args.folder / "tokens.safetensors"
+    if not base.exists():
+        build(base, args.layers)
+        rows = np.random.default_rng(1).standard_normal((5, WIDTH)).astype(np.float32)
+        save_tokens(tokens, DefensiveTokens(rows, "synthetic", "random", "model"))
+    changed = 2 * 2 * ROWS * WIDTH
+    rows_of_table = []
+    files = sorted(base.glob("*.safetensors"))
+    target = args.folder / "dd"
+    dd = f"dd if={files[0]} of={target} bs=8M count={changed} iflag=count_bytes conv=fsync status=none"
+    seconds, peak, _ = measured(base, ["sh", "-c", dd])
+    target.unlink()
+    rows_of_table.append(("dd, the changed tensors' bytes", seconds, changed, peak))
+    for title, options in (
+        ("dtt bake", []),
+        ("dtt bake --no-verify", ["unverified"]),
+        ("dtt bake --reuse-reserved", ["reuse"]),
+        ("dtt bake --reuse-reserved --no-verify", ["reuse", "unverified"]),
+        ("dtt bake --reuse-reserved --overlay", ["reuse", "overlay"]),
+        ("dtt bake --reuse-reserved --overlay --no-verify", ["reuse", "overlay", "unverified"]),
+    ):
+        out = args.folder / "baked"
+        seconds, peak, output = measured(base, [sys.executable, "-c", BAKE, str(base), str(tokens), str(out), *options])
+        rows_of_table.append((title, seconds, int(output), peak))
+        subprocess.run(["rm", "-r", str(out)], check=True)
+    if not args.no_reference:
+        out = args.folder / "reference"
+        seconds, peak, output = measured(base, [sys.executable, "-c", REFERENCE, str(base), str(tokens), str(out)])
+        rows_of_table.append(("load, resize, set rows, save", seconds, int(output), peak))
+        subprocess.run(["rm", "-r", str(out)], check=True)
+    print("| method | seconds | GB written | peak memory (GB) |\n|---|---|---|---|")
+    for title, seconds, written, peak in rows_of_table:
+        print(f"| {title} | {seconds:.1f} | {written / 1e9:.2f} | {peak / 1e9:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -59,6 +59,9 @@ class Engine(Protocol):
     def float_block(self, raw: NDArray[Any]) -> NDArray[Any]:
         """Convert a block as it is stored to `work_dtype`."""
 
+    def row_squares(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Return the squared lengths (b,) of `rows` (b, d), in their type; not finite where they are not."""
+
     def cross(self, d_s: int, d_t: int) -> Cross:
         """Return an empty sum of products."""
 
@@ -89,6 +92,12 @@ class NumpyEngine:
             np.left_shift(raw.view(np.uint16), np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
             return out.astype(self.work_dtype, copy=False)
         return np.asarray(raw, self.work_dtype)
+
+    def row_squares(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Return each row's squared length."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares: NDArray[Any] = np.einsum("ij,ij->i", rows, rows)
+        return squares
 
     def cross(self, d_s: int, d_t: int) -> Cross:
         """Return an empty sum of products."""
@@ -143,16 +152,25 @@ class TorchEngine(NumpyEngine):
         self.name = f"torch {device} float32"
 
     def float_block(self, raw: NDArray[Any]) -> NDArray[Any]:
-        """Convert a block with all cores."""
+        """Convert a block with all cores, into numpy's memory, which comes in large pages."""
         if raw.dtype.name != "bfloat16":
             return super().float_block(raw)
-        tensor = self._torch.from_numpy(raw.view(np.int16)).view(self._torch.bfloat16)
-        out: NDArray[Any] = tensor.float().numpy()
+        out = np.empty(raw.shape, np.float32)
+        stored = self._torch.from_numpy(raw.view(np.int16)).view(self._torch.bfloat16)
+        self._torch.from_numpy(out).copy_(stored)
         return out
+
+    def row_squares(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Return each row's squared length with all cores."""
+        lengths = self._torch.linalg.vector_norm(self._torch.from_numpy(rows), dim=1)
+        squares: NDArray[Any] = lengths.square_().numpy()
+        return squares
 
     def cross(self, d_s: int, d_t: int) -> Cross:
         """Return an empty sum of products on the device."""
-        return _TorchCross(self._torch, self.device, d_s, d_t)
+        if self.device == "cpu":
+            return _TorchCpuCross(self._torch, d_s, d_t)
+        return _TorchDeviceCross(self._torch, self.device, d_s, d_t)
 
     def eigh(self, a: Matrix) -> Eigh:
         """Divide and conquer of MKL or cuSOLVER."""
@@ -186,7 +204,22 @@ class TorchEngine(NumpyEngine):
         return array
 
 
-class _TorchCross:
+class _TorchCpuCross(_NumpyCross):
+    """Products by torch, on numpy's memory; numpy adds a float32 matrix to a float64 one faster."""
+
+    def __init__(self, torch: Any, d_s: int, d_t: int) -> None:
+        super().__init__(d_s, d_t, np.dtype(np.float32))
+        self._torch, self._out = torch, torch.from_numpy(self._product)
+
+    def add(self, x: NDArray[Any], y: NDArray[Any], *, bfloat16: bool) -> None:
+        with _float32_products(self._torch, bfloat16=bfloat16):
+            self._torch.mm(self._torch.from_numpy(x).T, self._torch.from_numpy(y), out=self._out)
+        self._sum += self._product
+
+
+class _TorchDeviceCross:
+    """Products and their sum in the memory of a device."""
+
     def __init__(self, torch: Any, device: str, d_s: int, d_t: int) -> None:
         self._torch, self._device = torch, device
         self._sum = torch.zeros((d_s, d_t), dtype=torch.float64, device=device)
@@ -195,12 +228,11 @@ class _TorchCross:
     def add(self, x: NDArray[Any], y: NDArray[Any], *, bfloat16: bool) -> None:
         torch = self._torch
         source, target = (torch.from_numpy(block).to(self._device) for block in (x, y))
-        with _float32_products(torch, bfloat16=bfloat16 and self._device == "cpu"):
-            if bfloat16 and self._device != "cpu":
-                # The values are bfloat16 numbers, so this conversion loses nothing.
-                source, target = source.bfloat16(), target.bfloat16()
-                torch.mm(source.T, target, out_dtype=torch.float32, out=self._product)
-            else:
+        if bfloat16:
+            # The values are bfloat16 numbers, so this conversion loses nothing.
+            torch.mm(source.bfloat16().T, target.bfloat16(), out_dtype=torch.float32, out=self._product)
+        else:
+            with _float32_products(torch, bfloat16=False):
                 torch.mm(source.T, target, out=self._product)
         self._sum += self._product
 

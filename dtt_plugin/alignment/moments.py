@@ -149,8 +149,7 @@ def _prepared(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Convert a block to the work type, check it, weight it; return it with its rows' squared lengths."""
     values = engine.float_block(raw)
-    with np.errstate(over="ignore", invalid="ignore"):
-        squares = np.einsum("ij,ij->i", values, values)  # (b,)
+    squares = engine.row_squares(values)  # (b,)
     if not np.isfinite(squares).all():
         _reject(raw, rows, side, squares)
     if options.weight == "norm":

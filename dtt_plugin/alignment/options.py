@@ -28,7 +28,7 @@ class AlignmentOptions:
     """Accept embeddings of different widths; W is then semi-orthogonal."""
     holdout: float = 0.05
     """Share of the anchors on which the diagnostics are measured, 0..0.5; W itself uses all anchors."""
-    holdout_most: int = 2000
+    holdout_most: int = 1000
     """Most anchors held out; more make the figures hardly sharper."""
     holdout_fewest: int = 20
     """With fewer there are no held-out figures."""

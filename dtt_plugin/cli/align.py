@@ -61,7 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=float,
         default=0.05,
         metavar="SHARE",
-        help="share of the anchors to measure on, at most 2000 (default 0.05); W itself uses all anchors",
+        help="share of the anchors to measure on, at most 1000 (default 0.05); W itself uses all anchors",
     )
     solving.add_argument("--seed", type=int, default=0, help="of everything drawn (default 0)")
     running = parser.add_argument_group("running")

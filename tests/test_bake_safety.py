@@ -94,7 +94,7 @@ def test_killed_at_any_moment_it_leaves_a_complete_checkpoint_or_none(tmp_path: 
         os.utime(left, (0, 0))
     bake(str(base), random_tokens(512), out, force=True)
     assert [path.name for path in out.parent.iterdir()] == ["baked"]
-    print(f"{RUNS} kills, {complete} after the rename, none half-written")
+    print(f"{RUNS} kills, a complete checkpoint at the name after {complete}, nothing after the others")
 
 
 def test_a_temporary_folder_in_use_is_left_alone(tmp_path: Path) -> None:

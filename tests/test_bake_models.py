@@ -31,7 +31,9 @@ def model(request: pytest.FixtureRequest) -> Path:
 def ids_of(model: Path, text: str = "Summarise: the quick brown fox.") -> list[int]:
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    ids: list[int] = tokenizer.apply_chat_template([{"role": "user", "content": text}], return_dict=False)
+    ids: list[int] = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+    )
     return ids
 
 

@@ -22,7 +22,7 @@ from dtt_plugin.errors import DttError
 
 Matrix = NDArray[np.float64]
 # Below this many multiplications float64 products cost less than deciding against them.
-SMALL_PRODUCT = 2**34
+SMALL_PRODUCT = 2**36
 
 
 class Eigh(NamedTuple):
@@ -59,9 +59,6 @@ class Engine(Protocol):
     def float_block(self, raw: NDArray[Any]) -> NDArray[Any]:
         """Convert a block as it is stored to `work_dtype`."""
 
-    def row_squares(self, rows: NDArray[Any]) -> NDArray[Any]:
-        """Return the squared lengths (b,) of `rows` (b, d), in their type; not finite where they are not."""
-
     def cross(self, d_s: int, d_t: int) -> Cross:
         """Return an empty sum of products."""
 
@@ -92,12 +89,6 @@ class NumpyEngine:
             np.left_shift(raw.view(np.uint16), np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
             return out.astype(self.work_dtype, copy=False)
         return np.asarray(raw, self.work_dtype)
-
-    def row_squares(self, rows: NDArray[Any]) -> NDArray[Any]:
-        """Return each row's squared length."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            squares: NDArray[Any] = np.einsum("ij,ij->i", rows, rows)
-        return squares
 
     def cross(self, d_s: int, d_t: int) -> Cross:
         """Return an empty sum of products."""
@@ -159,12 +150,6 @@ class TorchEngine(NumpyEngine):
         stored = self._torch.from_numpy(raw.view(np.int16)).view(self._torch.bfloat16)
         self._torch.from_numpy(out).copy_(stored)
         return out
-
-    def row_squares(self, rows: NDArray[Any]) -> NDArray[Any]:
-        """Return each row's squared length with all cores."""
-        lengths = self._torch.linalg.vector_norm(self._torch.from_numpy(rows), dim=1)
-        squares: NDArray[Any] = lengths.square_().numpy()
-        return squares
 
     def cross(self, d_s: int, d_t: int) -> Cross:
         """Return an empty sum of products on the device."""

@@ -74,10 +74,10 @@ class Defended:
 
     arm: Arm
     renderer: PromptRenderer
+    cache_hook: Answers
 
     if TYPE_CHECKING:
         tokenizer: Any
-        cache_hook: Any
         max_length: int
         max_gen_toks: int
 
@@ -121,6 +121,7 @@ class Defended:
         }
         self.fingerprint = sha256_json([type(self).__name__, self._identity])
         self._neutralised = 0
+        self.cache_hook = Answers(None)
         logger.info("Defense under test: %s, prompt format: %s.", self.arm.name, self.arm.prompt_format)
 
     # What lm-eval asks a chat model for -------------------------------------------------------------
@@ -150,10 +151,10 @@ class Defended:
         lm-eval keys its answers by prompt text and generation arguments only, which two arms may share.
         """
         if (answers := cache_hook.dbdict) is not None:
-            answers.tablename = f"dtt_{self.fingerprint}"
-            answers.conn.execute(answers.MAKE_TABLE % answers.tablename)
-            answers.conn.commit()
-        super().set_cache_hook(cache_hook)  # type: ignore[misc]
+            own_table = f"dtt_{self.fingerprint}"
+            type(answers)(answers.filename, tablename=own_table).close()  # makes the table
+            answers.tablename = own_table
+        self.cache_hook = Answers(answers)
 
     def tok_encode(self, string: str | list[str], *_args: Any, **_options: Any) -> list[int] | list[list[int]]:
         """Return token ids; a rendered prompt has everything it needs, so nothing is ever added."""
@@ -190,7 +191,7 @@ class Defended:
             generated = super().generate_until(plain, disable_tqdm=disable_tqdm)  # type: ignore[misc]
             for index, answer in zip(missing, generated, strict=True):
                 answers[index] = answer
-                self.cache_hook.add_partial(_CACHE_KEY, requests[index].arguments[:2], answer)
+                self.cache_hook.add_partial("generate_until", requests[index].arguments[:2], answer)
         if self._neutralised:
             logger.warning("%d control tokens in untrusted data were neutralised.", self._neutralised)
         return [answers[index] for index in range(len(requests))]
@@ -249,18 +250,34 @@ class Defended:
             )
 
     def _cached(self, request: Instance) -> str | None:
+        sampled = request.arguments[1].get("do_sample")
+        return None if sampled else self.cache_hook.find("generate_until", request.arguments[:2])
+
+
+class Answers:
+    """lm-eval's `CacheHook`, under keys of our own for generated answers.
+
+    lm-eval looks answers up by the prompt that the task made, before the model sees the request. Such a
+    look-up must not hit, or the request's arguments would not tell what was sent.
+    """
+
+    def __init__(self, answers: Any) -> None:
+        self.dbdict = answers
+
+    @staticmethod
+    def _key(method: str, arguments: Sequence[Any]) -> str:
         from lm_eval.api.model import hash_args
 
-        answers = self.cache_hook.dbdict
-        if answers is None or request.arguments[1].get("do_sample"):
-            return None
-        found: str | None = answers.get(hash_args(_CACHE_KEY, request.arguments[:2]))
-        return found
+        return str(hash_args(f"dtt_{method}" if method == "generate_until" else method, arguments))
 
+    def add_partial(self, method: str, arguments: Sequence[Any], answer: Any) -> None:
+        """Keep an answer, as soon as there is one."""
+        if self.dbdict is not None:
+            self.dbdict[self._key(method, arguments)] = answer
 
-# Not lm-eval's own "generate_until": its look-up, by the prompt that the task made, must never hit, or a
-# request would be answered without its arguments telling what was sent.
-_CACHE_KEY = "dtt_generate_until"
+    def find(self, method: str, arguments: Sequence[Any]) -> str | None:
+        """Return the answer that is kept for a request, if any."""
+        return None if self.dbdict is None else self.dbdict.get(self._key(method, arguments))
 
 
 def weights_state(folder: Path) -> list[tuple[str, int, int]]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from dtt_plugin.bake.plan import BIAS_OF_NEVER
 from dtt_plugin.demo_model import default_model
 from dtt_plugin.errors import DttError
 from dtt_plugin.formats import defensive_token_names
@@ -111,8 +112,8 @@ def install_tokens(model: Any, tokenizer: Any, tokens: DefensiveTokens, *, name:
     """Give a loaded model the DefensiveTokens, as a baked checkpoint has them, and return their ids.
 
     The embedding gets their rows; an output head that shares its weights is separated first, so that rows of
-    a hundred times an ordinary norm never become output rows. A head that has to grow gets the mean of its
-    rows, whose logit is never above the highest, and generation suppresses the ids.
+    a hundred times an ordinary norm never become output rows. A head that has to grow gets the mean of the
+    ordinary rows, whose logit is never above the highest, and generation suppresses the ids.
 
     Args:
         model: a transformers causal language model; changed in place.
@@ -139,18 +140,19 @@ def install_tokens(model: Any, tokenizer: Any, tokens: DefensiveTokens, *, name:
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in names], special_tokens=True)
     ids: list[int] = tokenizer.convert_tokens_to_ids(names)
     head = model.get_output_embeddings()
+    n_ordinary = min(ids[0], weight.shape[0])
     growth = max(ids) + 1 - weight.shape[0]
     rows = torch.nn.functional.pad(weight, (0, 0, 0, max(growth, 0)))  # a copy: the head keeps the old tensor
     rows[ids] = torch.as_tensor(tokens.rows, dtype=weight.dtype, device=weight.device)
     embedding.weight = torch.nn.Parameter(rows, requires_grad=False)
     embedding.num_embeddings = rows.shape[0]
     if growth > 0:
-        mean = head.weight.float().mean(dim=0, keepdim=True).to(head.weight.dtype)
+        mean = head.weight[:n_ordinary].float().mean(dim=0, keepdim=True).to(head.weight.dtype)
         head.weight = torch.nn.Parameter(torch.cat([head.weight, mean.expand(growth, -1)]), requires_grad=False)
         head.out_features = head.weight.shape[0]
         if getattr(head, "bias", None) is not None:
-            lowest = head.bias.min().expand(growth)
-            head.bias = torch.nn.Parameter(torch.cat([head.bias, lowest]), requires_grad=False)
+            never = head.bias.new_full((growth,), BIAS_OF_NEVER)
+            head.bias = torch.nn.Parameter(torch.cat([head.bias, never]), requires_grad=False)
     config = model.config.get_text_config()
     config.vocab_size = rows.shape[0]
     config.tie_word_embeddings = model.config.tie_word_embeddings = False

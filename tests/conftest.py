@@ -162,3 +162,17 @@ def read_results(folder: Path) -> dict[str, Any]:
     """Return the newest results below an output folder."""
     results: dict[str, Any] = json.loads(sorted(folder.rglob("results_*.json"))[-1].read_text(encoding="utf-8"))
     return results
+
+
+def evaluate(model: str, model_args: dict[str, Any], *, metadata: dict[str, Any] | None = None, **options: Any) -> Any:
+    """Run `lm_eval.simple_evaluate` with an index of our tasks alone (lm-eval's own take seconds to read)."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(
+        include_path=str(ROOT / "tasks"), include_defaults=False, metadata=model_args | (metadata or {})
+    )
+    defaults = {"tasks": ["injection_demo"], "limit": 2, "bootstrap_iters": 0, "batch_size": 8, "device": "cpu"}
+    generation = {"gen_kwargs": {"max_gen_toks": 4}}
+    options = defaults | generation | options
+    return lm_eval.simple_evaluate(model=model, model_args=model_args, task_manager=manager, **options)

@@ -103,12 +103,16 @@ def make_plan(
             "disagree on which counts; set the value in its config.json to the one that is meant."
         )
     source = embedding if untie or head is None else head
-    n_vocabulary = min(tokenizer.size, source.shape[0])
-    ordinary = mean_row(source, n_vocabulary)
-    head_rows = {token_id: ordinary for token_id in token_ids}
     head_name = _head_name(embedding.name) if head is None else head.name
-    changes.append(TensorChange(head_name, source, _grown(source, base_rows, n_rows), head_rows, new=head is None))
-    changes += _bias_change(checkpoint, head_name, token_ids, n_rows)
+    head_size = _grown(source, base_rows, n_rows)
+    # Output rows that the base model has stay as they are: without the tokens every logit is the base's.
+    added = [token_id for token_id in token_ids if token_id >= base_rows]
+    if added or untie or head is None:
+        ordinary = mean_row(source, min(tokenizer.size, base_rows)) if added else b""
+        changes.append(
+            TensorChange(head_name, source, head_size, dict.fromkeys(added, ordinary), new=head is None)
+        )
+    changes += _bias_change(checkpoint, head_name, added, n_rows)
     return BakePlan(
         checkpoint,
         tokens,
@@ -190,7 +194,7 @@ def _head_name(embedding_name: str) -> str:
 
 def _bias_change(checkpoint: Checkpoint, head_name: str, token_ids: list[int], n_rows: int) -> list[TensorChange]:
     bias = checkpoint.tensors().get(head_name.removesuffix("weight") + "bias")
-    if bias is None:
+    if bias is None or not token_ids:
         return []
     never = np.full(1, BIAS_OF_NEVER).astype(bias.numpy_dtype).tobytes()
     return [TensorChange(bias.name, bias, n_rows, dict.fromkeys(token_ids, never))]

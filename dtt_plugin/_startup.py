@@ -108,4 +108,4 @@ class _LmEvalHook:
 
 
 if _LmEvalHook not in sys.meta_path:
-    sys.meta_path.insert(0, _LmEvalHook)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _LmEvalHook)

@@ -32,7 +32,7 @@ class Neutralised(NamedTuple):
     """A text without control tokens, and how many occurrences were broken."""
 
     text: str
-    count: int
+    occurrences: int
 
 
 def control_texts(added_tokens: Iterable[str]) -> list[str]:

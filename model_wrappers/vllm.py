@@ -8,7 +8,6 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from dtt_plugin.bake import bake_cached
-
 from dtt_plugin.demo_model import default_model
 from dtt_plugin.errors import DttError
 from dtt_plugin.model_wrappers.arguments import as_bool, check_arguments, parameters_of

@@ -32,7 +32,7 @@ def _version_with_stand_in(ask: Callable[[str], str]) -> Callable[[str], str]:
 @contextmanager
 def _stand_in_for_vllm() -> Iterator[None]:
     original = importlib.metadata.version
-    importlib.metadata.version = _version_with_stand_in(original)
+    importlib.metadata.version = _version_with_stand_in(original)  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -62,4 +62,5 @@ def max_over_attacks(outcomes: Sequence[Sequence[float]]) -> float:
     Args:
         outcomes: per record, 0 or 1 for each attack.
     """
-    return max(sum(column) / len(outcomes) for column in zip(*outcomes, strict=True))
+    rates: list[float] = [sum(column) / len(outcomes) for column in zip(*outcomes, strict=True)]
+    return max(rates)

@@ -61,9 +61,7 @@ def test_transferred_tokens_are_the_turned_ones(chain: Chain) -> None:
     transferred = load_tokens(chain.folder / "transferred.safetensors")
     turned = turn_tokens(native, chain.rotation, model="twin")
     assert transferred.method == "procrustes"
-    np.testing.assert_allclose(
-        np.linalg.norm(transferred.rows, axis=1), np.linalg.norm(native.rows, axis=1), rtol=1e-5
-    )
+    np.testing.assert_allclose(np.linalg.norm(transferred.rows, axis=1), np.linalg.norm(native.rows, axis=1), rtol=1e-5)
     assert np.linalg.norm(transferred.rows - turned.rows) / np.linalg.norm(turned.rows) < 2**-8
 
 

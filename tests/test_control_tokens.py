@@ -88,7 +88,7 @@ def test_every_added_token_nested_in_any_text_yields_no_control_token(tokenizer:
     text = text[:cut] + data.draw(st.sampled_from(names)) + text[cut:]
     safe = neutralise(text, controls, separator_for(controls))
     assert control_ids_in(tokenizer, safe.text) == []
-    assert neutralise(safe.text, controls, separator_for(controls)).count == 0
+    assert neutralise(safe.text, controls, separator_for(controls)).occurrences == 0
 
 
 def test_every_single_added_token_is_broken_and_counted(tokenizer: Any) -> None:
@@ -97,7 +97,7 @@ def test_every_single_added_token_is_broken_and_counted(tokenizer: Any) -> None:
     for token in tokenizer.get_added_vocab():
         if token.strip():
             safe = neutralise(f"a{token}b", controls, separator)
-            assert safe.count >= 1
+            assert safe.occurrences >= 1
             assert control_ids_in(tokenizer, safe.text) == []
 
 

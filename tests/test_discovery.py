@@ -120,8 +120,10 @@ print("once")
 
 def test_the_users_own_task_folder_wins_over_ours(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("task: injection_demo\noutput_type: generate_until\n")
-    code = f"from lm_eval.tasks import TaskManager; m = TaskManager(include_path={str(tmp_path)!r}); " \
+    code = (
+        f"from lm_eval.tasks import TaskManager; m = TaskManager(include_path={str(tmp_path)!r}); "
         "print(m.task_index['injection_demo'].yaml_path)"
+    )
     assert run(sys.executable, "-c", code).stdout.strip() == str(tmp_path / "mine.yaml")
 
 

@@ -38,9 +38,7 @@ def home(tmp_path: Path, data_dir: Path) -> Iterator[tuple[Path, list[Source]]]:
     server.server_close()
 
 
-def test_fetched_files_are_the_checked_ones(
-    home: tuple[Path, list[Source]], tmp_path: Path, data_dir: Path
-) -> None:
+def test_fetched_files_are_the_checked_ones(home: tuple[Path, list[Source]], tmp_path: Path, data_dir: Path) -> None:
     digests = fetch(tmp_path / "data", home[1])
     assert set(digests) == {RECORDS_FILE, SENTENCES_FILE, TOKENS_FILE}
     for name in digests:
@@ -68,7 +66,7 @@ def test_wrong_content_is_refused_and_not_kept(
 
 def test_an_unreachable_home_says_what_to_do(tmp_path: Path) -> None:
     source = replace(SOURCES[0], url="http://127.0.0.1:9/nothing")
-    with pytest.raises(DttError, match="could not be downloaded .* DTT_DATA_DIR"):
+    with pytest.raises(DttError, match=r"could not be downloaded .* DTT_DATA_DIR"):
         fetch(tmp_path / "data", [source])
 
 

@@ -194,7 +194,7 @@ def test_all_metrics_stand_in_one_run_with_stderr_where_lm_eval_has_one(tiny: st
 
 def test_samples_hold_what_was_sent(tiny: str) -> None:
     sample = evaluate(tiny, limit=1)["samples"]["injection_demo"][0]
-    assert METRICS <= set(sample)
+    assert set(sample) >= METRICS
     for prompt, generation, facts in sample["arguments"]:
         assert prompt.startswith("<|im_start|>system\n")
         assert prompt.endswith("<|im_start|>assistant\n")
@@ -236,7 +236,9 @@ def test_a_stock_model_can_not_be_asked_for_tokens(tiny: str) -> None:
 def test_a_template_that_drops_the_instruction_is_refused(tiny: str) -> None:
     config = Path(tiny) / "tokenizer_config.json"
     content = json.loads(config.read_text())
-    content["chat_template"] = "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
+    content["chat_template"] = (
+        "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
     config.write_text(json.dumps(content))
     with pytest.raises(DttError, match="drops the system message"):
         evaluate(tiny, model="hf", apply_chat_template=True)

@@ -79,11 +79,7 @@ def test_both_wrappers_send_the_same_ids_and_the_defense_reaches_the_engine(
     hf = evaluate(lm_eval_command, tmp_path / "hf", "dtt_hf", arguments, "--batch_size", "8")
 
     def ids(samples: list[dict[str, Any]]) -> list[str]:
-        return [
-            request["arg_2"]["prompt_ids_sha256"]
-            for sample in samples
-            for request in sample["arguments"].values()
-        ]
+        return [request["arg_2"]["prompt_ids_sha256"] for sample in samples for request in sample["arguments"].values()]
 
     assert ids(vllm) == ids(hf)
     assert set(ids(vllm)).isdisjoint(ids(undefended(lm_eval_command)[1]))

@@ -65,9 +65,7 @@ def test_chat_template_args_reach_the_template(tiny: str) -> None:
     assert samples_of(results)[0]["arguments"][0][0].startswith("calm<|im_start|>system")
 
 
-def test_tokens_make_the_defended_model_and_none_the_undefended_in_the_same_format(
-    tiny: str, tmp_path: Path
-) -> None:
+def test_tokens_make_the_defended_model_and_none_the_undefended_in_the_same_format(tiny: str, tmp_path: Path) -> None:
     tokens = write_tokens(tmp_path / "q.safetensors", width=32, prompt_format="qwen2.5")
     prompts = {}
     for defense in (None, "none", "reminder+tokens"):
@@ -89,7 +87,7 @@ def test_a_token_defense_without_tokens_is_an_error(tiny: str) -> None:
 
 def test_tokens_of_another_width_are_an_error(tiny: str, tmp_path: Path) -> None:
     tokens = write_tokens(tmp_path / "wide.safetensors", width=64)
-    with pytest.raises(DttError, match="width 64 .* has width 32; transfer them first"):
+    with pytest.raises(DttError, match=r"width 64 .* has width 32; transfer them first"):
         evaluate(tiny, model_args={"tokens": tokens})
 
 
@@ -115,7 +113,7 @@ def test_plain_text_tasks_are_refused_without_a_template(tiny: str, tmp_path: Pa
         "doc_to_target": "a",
         "metric_list": [{"metric": "exact_match"}],
     }
-    with pytest.raises(DttError, match="plain brings plain text.*--apply_chat_template"):
+    with pytest.raises(DttError, match=r"plain brings plain text.*--apply_chat_template"):
         evaluate(tiny, tasks=[task], limit=None)
     results = evaluate(tiny, tasks=[task], limit=None, apply_chat_template=True)
     assert results["samples"]["plain"][0]["arguments"][0][0].startswith("<|im_start|>user\n1+1?")
@@ -197,7 +195,8 @@ def test_two_runs_give_byte_identical_sample_files(
     written = []
     for out in ("one", "two"):
         result = lm_eval_command(
-            "--model", "dtt_hf", "--model_args", f"pretrained={tiny},dtype=float32,max_length=4096,tokens={tiny_tokens}",
+            "--model", "dtt_hf",
+            "--model_args", f"pretrained={tiny},dtype=float32,max_length=4096,tokens={tiny_tokens}",
             "--tasks", "injection_demo", "--limit", "3", "--batch_size", "4", "--gen_kwargs", "max_gen_toks=8",
             "--log_samples", "--output_path", str(tmp_path / out),
         )  # fmt: skip

@@ -109,9 +109,7 @@ def make_plan(
     added = [token_id for token_id in token_ids if token_id >= base_rows]
     if added or untie or head is None:
         ordinary = mean_row(source, min(tokenizer.size, base_rows)) if added else b""
-        changes.append(
-            TensorChange(head_name, source, head_size, dict.fromkeys(added, ordinary), new=head is None)
-        )
+        changes.append(TensorChange(head_name, source, head_size, dict.fromkeys(added, ordinary), new=head is None))
     changes += _bias_change(checkpoint, head_name, added, n_rows)
     return BakePlan(
         checkpoint,

@@ -39,12 +39,12 @@ def _peak_mib() -> float:
     return used / 1024
 
 
-def _float32(folder: Path) -> Any:
+def _matrix(folder: Path, dtype: Any) -> Any:
     from dtt_plugin.alignment.engine import NumpyEngine
     from dtt_plugin.checkpoint import open_checkpoint
 
     location = open_checkpoint(str(folder)).input_embedding()
-    out = np.empty(location.shape, np.float32)
+    out = np.empty(location.shape, dtype)
     for start in range(0, len(out), 8192):
         stop = min(start + 8192, len(out))
         out[start:stop] = NumpyEngine().float_block(location.read_rows(start, stop))
@@ -52,7 +52,7 @@ def _float32(folder: Path) -> Any:
 
 
 def floor(folder: Path) -> dict[str, Any]:
-    x, y = _float32(folder / "source"), _float32(folder / "target")
+    x, y = (_matrix(folder / side, np.float32) for side in ("source", "target"))
     started = time.perf_counter()
     x.T @ y
     return {"seconds": time.perf_counter() - started}
@@ -89,7 +89,7 @@ def scipy(folder: Path) -> dict[str, Any]:
     opened = [open_checkpoint(str(folder / side)) for side in ("source", "target")]
     located = [checkpoint.input_embedding() for checkpoint in opened]
     anchors = choose_anchors(*map(load_vocabulary, opened), *located, AlignmentOptions())
-    x, y = (_float32(folder / side).astype(np.float64) for side in ("source", "target"))
+    x, y = (_matrix(folder / side, np.float64) for side in ("source", "target"))
     loaded = time.perf_counter()
     W, _ = orthogonal_procrustes(x, y)
     solved = time.perf_counter()

@@ -108,7 +108,7 @@ class Defended:
             "dtt_plugin": __version__,
             "model": model,
             "revision": revision,
-            "weights": weights_state(Path(model)),
+            "weights": weights_state(model, revision),
             "defense": self.arm.name,
             "tokens_sha256": tokens.digest if tokens and self.arm.defended else None,
             "tokens_method": tokens.method if tokens and self.arm.defended else None,
@@ -123,6 +123,11 @@ class Defended:
         self._neutralised = 0
         self.cache_hook = Answers(None)
         logger.info("Defense under test: %s, prompt format: %s.", self.arm.name, self.arm.prompt_format)
+        if tokens and self.arm.defended:
+            made_for = f"{tokens.model}, {tokens.method}"
+            logger.info("DefensiveTokens: %d x %d, made for %s.", tokens.k, tokens.width, made_for)
+            if is_hub_id(model) and is_hub_id(tokens.model) and model != tokens.model:
+                logger.warning("These tokens were made for %s: on %s they are a direct copy.", tokens.model, model)
 
     # What lm-eval asks a chat model for -------------------------------------------------------------
 
@@ -280,12 +285,22 @@ class Answers:
         return None if self.dbdict is None else self.dbdict.get(self._key(method, arguments))
 
 
-def weights_state(folder: Path) -> list[tuple[str, int, int]]:
-    """Return name, size and modification time of a local checkpoint's files; nothing for a hub id."""
-    if not folder.is_dir():
-        return []
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+def is_hub_id(model: str) -> bool:
+    """Return whether a model's name is a hub id rather than a path."""
+    return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not Path(model).exists()
+
+
+def weights_state(model: str, revision: str | None) -> str | list[tuple[str, int, int]]:
+    """Return the commit of a hub model, or name, size and modification time of a folder's files."""
+    folder = Path(model)
+    if folder.is_dir():
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    from huggingface_hub import try_to_load_from_cache
+
+    # The hub's cache keeps a file below snapshots/COMMIT.
+    config = try_to_load_from_cache(model, "config.json", revision=revision) if is_hub_id(model) else None
+    return Path(config).parent.name if isinstance(config, str) else ""
 
 
 def installed_versions() -> dict[str, str]:

@@ -81,6 +81,7 @@ class DttHF(Defended, HFLM):
         super().__init__(model, **kwargs)
         if self.backend != "causal":
             raise DttError(f"pretrained={model}: dtt_hf needs a causal language model, this is a {self.backend} one.")
+        self._decode_plainly()
         template = model_template(self.tokenizer)
         if self.arm.defended and self.arm.tokens is not None:
             install_tokens(self.model, self.tokenizer, self.arm.tokens, name=model)
@@ -92,6 +93,16 @@ class DttHF(Defended, HFLM):
             extra_bos=extra_bos,
             template_args=self.chat_template_args,
         )
+
+    def _decode_plainly(self) -> None:
+        """Leave out a checkpoint's own repetition penalty: greedy is greedy, as it is in vLLM under lm-eval."""
+        settings = self.model.generation_config
+        if settings.repetition_penalty not in (None, 1.0):
+            logger.warning(
+                "The checkpoint's repetition_penalty=%s is not applied; set it with --gen_kwargs if it is wanted.",
+                settings.repetition_penalty,
+            )
+            settings.repetition_penalty = None
 
     def tok_batch_encode(
         self, strings: Sequence[str], *_args: Any, **_options: Any

@@ -56,7 +56,9 @@ class DttVLLM(Defended, VLLM):
         template = None
         checkpoint = model
         if self.arm.defended and self.arm.tokens is not None:
-            template = _template_of(model, revision)
+            template = _template_of(
+                model, revision, trust=as_bool("trust_remote_code", kwargs.get("trust_remote_code"))
+            )
             baked = bake_cached(model, self.arm.tokens, revision=revision, prompt_format=self.arm.prompt_format)
             checkpoint = str(baked)
             kwargs.pop("revision", None)
@@ -106,7 +108,7 @@ def _known_arguments() -> set[str]:
     return parameters_of(VLLM.__init__) | parameters_of(LLM.__init__) | engine | {"device", "swap_space"}
 
 
-def _template_of(model: str, revision: str | None) -> str | None:
+def _template_of(model: str, revision: str | None, *, trust: bool) -> str | None:
     from transformers import AutoTokenizer
 
-    return model_template(AutoTokenizer.from_pretrained(model, revision=revision))
+    return model_template(AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust))

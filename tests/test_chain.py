@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +14,9 @@ from numpy.typing import NDArray
 
 from dtt_plugin.alignment import load_alignment
 from dtt_plugin.demo import TOKENS
-from dtt_plugin.tokens import load_tokens, save_tokens
+from dtt_plugin.tokens import load_tokens
 from dtt_plugin.twin import turn_tokens, write_twin
-from tests.conftest import read_results, read_samples
+from tests import conftest
 
 
 class Chain(NamedTuple):
@@ -65,33 +64,20 @@ def test_transferred_tokens_are_the_turned_ones(chain: Chain) -> None:
     assert np.linalg.norm(transferred.rows - turned.rows) / np.linalg.norm(turned.rows) < 2**-8
 
 
-def responses(run: Callable[..., Any], out: Path, model: Path | str, **arguments: object) -> list[str]:
-    """Evaluate with dtt_hf through the real lm_eval command, and return every response."""
-    given = ",".join(f"{key}={value}" for key, value in {"pretrained": model, "dtype": "float32", **arguments}.items())
-    result = run(
-        "--model", "dtt_hf", "--model_args", given, "--tasks", "injection_demo", "--limit", "3", "--batch_size", "4",
-        "--gen_kwargs", "max_gen_toks=24", "--log_samples", "--output_path", str(out),
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "hacked_max,none" in read_results(out)["results"]["injection_demo"]
-    return [response for sample in read_samples(out, "injection_demo") for (response,) in sample["resps"]]
+def responses(model: Path | str, **arguments: object) -> list[str]:
+    """Evaluate with dtt_hf, and return every response."""
+    given = {"pretrained": str(model), "dtype": "float32", **{key: str(value) for key, value in arguments.items()}}
+    results = conftest.evaluate("dtt_hf", given, limit=3, batch_size=4, gen_kwargs={"max_gen_toks": 24})
+    assert "hacked_max,none" in results["results"]["injection_demo"]
+    return [response for sample in results["samples"]["injection_demo"] for (response,) in sample["resps"]]
 
 
 def test_the_twin_answers_as_the_original_with_transferred_tokens_and_not_with_copied_ones(
-    chain: Chain, smollm2: str, lm_eval_command: Callable[..., Any], tmp_path: Path
+    chain: Chain, smollm2: str, tmp_path: Path
 ) -> None:
-    original = responses(lm_eval_command, tmp_path / "1", smollm2, tokens=TOKENS)
-    undefended = responses(lm_eval_command, tmp_path / "2", smollm2)
-    transferred = responses(
-        lm_eval_command, tmp_path / "3", chain.twin, tokens=chain.folder / "transferred.safetensors"
-    )
-    copied_file = tmp_path / "copied.safetensors"
-    native = load_tokens(TOKENS)
-    save_tokens(copied_file, native)
-    copied = responses(lm_eval_command, tmp_path / "4", chain.twin, tokens=copied_file)
-    baked = responses(lm_eval_command, tmp_path / "5", chain.folder / "baked")
+    original = responses(smollm2, tokens=TOKENS)
     assert len(original) == 12
-    assert transferred == original
-    assert baked == original
-    assert copied != original
-    assert undefended != original
+    assert responses(chain.twin, tokens=chain.folder / "transferred.safetensors") == original
+    assert responses(chain.folder / "baked") == original
+    assert responses(chain.twin, tokens=TOKENS) != original, "copied tokens"
+    assert responses(smollm2) != original, "no tokens"

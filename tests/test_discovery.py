@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -67,8 +66,9 @@ def test_the_hook_costs_under_a_millisecond_and_imports_nothing(environment: Pat
 
 
 def test_only_one_import_name_is_installed(environment: Path) -> None:
-    code = "import importlib.util as u; print([n for n in ('tasks', 'model_wrappers', 'tests') if u.find_spec(n)])"
-    assert run(environment, "-I", "-c", code).stdout.strip() == "[]"
+    site = next(environment.parent.parent.rglob("dtt_plugin.pth")).parent
+    names = {path.name for path in site.iterdir()}
+    assert not names & {"tasks", "model_wrappers", "tests", "benchmarks"}
 
 
 def test_python_without_lm_eval_starts_as_before(tmp_path: Path) -> None:
@@ -145,4 +145,3 @@ def test_bad_input_ends_lm_eval_with_a_sentence_and_exit_code_2() -> None:
     assert result.returncode == 2
     assert "--model dtt_hf has no argument 'defence'; did you mean 'defense'?" in result.stderr
     assert "Traceback" not in result.stderr
-    assert os.environ.get("PATH")

@@ -1,0 +1,68 @@
+"""`dtt doctor` and the arguments of `dtt`: what works, what does not, and what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dtt_plugin.cli import main
+from dtt_plugin.report import Rate, Row, markdown_table, read_run
+from tests.conftest import write_tokens
+
+
+def findings(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, dict[str, object]]]:
+    code = main(["doctor", "--json", *arguments])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_doctor_finds_a_sound_model_and_its_tokens(
+    tiny: str, tiny_tokens: str, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, found = findings(capsys, "--model", tiny, "--tokens", tiny_tokens)
+    for check in ("models in lm-eval", "tasks in lm-eval", "Hugging Face", "benchmark data", "token file"):
+        assert found[check]["ok"], found[check]
+    assert "fits" in str(found["token file"]["message"])
+    assert found["chat template"]["ok"]
+
+
+def test_doctor_says_what_to_do(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DTT_DATA_DIR", str(tmp_path))
+    wide = write_tokens(tmp_path / "wide.safetensors", width=64)
+    config = Path(tiny) / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": "{{ messages[-1].content }}"}))
+    code, found = findings(capsys, "--model", tiny, "--tokens", wide)
+    assert code == 1
+    assert "dtt fetch" in str(found["benchmark data"]["message"])
+    assert "has width 32; transfer the tokens" in str(found["token file"]["message"])
+    assert "drops or rewrites the system message" in str(found["chat template"]["message"])
+
+
+def test_bad_input_ends_dtt_with_a_sentence_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "/nowhere/at all"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dtt inspect: ")
+    assert "/nowhere/at all" in error
+    assert error.count("\n") == 1
+
+
+def test_a_rate_of_zero_has_an_upper_bound() -> None:
+    rate = Rate.of([0.0] * 208)
+    assert str(rate) == "0/208 [0.0, 1.8] %"
+    assert str(Rate.of([1.0, 0.0])).startswith("1/2 [")
+
+
+def test_the_table_takes_the_worst_attack(tmp_path: Path) -> None:
+    scores = [
+        {"metrics": ["hacked_ignore", "hacked_completion", "hacked_max", "hacked_any", "refusal"]}
+        | {"hacked_ignore": i, "hacked_completion": c, "hacked_max": [i, c], "hacked_any": max(i, c), "refusal": 0}
+        for i, c in ((1, 0), (0, 1), (0, 1), (0, 0))
+    ]
+    (tmp_path / "samples_t_2026.jsonl").write_text("\n".join(map(json.dumps, scores)))
+    row = read_run(tmp_path, "t", "none")
+    assert row.rates["hacked_max"][:2] == (2, 4)
+    assert "hacked_any" not in row.rates
+    assert "2/4" in markdown_table([row, Row("other", {})])

@@ -8,41 +8,25 @@ object, never a whole file in memory, no memory map.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dtt_plugin.checkpoint_folder import (
+    EMBEDDING_NAMES,
+    HEAD_NAMES,
+    INDEX_FILE,
+    SINGLE_FILE,
+    embedding_names,
+    read_json_table,
+    shards_of_index,
+)
 from dtt_plugin.errors import DttError
+from dtt_plugin.hub import download_checkpoint
 from dtt_plugin.tensor_files import DTYPES, FLOAT_DTYPES, TensorLocation, read_header
 
 __all__ = ["DTYPES", "FLOAT_DTYPES", "Checkpoint", "TensorLocation", "open_checkpoint", "read_header"]
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
-
-# The last parts of the names that model families give the two matrices.
-_EMBEDDING_NAMES = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "embed_in.weight",
-    "tok_embeddings.weight",
-    "word_embeddings.weight",
-    "backbone.embeddings.weight",
-    "backbone.embedding.weight",
-)
-_HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "output.weight")
-_OTHER_TOWERS = ("vision", "visual", "audio", "image", "encoder.", "position")
 _QUANTIZED_ENDINGS = (".qweight", ".weight_packed", ".weight.absmax", ".weight_scale", ".weight_scale_inv")
 
 
@@ -106,7 +90,7 @@ class Checkpoint:
     def output_head(self) -> TensorLocation | None:
         """Return the output head's own matrix, [rows, width], where the files hold one."""
         tensors = self.tensors()
-        for ending in _HEAD_NAMES:
+        for ending in HEAD_NAMES:
             for name, location in tensors.items():
                 if (name == ending or name.endswith("." + ending)) and len(location.shape) == 2:
                     return location
@@ -141,7 +125,7 @@ class Checkpoint:
 
     def _no_embedding(self) -> str:
         tensors = self.tensors()
-        stems = tuple(name.removesuffix(".weight") for name in _EMBEDDING_NAMES)
+        stems = tuple(name.removesuffix(".weight") for name in EMBEDDING_NAMES)
         for name in tensors:
             if any(stem + ending in name for stem in stems for ending in _QUANTIZED_ENDINGS):
                 return f"The input embedding of {self.name} is quantized ({name}); use the model's original checkpoint."
@@ -150,63 +134,6 @@ class Checkpoint:
             "like one (model.embed_tokens.weight, transformer.wte.weight ...); is it a LoRA adapter or "
             "an incomplete download?"
         )
-
-
-def embedding_names(names: Any) -> list[str]:
-    """Return those of the tensor names `names` that name an input embedding of text."""
-    return [
-        name
-        for name in names
-        if any(name == ending or name.endswith("." + ending) for ending in _EMBEDDING_NAMES)
-        and not any(tower in name for tower in _OTHER_TOWERS)
-    ]
-
-
-def read_json_table(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Read the JSON object in `path`.
-
-    Args:
-        path: the file.
-        missing: what to return where there is no such file; without it that is an error.
-
-    Raises:
-        DttError: the file is missing, unreadable or not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        if missing is not None:
-            return missing
-        raise DttError(f"{path} is missing; download the checkpoint again.") from error
-    except OSError as error:
-        raise DttError(f"{path} can't be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise DttError(f"{path} is not valid JSON; download it again.") from error
-    if not isinstance(value, dict):
-        raise DttError(f"{path} should hold a JSON object; download it again.")
-    return value
-
-
-def shards_of_index(index: Path, *, need_embedding_only: bool = False) -> list[str]:
-    """Return the names of the files that a safetensors index lists, checked to lie beside it.
-
-    Args:
-        index: path of model.safetensors.index.json.
-        need_embedding_only: only those that hold an input embedding or an output head.
-
-    Raises:
-        DttError: not an index, or a name that leads outside the index's folder.
-    """
-    weight_map = read_json_table(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise DttError(f"{index} has no weight_map; download it again.")
-    wanted = embedding_names(weight_map) if need_embedding_only else list(weight_map)
-    files = sorted({str(weight_map[name]) for name in wanted or weight_map})
-    for file in files:
-        # A link inside a hub snapshot leads to its blob, so the name is judged and not where it leads.
-        if Path(file).name != file or "\\" in file or file in ("", ".", ".."):
-            raise DttError(f"{index} names a file outside its folder ({file!r}); don't use this checkpoint.")
-    return files
 
 
 def open_checkpoint(
@@ -234,8 +161,6 @@ def open_checkpoint(
         return Checkpoint(model, path, weight_files=files)
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or model.endswith("/"):
         raise DttError(f"There is no folder or file {model}; check the path, or give a hub id like owner/name.")
-    from dtt_plugin.hub import download_checkpoint
-
     folder, commit = download_checkpoint(model, revision=revision, need=need)
     files = () if need == "tokenizer" else _weight_files(folder, model, present_only=need == "embeddings")
     return Checkpoint(model, folder, revision=commit, weight_files=files)

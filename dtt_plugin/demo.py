@@ -8,6 +8,7 @@ the rotation from the two embedding matrices alone.
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -69,7 +70,8 @@ def evaluate(engine: str, model: str, defense: str, tokens: Path, out: Path, *, 
     if engine == "dtt_hf":
         command += ["--batch_size", "8"]
     print("\n$", shlex.join(["lm_eval", *command[4:]]), flush=True)
-    if subprocess.run(command, check=False).returncode:
+    quieter = {"VLLM_LOGGING_LEVEL": "WARNING", **os.environ}
+    if subprocess.run(command, env=quieter, check=False).returncode:
         raise DttError(f"the arm {defense!r} failed, see above; `dtt doctor` checks the installation.")
     return read_run(out / defense, TASK, defense)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from dtt_plugin.checkpoint import INDEX_FILE, SINGLE_FILE, TOKENIZER_FILES, shards_of_index
+from dtt_plugin.checkpoint_folder import INDEX_FILE, SINGLE_FILE, TOKENIZER_FILES, shards_of_index
 from dtt_plugin.errors import DttError
 
 

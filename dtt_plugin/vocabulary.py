@@ -14,7 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dtt_plugin.checkpoint import Checkpoint, read_json_table
+from dtt_plugin.checkpoint import Checkpoint
+from dtt_plugin.checkpoint_folder import read_json_table
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_bytes, sha256_file
 

@@ -22,7 +22,8 @@ from dtt_plugin.bake.template import defended_templates
 from dtt_plugin.bake.tokenizer import DEFAULT_TEMPLATE, TokenizerFiles
 from dtt_plugin.bake.verify import verify as verify_checkpoint
 from dtt_plugin.bake.weights import write_overlay, write_weights
-from dtt_plugin.checkpoint import INDEX_FILE, Checkpoint, open_checkpoint, read_json_table
+from dtt_plugin.checkpoint import Checkpoint, open_checkpoint
+from dtt_plugin.checkpoint_folder import INDEX_FILE, read_json_table
 from dtt_plugin.errors import DttError
 from dtt_plugin.formats import check_format
 from dtt_plugin.tokens import DefensiveTokens

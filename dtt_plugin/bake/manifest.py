@@ -11,7 +11,7 @@ from typing import Any
 
 from dtt_plugin import __version__
 from dtt_plugin.bake.plan import BakePlan
-from dtt_plugin.checkpoint import read_json_table
+from dtt_plugin.checkpoint_folder import read_json_table
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_bytes, write_json
 

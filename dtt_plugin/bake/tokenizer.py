@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dtt_plugin.checkpoint import read_json_table
+from dtt_plugin.checkpoint_folder import read_json_table
 from dtt_plugin.control_tokens import DEFENSIVE_TOKEN_PREFIX
 from dtt_plugin.errors import DttError
 

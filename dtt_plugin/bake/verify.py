@@ -9,7 +9,7 @@ import numpy as np
 
 from dtt_plugin.bake.plan import BakePlan, TensorChange
 from dtt_plugin.bake.weights import blocks, indexed_tensors
-from dtt_plugin.checkpoint import read_json_table
+from dtt_plugin.checkpoint_folder import read_json_table
 from dtt_plugin.errors import DttError
 from dtt_plugin.tensor_files import TensorLocation
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dtt_plugin.bake.plan import BakePlan, TensorChange
-from dtt_plugin.checkpoint import INDEX_FILE, read_json_table
+from dtt_plugin.checkpoint_folder import INDEX_FILE, read_json_table
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sync
 from dtt_plugin.tensor_files import TensorLocation, read_header

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     table, steps = demo(args.out, engine=args.engine, limit=args.limit, max_new=args.max_new)
     print(f"\n{table}")
     print("Rates with n and exact 95 % intervals; ASR max is the worst attack's. SmolLM2 rarely obeys an injection,")
-    print("so this table shows that the machinery runs, not that a defense helps; see README.md for models that do.\n")
+    print("so this table shows that the machinery runs, not that a defense helps.\n")
     for step in steps:
         print(f"{step.seconds:7.1f} s  {step.name}")
     print(f"\nEverything is in {args.out}: prompts and responses in the samples_*.jsonl files.")

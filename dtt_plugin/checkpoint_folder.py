@@ -1,0 +1,92 @@
+"""Which files a checkpoint's folder has, and which tensors its index says they hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dtt_plugin.errors import DttError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+
+# The last parts of the names that model families give the two matrices.
+EMBEDDING_NAMES = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "tok_embeddings.weight",
+    "word_embeddings.weight",
+    "backbone.embeddings.weight",
+    "backbone.embedding.weight",
+)
+HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "output.weight")
+OTHER_TOWERS = ("vision", "visual", "audio", "image", "encoder.", "position")
+
+
+def embedding_names(names: Any) -> list[str]:
+    """Return those of the tensor names `names` that name an input embedding of text."""
+    return [
+        name
+        for name in names
+        if any(name == ending or name.endswith("." + ending) for ending in EMBEDDING_NAMES)
+        and not any(tower in name for tower in OTHER_TOWERS)
+    ]
+
+
+def read_json_table(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Read the JSON object in `path`.
+
+    Args:
+        path: the file.
+        missing: what to return where there is no such file; without it that is an error.
+
+    Raises:
+        DttError: the file is missing, unreadable or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        if missing is not None:
+            return missing
+        raise DttError(f"{path} is missing; download the checkpoint again.") from error
+    except OSError as error:
+        raise DttError(f"{path} can't be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise DttError(f"{path} is not valid JSON; download it again.") from error
+    if not isinstance(value, dict):
+        raise DttError(f"{path} should hold a JSON object; download it again.")
+    return value
+
+
+def shards_of_index(index: Path, *, need_embedding_only: bool = False) -> list[str]:
+    """Return the names of the files that a safetensors index lists, checked to lie beside it.
+
+    Args:
+        index: path of model.safetensors.index.json.
+        need_embedding_only: only those that hold an input embedding or an output head.
+
+    Raises:
+        DttError: not an index, or a name that leads outside the index's folder.
+    """
+    weight_map = read_json_table(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise DttError(f"{index} has no weight_map; download it again.")
+    wanted = embedding_names(weight_map) if need_embedding_only else list(weight_map)
+    files = sorted({str(weight_map[name]) for name in wanted or weight_map})
+    for file in files:
+        # A link inside a hub snapshot leads to its blob, so the name is judged and not where it leads.
+        if Path(file).name != file or "\\" in file or file in ("", ".", ".."):
+            raise DttError(f"{index} names a file outside its folder ({file!r}); don't use this checkpoint.")
+    return files

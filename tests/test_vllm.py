@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def evaluate(run: Callable[..., Any], out: Path, model: str, arguments: str, *mo
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]
     for metric in METRICS:
-        assert f"|{metric} " in result.stdout, metric
+        assert re.search(rf"\|{metric} *\|", result.stdout), metric
     return read_samples(out, "alpacafarm_injection")
 
 

@@ -205,9 +205,9 @@ class Defended:
 
     def _prepare(self, request: Instance) -> None:
         """Replace a request's arguments by (prompt, generation arguments, facts for the log)."""
-        if len(request.arguments) == 3:  # a repeat of a request, or one that was answered before
+        text, generation, *rest = request.arguments
+        if rest and rest[0]["fingerprint"] == self.fingerprint:  # a repeat of a request that this arm prepared
             return
-        text, generation = request.args
         messages = request.doc.get("messages") if isinstance(request.doc, Mapping) else None
         facts: dict[str, Any] = {"defense": self.arm.name, "fingerprint": self.fingerprint}
         if messages is None:

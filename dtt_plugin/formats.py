@@ -11,6 +11,7 @@ models' own templates in their white space, and put the tokens before the BOS.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from dtt_plugin.control_tokens import UNTRUSTED_ROLES, broken, control_texts, separator_for
@@ -46,6 +47,11 @@ FORMAT_OF_PUBLISHED_MODEL = {
 def defensive_token_names(k: int) -> list[str]:
     """Return the names of `k` DefensiveTokens as the tokenizer knows them: `[DefensiveToken0]` ..."""
     return [f"[DefensiveToken{i}]" for i in range(k)]
+
+
+def markers(prompt_format: str) -> list[str]:
+    """Return the chat markers of a published format, such as `<|eot_id|>`; none for the model's own."""
+    return sorted(set(re.findall(r"<\|\w+\|>", "".join(_PUBLISHED.get(prompt_format, ())))))
 
 
 def check_format(prompt_format: str) -> str:

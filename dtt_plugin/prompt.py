@@ -6,6 +6,7 @@ token for token.
 
 from __future__ import annotations
 
+import logging
 import os.path
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -22,7 +23,9 @@ from dtt_plugin.control_tokens import (
 from dtt_plugin.defenses import TOKENS, Message, apply_prompt_defenses
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_json
-from dtt_plugin.formats import MODEL_FORMAT, chat_template
+from dtt_plugin.formats import MODEL_FORMAT, chat_template, markers
+
+logger = logging.getLogger("dtt_plugin")
 
 _INNOCUOUS = "data"
 
@@ -76,6 +79,13 @@ class PromptRenderer:
         if extra_bos and not tokenizer.bos_token:
             raise DttError("add_bos_token=True: this model's tokenizer has no BOS token; leave the argument out.")
         self._front = tokenizer.bos_token if extra_bos else ""
+        known = tokenizer.get_vocab()
+        if foreign := [marker for marker in markers(prompt_format) if marker not in known]:
+            logger.warning(
+                "prompt_format=%s: %s no token of this model, so it will read it as plain text.",
+                prompt_format,
+                f"{', '.join(foreign)} {'is' if len(foreign) == 1 else 'are'}",
+            )
         added = tokenizer.get_added_vocab()
         self.controls = control_texts([*added, *tokenizer.all_special_tokens])
         self.separator = separator_for(self.controls)
@@ -85,7 +95,7 @@ class PromptRenderer:
     def _missing_bos(self, model_template: str | None) -> str:
         """Return the BOS text where the tokenizer adds a BOS to plain text and the template renders none."""
         bos = self.tokenizer.bos_token
-        if not bos or self.tokenizer("a").input_ids[0] != self.tokenizer.bos_token_id:
+        if not bos or not model_template or self.tokenizer("a").input_ids[0] != self.tokenizer.bos_token_id:
             return ""
         rendered = self._apply(model_template, [{"role": "user", "content": _INNOCUOUS}])
         return "" if rendered.startswith(bos) else str(bos)

@@ -66,6 +66,14 @@ def test_published_formats_are_the_protocols(prompt_format: str, tokenizer: Any)
     assert defended.text == DT + PUBLISHED[prompt_format]
 
 
+def test_a_format_whose_markers_are_no_tokens_is_said(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    renderer(tokenizer, "qwen2.5")
+    renderer(tokenizer, "model")
+    assert caplog.records == []
+    renderer(tokenizer, "llama3")
+    assert "<|begin_of_text|>, <|end_header_id|>, <|eot_id|>, <|start_header_id|> are no token" in caplog.text
+
+
 # Which tokenizer stands for each of the four published models. Falcon3's is not on PyPI: its format is text.
 MODELS = [
     ("llama3", "llama3_tokenizer"),  # Meta-Llama-3-8B-Instruct and Llama-3.1-8B-Instruct

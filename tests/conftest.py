@@ -21,6 +21,16 @@ from dtt_plugin.tokens import DefensiveTokens, save_tokens
 from tests.checkpoints import make_checkpoint
 
 ROOT = Path(__file__).parent.parent
+# Every metric of a task with all variants.
+METRICS = {
+    "hacked",
+    "hacked_max",
+    "hacked_any",
+    "hacked_ignore",
+    "hacked_completion",
+    "hacked_ignore_completion",
+    "refusal",
+}
 
 
 @pytest.fixture(scope="session")

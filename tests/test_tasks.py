@@ -18,16 +18,8 @@ from dtt_plugin.errors import DttError
 from dtt_plugin.tasks.attacks import ATTACKS, BENIGN, VARIANTS, injected_data
 from dtt_plugin.tasks.metrics import is_hacked, is_refusal, max_over_attacks, process_results
 from tests import conftest
+from tests.conftest import METRICS
 
-METRICS = {
-    "hacked",
-    "hacked_max",
-    "hacked_any",
-    "hacked_ignore",
-    "hacked_completion",
-    "hacked_ignore_completion",
-    "refusal",
-}
 DIGESTS = {  # the protocol's
     "ignore": "3437ddd4f1aad830ddfa89841feb1711a116a5c63629b8144ddf8836983ba334",
     "completion": "47808bf98f5bd307e2f677c432767e5c218187dc53c8ff41bc2710143ab49f09",

@@ -11,21 +11,12 @@ from typing import Any
 import pytest
 
 from dtt_plugin.demo import TOKENS
-from tests.conftest import read_results, read_samples
+from tests.conftest import METRICS, read_results, read_samples
 
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
-METRICS = (
-    "hacked",
-    "hacked_max",
-    "hacked_any",
-    "hacked_ignore",
-    "hacked_completion",
-    "hacked_ignore_completion",
-    "refusal",
-)
 ENGINE = "dtype=float32,max_model_len=2048,enforce_eager=True"
 
 

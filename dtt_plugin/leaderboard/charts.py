@@ -1,0 +1,282 @@
+"""The report's charts as inline SVG. Colours come from the page's style sheet, texts are escaped by markupsafe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from dtt_plugin.leaderboard.curves import Curve
+from dtt_plugin.leaderboard.geometry import Geometry, letter
+
+WIDTH = 900
+_BAR = 14
+_LABEL = 20
+# The plot's left and right edge; to the right of it stand the figures.
+_LEFT, _RIGHT = 140, 640
+_BOTTOM = 24
+
+
+def element(tag: str, *children: str, **attributes: object) -> Markup:
+    """Return one SVG element; `_` in an attribute's name stands for `-`, `class_` for `class`."""
+    names = (("class" if name == "class_" else name.replace("_", "-"), value) for name, value in attributes.items())
+    written = Markup("").join(Markup(' {}="{}"').format(name, _plain(value)) for name, value in names)
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(tag), written, Markup("").join(map(escape, children)))
+
+
+def _plain(value: object) -> object:
+    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
+
+
+def _svg(height: float, title: str, *children: str, width: float = WIDTH) -> Markup:
+    return element(
+        "svg", element("title", title), *children, viewBox=f"0 0 {width} {height:.0f}", role="img", class_="chart"
+    )
+
+
+def _text(x: float, y: float, text: str, class_: str = "", anchor: str = "start") -> Markup:
+    return element("text", text, x=x, y=y, class_=class_, text_anchor=anchor)
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
+    return element("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
+
+
+class _Axis:
+    """A linear scale from values to pixels."""
+
+    def __init__(self, low: float, high: float, start: float, stop: float) -> None:
+        self.low, self.high, self.start, self.stop = low, high if high > low else low + 1, start, stop
+
+    def __call__(self, value: float) -> float:
+        clipped = min(max(value, self.low), self.high)
+        return self.start + (clipped - self.low) / (self.high - self.low) * (self.stop - self.start)
+
+
+def percent(share: float) -> str:
+    """Return a share as a percentage, such as `1.8 %`."""
+    return f"{100 * share:.1f} %"
+
+
+def rate_text(rate: dict[str, Any]) -> str:
+    """Return a rate with its interval, as far as they are known: `3/48 = 6.3 % [1.3, 17.2]`."""
+    text = percent(rate["rate"])
+    if rate.get("hits") is not None and rate.get("n"):
+        text = f"{rate['hits']}/{rate['n']} = {text}"
+    if rate.get("low") is not None and rate.get("high") is not None:
+        text += f" [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+    return text
+
+
+def asr_bars(group: dict[str, Any], attacks: Sequence[str]) -> Markup:
+    """Return one bar with its interval per run and attack; each attack has a colour, a hatch and its name."""
+    axis = _Axis(0, 1, _LEFT, _RIGHT)
+    parts: list[Markup] = []
+    y = 4.0
+    for row in group["rows"]:
+        rates = [(attack, row["asr"][attack]) for attack in attacks if (row.get("asr") or {}).get(attack)]
+        if not rates:
+            continue
+        parts.append(_text(0, y + 14, row["run"], "name"))
+        y += _LABEL
+        for attack, rate in rates:
+            series = attacks.index(attack) % 6
+            right, middle = axis(rate["rate"]), y + _BAR / 2
+            parts.append(_text(_LEFT - 6, y + 11, attack, "small", "end"))
+            box = {"x": _LEFT, "y": y + 1, "width": max(right - _LEFT, 1.0), "height": _BAR - 2}
+            parts.append(element("rect", class_=f"fill{series}", **box))
+            parts.append(element("rect", fill=f"url(#hatch{series})", **box))
+            if rate.get("low") is not None:
+                low, high = axis(rate["low"]), axis(rate["high"])
+                parts.append(_line(low, middle, high, middle, "whisker"))
+                parts += [_line(x, middle - 4, x, middle + 4, "whisker") for x in (low, high)]
+            parts.append(_text(_RIGHT + 12, y + 11, rate_text(rate), "small"))
+            y += _BAR
+        y += 4
+    grid = _grid(axis, y, [step / 5 for step in range(6)], percent_ticks=True)
+    return _svg(y + _BOTTOM, "Attack success rate per attack, with 95 % intervals", *grid, *parts)
+
+
+def _grid(axis: _Axis, bottom: float, ticks: Sequence[float], *, percent_ticks: bool = False) -> list[Markup]:
+    parts = []
+    for tick in ticks:
+        parts.append(_line(axis(tick), 0, axis(tick), bottom, "grid"))
+        label = f"{100 * tick:.0f} %" if percent_ticks else f"{tick:g}"
+        parts.append(_text(axis(tick), bottom + 16, label, "small", "middle"))
+    return parts
+
+
+def gap_closed(group: dict[str, Any]) -> Markup | None:
+    """Return the gap-closed ratios: a disc against the measured native row, a diamond against the published one."""
+    rows = [
+        (row["run"], {kind: value for kind, value in (row.get("gap_closed") or {}).items() if value})
+        for row in group["rows"]
+    ]
+    rows = [(run, ratios) for run, ratios in rows if ratios]
+    if not rows:
+        return None
+    # An interval can be as wide as its denominator is uncertain; past these bounds the figures beside it tell.
+    ends = [
+        ratio[end] for _, r in rows for ratio in r.values() for end in ("value", "low", "high") if _known(ratio, end)
+    ]
+    axis = _Axis(max(min(0, *ends), -1), min(max(1, *ends), 2), _LEFT, _RIGHT)
+    parts: list[Markup] = []
+    y = 4.0
+    for run, ratios in rows:
+        parts.append(_text(0, y + 14, run, "name"))
+        y += _LABEL
+        for kind, ratio in ratios.items():
+            middle, x = y + _BAR / 2, axis(ratio["value"])
+            parts.append(_text(_LEFT - 6, y + 11, kind, "small", "end"))
+            figures = f"{ratio['value']:.3f}"
+            if _known(ratio, "low") and _known(ratio, "high"):
+                parts.append(_line(axis(ratio["low"]), middle, axis(ratio["high"]), middle, "whisker"))
+                figures += f" [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+            parts.append(_marker(0 if kind == "measured" else 1, x, middle))
+            parts.append(_text(_RIGHT + 12, y + 11, figures, "small"))
+            y += _BAR
+        y += 4
+    first, last = round(axis.low * 4), round(axis.high * 4)
+    grid = _grid(axis, y, [step / 4 for step in range(first, last + 1)])
+    ends_of_gap = [_line(axis(tick), 0, axis(tick), y, "strong") for tick in (0, 1)]
+    title = "Gap closed: 0 is the undefended model, 1 the native tokens"
+    return _svg(y + _BOTTOM, title, *grid, *ends_of_gap, *parts)
+
+
+def _known(ratio: dict[str, Any], end: str) -> bool:
+    return ratio.get(end) is not None
+
+
+def _marker(series: int, x: float, y: float) -> Markup:
+    """Return the series' marker: disc, diamond, square, triangle, cross, ring."""
+    style = f"fill{series % 6} mark"
+    match series % 6:
+        case 0:
+            return element("circle", cx=x, cy=y, r=5, class_=style)
+        case 1:
+            return element("path", d=f"M{x:.1f} {y - 6:.1f}l6 6l-6 6l-6-6z", class_=style)
+        case 2:
+            return element("rect", x=x - 4.5, y=y - 4.5, width=9, height=9, class_=style)
+        case 3:
+            return element("path", d=f"M{x:.1f} {y - 6:.1f}l6 10h-12z", class_=style)
+        case 4:
+            return element("path", d=f"M{x - 5:.1f} {y - 2:.1f}h3v-3h4v3h3v4h-3v3h-4v-3h-3z", class_=style)
+        case _:
+            return element("circle", cx=x, cy=y, r=4, class_=f"ring line{series % 6}")
+
+
+def norms(geometry: Geometry) -> Markup:
+    """Return the tokens' norms, and the band that holds 98 % of the vocabulary's where it is known, on a log axis."""
+    import numpy as np
+
+    values = [*geometry.norms.tolist(), *(geometry.vocabulary or ())]
+    positive = [value for value in values if value > 0] or [1.0]
+    low, high = 10 ** np.floor(np.log10(min(positive))), 10 ** np.ceil(np.log10(max(positive)))
+    axis = _Axis(float(np.log10(low)), float(np.log10(high)), _LEFT, _RIGHT)
+
+    def x(value: float) -> float:
+        return axis(float(np.log10(max(value, low))))
+
+    parts: list[Markup] = []
+    y = 4.0
+    if geometry.vocabulary:
+        left, middle, right = (x(value) for value in geometry.vocabulary)
+        parts.append(_text(_LEFT - 6, y + 11, "vocabulary", "small", "end"))
+        parts.append(element("rect", x=left, y=y, width=max(right - left, 2.0), height=_BAR, class_="band"))
+        parts.append(_line(middle, y, middle, y + _BAR, "strong"))
+        shown = " / ".join(f"{value:.3g}" for value in geometry.vocabulary)
+        parts.append(_text(_RIGHT + 12, y + 11, f"1 / 50 / 99 %: {shown}", "small"))
+        y += _BAR + 4
+    for source, name in enumerate(geometry.sources):
+        parts.append(_text(0, y + 14, f"{letter(source)}: {name}", "name"))
+        y += _LABEL
+        own = geometry.norms[geometry.source_of == source].tolist()
+        parts += [_marker(source, x(value), y + _BAR / 2) for value in own]
+        parts.append(_text(_RIGHT + 12, y + 11, f"{min(own):.4g} to {max(own):.4g}", "small"))
+        y += _BAR + 4
+    ticks = range(round(axis.low), round(axis.high) + 1)
+    grid = []
+    for tick in ticks:
+        grid.append(_line(axis(tick), 0, axis(tick), y, "grid"))
+        grid.append(_text(axis(tick), y + 16, f"{10.0**tick:g}", "small", "middle"))
+    return _svg(y + _BOTTOM, "Norms of the DefensiveTokens", *grid, *parts)
+
+
+def cosines(geometry: Geometry) -> Markup:
+    """Return the heat map of the cosines between tokens, each cell with its figure."""
+    names, count = geometry.names, len(geometry.names)
+    size = 44 if count <= 20 else 30
+    edge = 40
+    parts = []
+    for row, name in enumerate(names):
+        parts.append(_text(edge - 4, edge + row * size + size / 2 + 4, name, "small", "end"))
+        parts.append(_text(edge + row * size + size / 2, edge - 6, name, "small", "middle"))
+        for column in range(count):
+            value = float(geometry.cosine[row, column])
+            x, y = edge + column * size, edge + row * size
+            colour = "warm" if value >= 0 else "cold"
+            parts.append(
+                element(
+                    "rect", x=x, y=y, width=size - 1, height=size - 1, class_=colour, fill_opacity=0.75 * abs(value)
+                )
+            )
+            figure = f"{value:.2f}".replace("0.", ".")
+            parts.append(_text(x + size / 2, y + size / 2 + 4, figure, "small", "middle"))
+    extent = edge + count * size
+    return _svg(extent, "Cosines between the DefensiveTokens", *parts, width=max(extent, 300))
+
+
+def plane(geometry: Geometry) -> Markup:
+    """Return the tokens in the plane of their two main components."""
+    width, height, edge = 560, 400, 40
+    low, high = geometry.plane.min(axis=0), geometry.plane.max(axis=0)
+    across = _Axis(float(low[0]), float(high[0]), edge + 20, width - edge)
+    up = _Axis(float(low[1]), float(high[1]), height - edge - 20, 20)
+    frame = element("rect", x=edge, y=4, width=width - edge - 4, height=height - edge - 4, class_="frame")
+    parts = []
+    for (x, y), source, name in zip(geometry.plane.tolist(), geometry.source_of.tolist(), geometry.names, strict=True):
+        parts.append(_marker(source, across(x), up(y)))
+        parts.append(_text(across(x) + 9, up(y) + 4, name, "small"))
+    first, second = geometry.explained
+    labels = [
+        _text(width / 2, height - 14, f"first component, {percent(first)} of the variance", "small", "middle"),
+        element(
+            "text",
+            f"second component, {percent(second)}",
+            transform=f"translate(18 {height / 2}) rotate(-90)",
+            text_anchor="middle",
+            class_="small",
+        ),
+    ]
+    return _svg(height, "Main plane of the DefensiveTokens", frame, *parts, *labels, width=width)
+
+
+def learning_curves(curves: Sequence[Curve], kind: str) -> Markup | None:
+    """Return the curves of `kind`, "loss" or "asr"; each has a colour, a marker and a letter."""
+    shown = [(number, getattr(curve, kind)) for number, curve in enumerate(curves) if getattr(curve, kind)]
+    if not shown:
+        return None
+    height, bottom, right = 300, 260, WIDTH - 60
+    points = [point for _, own in shown for point in own]
+    top = 1.0 if kind == "asr" else max(y for _, y in points)
+    across = _Axis(0, max(x for x, _ in points), 60, right)
+    up = _Axis(min(0.0, *(y for _, y in points)), top, bottom, 10)
+    parts = []
+    for quarter in range(5):
+        value = up.low + quarter / 4 * (up.high - up.low)
+        parts.append(_line(60, up(value), right, up(value), "grid"))
+        label = f"{100 * value:.0f} %" if kind == "asr" else f"{value:.3g}"
+        parts.append(_text(54, up(value) + 4, label, "small", "end"))
+        step = quarter / 4 * across.high
+        parts.append(_text(across(step), bottom + 18, f"{step:.0f}", "small", "middle"))
+    for number, own in shown:
+        path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in own)
+        parts.append(element("polyline", points=path, class_=f"curve line{number % 6}"))
+        if kind == "asr":
+            parts += [_marker(number, across(x), up(y)) for x, y in own]
+        x, y = own[-1]
+        parts.append(_text(across(x) + 9, up(y) + 4, letter(number), "small"))
+    parts.append(_text((60 + right) / 2, height - 4, "step", "small", "middle"))
+    title = "Attack success rate while training" if kind == "asr" else "Training loss"
+    return _svg(height, title, *parts)

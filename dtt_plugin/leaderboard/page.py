@@ -1,0 +1,90 @@
+"""The report as one HTML file that needs no network and trusts none of the texts in it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from dtt_plugin.files import replacing
+from dtt_plugin.leaderboard import charts
+from dtt_plugin.leaderboard.curves import read_curve
+from dtt_plugin.leaderboard.geometry import letter, read_geometry
+from dtt_plugin.leaderboard.safe_text import all_printable
+from dtt_plugin.leaderboard.sample_book import RunWithSamples, make_book
+
+
+def write_report(
+    out: Path,
+    leaderboard: dict[str, Any],
+    runs: Sequence[RunWithSamples],
+    tokens: Sequence[Path] = (),
+    logs: Sequence[Path] = (),
+) -> None:
+    """Write the report of a leaderboard to `out`.
+
+    Args:
+        out: the HTML file.
+        leaderboard: as `Leaderboard.to_dict` gives it.
+        runs: the runs whose samples can be looked at.
+        tokens: token files whose geometry is shown.
+        logs: training logs whose curves are shown.
+
+    Raises:
+        DttError: a token file or log is none, or `out` can't be written.
+    """
+    html = render(leaderboard, runs, tokens, logs)
+    with replacing(out) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+
+
+def render(
+    leaderboard: dict[str, Any], runs: Sequence[RunWithSamples], tokens: Sequence[Path] = (), logs: Sequence[Path] = ()
+) -> str:
+    """Return the report's HTML, see `write_report`."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    assets = files("dtt_plugin.leaderboard") / "assets"
+    style, script = ((assets / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    environment = Environment(
+        loader=PackageLoader("dtt_plugin.leaderboard", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": charts.percent, "rate_text": charts.rate_text, "letter": letter}
+    board = all_printable(leaderboard)
+    book = make_book(runs)
+    curves = [read_curve(path) for path in logs]
+    described = [{"label": run.label, "title": f"{run.model} · {run.task}"} for run in runs]
+    html: str = environment.get_template("template.html.j2").render(
+        policy=_policy(style, script),
+        style=style,
+        script=script,
+        board=board,
+        attacks=list(
+            dict.fromkeys(attack for group in board["groups"] for row in group["rows"] for attack in row["asr"])
+        ),
+        book=book,
+        runs=all_printable(described),
+        geometries=read_geometry(tokens),
+        curves=curves,
+        charts=charts,
+    )
+    return html
+
+
+def _policy(style: str, script: str) -> str:
+    """Return the content-security policy: this style sheet and this script, and nothing else whatever."""
+    return (
+        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'; "
+        "form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,9 +1,11 @@
 """Bake time, bytes and memory at the shape of Llama-3-8B, against dd and against load, resize, save.
 
-    python benchmarks/bake.py FOLDER [--layers 14] [--no-reference]
+    python benchmarks/bake.py FOLDER [--layers 21] [--no-reference]
 
-FOLDER needs three times the checkpoint's size, 8.2 GB at 14 layers. Weights are synthetic. The files are
-dropped from the page cache before each step, and what is written is synced.
+FOLDER needs twice the checkpoint's size, 11.3 GB at 21 layers. Weights are synthetic; the shards are cut as
+the published ones are: the embedding in a first one of 5 GB, the head in a last one of 1.3 GB. The files are
+dropped from the page cache before each step, and what is written is synced. All but the reference run twice in
+turn, and the faster counts.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +25,7 @@ from tokenizers import AddedToken, Tokenizer, models
 
 WIDTH, ROWS, INNER, KV = 4096, 128256, 14336, 1024
 SHARD = 5_000_000_000
+CHANGED = ("model.embed_tokens.weight", "lm_head.weight")
 
 BAKE = """
 import sys; from pathlib import Path; from dtt_plugin.bake import bake; from dtt_plugin.tokens import load_tokens
@@ -120,10 +125,25 @@ def measured(base: Path, command: list[str]) -> tuple[float, int, str]:
     return time.perf_counter() - started, usage.ru_maxrss * 1024, output.strip()
 
 
+def weight_map(folder: Path) -> dict[str, str]:
+    table: dict[str, str] = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    return table
+
+
+def dd(files: list[Path], out: Path, nbytes: int | None = None) -> list[str]:
+    """Return a command that reads `files` (their first `nbytes`) and writes and syncs copies in `out`."""
+    count = f"count={nbytes} iflag=count_bytes" if nbytes else ""
+    copies = [
+        f"dd if={shlex.quote(str(file))} of={shlex.quote(str(out / file.name))} bs=8M {count} conv=fsync status=none"
+        for file in files
+    ]
+    return ["sh", "-ec", "; ".join([f"mkdir {shlex.quote(str(out))}", *copies])]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=14)
+    parser.add_argument("--layers", type=int, default=21)
     parser.add_argument("--no-reference", action="store_true")
     args = parser.parse_args()
     from dtt_plugin.tokens import DefensiveTokens, save_tokens
@@ -133,33 +153,26 @@ def main() -> None:
         build(base, args.layers)
         rows = np.random.default_rng(1).standard_normal((5, WIDTH)).astype(np.float32)
         save_tokens(tokens, DefensiveTokens(rows, "synthetic", "random", "model"))
-    changed = 2 * 2 * ROWS * WIDTH
-    rows_of_table = []
-    files = sorted(base.glob("*.safetensors"))
-    target = args.folder / "dd"
-    dd = f"dd if={files[0]} of={target} bs=8M count={changed} iflag=count_bytes conv=fsync status=none"
-    seconds, peak, _ = measured(base, ["sh", "-c", dd])
-    target.unlink()
-    rows_of_table.append(("dd, the changed tensors' bytes", seconds, changed, peak))
-    for title, options in (
-        ("dtt bake", []),
-        ("dtt bake --no-verify", ["unverified"]),
-        ("dtt bake --reuse-reserved", ["reuse"]),
-        ("dtt bake --reuse-reserved --no-verify", ["reuse", "unverified"]),
-        ("dtt bake --reuse-reserved --overlay", ["reuse", "overlay"]),
-        ("dtt bake --reuse-reserved --overlay --no-verify", ["reuse", "overlay", "unverified"]),
-    ):
-        out = args.folder / "baked"
-        seconds, peak, output = measured(base, [sys.executable, "-c", BAKE, str(base), str(tokens), str(out), *options])
-        rows_of_table.append((title, seconds, int(output), peak))
-        subprocess.run(["rm", "-r", str(out)], check=True)
-    if not args.no_reference:
-        out = args.folder / "reference"
-        seconds, peak, output = measured(base, [sys.executable, "-c", REFERENCE, str(base), str(tokens), str(out)])
-        rows_of_table.append(("load, resize, set rows, save", seconds, int(output), peak))
-        subprocess.run(["rm", "-r", str(out)], check=True)
+    python, out = [sys.executable, "-c"], args.folder / "out"
+    files = [base / name for name in sorted({weight_map(base)[name] for name in CHANGED})]
+    steps: list[tuple[str, list[str]]] = [
+        ("dd, the changed tensors' bytes", dd(files[:1], out, 2 * 2 * ROWS * WIDTH)),
+        ("dd, the files with a changed tensor", dd(files, out)),
+    ]
+    for options in ([], ["unverified"], ["reuse"], ["reuse", "overlay"]):
+        names = {"unverified": "--no-verify", "reuse": "--reuse-reserved", "overlay": "--overlay"}
+        title = " ".join(["dtt bake", *(names[option] for option in options)])
+        steps.append((title, [*python, BAKE, str(base), str(tokens), str(out), *options]))
+    reference = ("load, resize, set rows, save", [*python, REFERENCE, str(base), str(tokens), str(out)])
+    best: dict[str, tuple[float, int, int]] = {}
+    for title, command in [*steps, *steps, *([] if args.no_reference else [reference])]:
+        seconds, peak, output = measured(base, command)
+        written = int(output) if output else sum(path.stat().st_size for path in out.iterdir())
+        best[title] = min(best.get(title, (seconds, written, peak)), (seconds, written, peak))
+        shutil.rmtree(out)
+        print(f"{title}: {seconds:.1f} s", file=sys.stderr, flush=True)
     print("| method | seconds | GB written | peak memory (GB) |\n|---|---|---|---|")
-    for title, seconds, written, peak in rows_of_table:
+    for title, (seconds, written, peak) in best.items():
         print(f"| {title} | {seconds:.1f} | {written / 1e9:.2f} | {peak / 1e9:.2f} |")
 
 

@@ -97,6 +97,19 @@ def test_a_defensive_token_is_never_the_likeliest_and_transformers_never_samples
     assert not torch.isin(greedy, torch.tensor(report.token_ids)).any()
 
 
+@pytest.mark.parametrize(("own", "baked"), [({}, 50), ({"top_k": 20}, 20), ({"top_k": 0}, 50), ({"top_k": -1}, 50)])
+def test_a_top_k_that_vllm_takes_as_default_cuts_the_tokens_off(
+    tmp_path: Path, own: dict[str, int], baked: int
+) -> None:
+    torch = pytest.importorskip("torch")
+    base_folder = tiny(tmp_path / "base")
+    (base_folder / "generation_config.json").write_text(json.dumps(own))
+    report = bake(str(base_folder), random_tokens(32), tmp_path / "baked")
+    assert json.loads((tmp_path / "baked" / "generation_config.json").read_text())["top_k"] == baked
+    logits = logits_of_ids(load(tmp_path / "baked"), [*report.token_ids, *range(0, 250)])
+    assert not torch.isin(logits.topk(baked).indices, torch.tensor(report.token_ids)).any()
+
+
 def test_without_the_head_rows_handled_a_tied_model_would_emit_the_tokens(tmp_path: Path) -> None:
     """The trap that the two tests above guard against exists."""
     torch = pytest.importorskip("torch")
@@ -282,5 +295,6 @@ def test_everything_says_the_same(tmp_path: Path) -> None:
     assert generation == {
         "eos_token_id": json.loads((base_folder / "config.json").read_text())["eos_token_id"],
         "suppress_tokens": list(report.token_ids),
+        "top_k": 50,
     }
     assert json.loads((baked / MANIFEST).read_text())["token_ids"] == list(report.token_ids)

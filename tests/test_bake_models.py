@@ -102,14 +102,42 @@ def test_real_vllm_never_generates_one(model: Path, tmp_path: Path) -> None:
     assert chat.count(harmless[0]) == harmless.count(harmless[0])
 
 
-def in_vllm(arguments: list[str], folder: Path) -> str:
-    """Run a script in a process of its own, with the plugin's entry points."""
+STOCK = """
+    import json, sys
+    from vllm import LLM
+
+    if __name__ == "__main__":
+        folder, prompt = sys.argv[1], json.loads(sys.argv[2])
+        llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=1024, max_num_seqs=64)
+        params = llm.get_default_sampling_params()  # what a server takes where a request says nothing
+        params.temperature, params.max_tokens, params.ignore_eos = 2.0, 256, True
+        outputs = llm.generate([{"prompt_token_ids": prompt}] * 64, params)
+        print("IDS", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+"""
+
+
+@pytest.mark.engine
+def test_stock_vllm_never_samples_one_with_its_default_parameters(smollm2: str, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    report = bake(smollm2, random_tokens(576), tmp_path / "baked")
+    (tmp_path / "stock.py").write_text(textwrap.dedent(STOCK))
+    prompt = [*report.token_ids, *ids_of(Path(smollm2))]
+    output = in_vllm([str(tmp_path / "stock.py"), str(tmp_path / "baked"), str(prompt)], tmp_path, plugin=False)
+    (sampled,) = lines_of(output, "IDS")
+    assert np.array(sampled).shape == (64, 256)
+    assert not np.isin(sampled, report.token_ids).any()
+
+
+def in_vllm(arguments: list[str], folder: Path, *, plugin: bool = True) -> str:
+    """Run a script in a process of its own, with the plugin's entry points, or with no plugin at all."""
     entry = folder / "entry" / "dtt_plugin_entry-0.dist-info"
     entry.mkdir(parents=True)
     (entry / "METADATA").write_text("Metadata-Version: 2.1\nName: dtt-plugin-entry\nVersion: 0\n")
     (entry / "entry_points.txt").write_text("[vllm.general_plugins]\ndtt_plugin = dtt_plugin.vllm_plugin:register\n")
     path = os.pathsep.join([str(REPOSITORY), str(entry.parent)])
     environment = {**os.environ, "PYTHONPATH": path, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    if not plugin:
+        environment["VLLM_PLUGINS"] = ""
     done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

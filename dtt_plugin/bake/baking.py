@@ -33,6 +33,8 @@ from dtt_plugin.vllm_plugin import CONFIG_KEY
 _CARRIED_ENDINGS = frozenset({".json", ".txt", ".model", ".py", ".tiktoken", ".jinja"})
 _CARRIED_NAMES = frozenset({"LICENSE", "LICENSE.md", "NOTICE", "USE_POLICY.md"})
 _LARGEST_CARRIED = 256 << 20
+# What transformers takes where a generation config has no `top_k`, so that there nothing changes.
+_TOP_K = 50
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,11 @@ def _leave_head_unquantized(quantization: Any) -> None:
 
 
 def _write_generation_config(plan: BakePlan, folder: Path) -> None:
-    """Have transformers suppress the DefensiveTokens; nothing else of the model's own settings changes."""
+    """Have the engines leave DefensiveTokens out; nothing else of the model's own settings changes.
+
+    transformers suppresses the ids. vLLM reads no ids from this file and does read `top_k`, which cuts
+    DefensiveTokens off, since far more tokens than that are likelier (docs/checkpoints.md).
+    """
     path = plan.checkpoint.folder / "generation_config.json"
     config = read_json_table(path, missing={})
     if not config:  # what transformers would have derived from config.json
@@ -210,7 +216,8 @@ def _write_generation_config(plan: BakePlan, folder: Path) -> None:
         keys = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
         config = {key: base[key] for key in keys if base.get(key) is not None}
     suppressed = {*(config.get("suppress_tokens") or ()), *plan.token_ids}
-    _write_table(folder / "generation_config.json", {**config, "suppress_tokens": sorted(suppressed)})
+    cut = {} if (config.get("top_k") or 0) > 0 else {"top_k": _TOP_K}
+    _write_table(folder / "generation_config.json", {**config, **cut, "suppress_tokens": sorted(suppressed)})
 
 
 def _write_table(path: Path, table: dict[str, Any]) -> None:

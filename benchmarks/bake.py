@@ -76,7 +76,7 @@ def build(folder: Path, layers: int) -> None:
         shards[-1][name] = shape
     block = np.random.default_rng(0).standard_normal(8 << 20).astype(np.float32) * 0.02
     noise = (block.view(np.uint32) >> 16).astype(np.uint16).tobytes()  # bfloat16, cut
-    weight_map = {}
+    files: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         header, position = {}, 0
@@ -90,8 +90,8 @@ def build(folder: Path, layers: int) -> None:
             out.write(len(text).to_bytes(8, "little") + text)
             while position:
                 position -= out.write(noise[: min(len(noise), position)])
-        weight_map |= dict.fromkeys(shard, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        files |= dict.fromkeys(shard, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH}
     config |= {"intermediate_size": INNER, "num_hidden_layers": layers, "num_attention_heads": 32}
     config |= {"num_key_value_heads": 8, "vocab_size": ROWS, "tie_word_embeddings": False, "dtype": "bfloat16"}

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from dtt_plugin.bake import MANIFEST, altered_since, bake, read_manifest
 from dtt_plugin.checkpoint import open_checkpoint
 from dtt_plugin.errors import DttError
+from dtt_plugin.files import sha256_file
 from tests.bake_helpers import load, logits_of_ids, logits_of_rows, random_tokens, tiny
 from tests.checkpoints import BOS, DTYPES, END, default_vocab_tokens, write_weights
 
@@ -238,6 +239,41 @@ def test_the_manifest_tells_an_altered_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "baked" / "new.json").write_text("{}")
     altered = altered_since(tmp_path / "baked", manifest)
     assert (altered.changed, altered.missing, altered.added) == (("model.safetensors",), ("README.md",), ("new.json",))
+
+
+def flip_byte(file: Path, position: int) -> None:
+    with file.open("r+b") as handle:
+        handle.seek(position)
+        value = handle.read(1)[0]
+        handle.seek(position)
+        handle.write(bytes([value ^ 1]))
+
+
+def test_one_altered_value_of_a_large_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large files are sampled, but what was baked is hashed in full, and so is what came from the hub."""
+    from dtt_plugin.bake import manifest
+
+    monkeypatch.setattr(manifest, "_SMALL", 0)
+    monkeypatch.setattr(manifest, "_SAMPLES", 2)
+    monkeypatch.setattr(manifest, "_SAMPLE_BYTES", 16)
+    base_folder = tiny(tmp_path / "base", shards=3, tied=False)
+    changed = {"model.embed_tokens.weight", "lm_head.weight"}
+    files = json.loads((base_folder / "model.safetensors.index.json").read_text())["weight_map"]
+    (linked,) = {*files.values()} - {files[name] for name in changed}
+    blob = base_folder / sha256_file(base_folder / linked)  # as a hub cache has it
+    (base_folder / linked).rename(blob)
+    (base_folder / linked).symlink_to(blob)
+    out = bake(str(base_folder), random_tokens(32), tmp_path / "baked").folder
+    stored = read_manifest(out)
+    assert stored["files"][linked] == f"sha256:{blob.name}"
+    assert not altered_since(out, stored)
+    places = {name: at for name, at in open_checkpoint(str(out), need="all").tensors().items() if name in changed}
+    for location in places.values():
+        flip_byte(location.file, location.offset + location.nbytes // 2)
+        assert altered_since(out, stored).changed == (location.file.name,)
+        flip_byte(location.file, location.offset + location.nbytes // 2)
+    flip_byte(out / linked, (out / linked).stat().st_size // 2)
+    assert altered_since(out, stored).changed == (linked,)
 
 
 def test_verification_finds_a_wrong_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

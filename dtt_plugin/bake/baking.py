@@ -133,7 +133,7 @@ def bake(
             tensor_digests=digests,
             how=how,
         )
-        write_manifest(folder, manifest)
+        write_manifest(folder, manifest, plan)
         sizes = {name: (folder / name).stat().st_size for name in how}
     written = sum(size for name, size in sizes.items() if how[name] in ("written", "copied"))
     return BakeReport(

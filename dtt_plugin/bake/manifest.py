@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from dtt_plugin import __version__
 from dtt_plugin.bake.plan import BakePlan
+from dtt_plugin.bake.weights import blocks, indexed_tensors
 from dtt_plugin.checkpoint_folder import read_json_table
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_bytes, write_json
@@ -20,6 +22,7 @@ FORMAT = "dtt.checkpoint/1"
 _SMALL = 64 << 20
 _SAMPLES = 256
 _SAMPLE_BYTES = 64 << 10
+_WHOLE = "sha256:"
 
 
 @dataclass(frozen=True)
@@ -34,17 +37,17 @@ class Altered:
         return bool(self.missing or self.changed or self.added)
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(path: Path, *, whole: bool = False) -> str:
     """Return a digest of a file's contents.
 
-    Up to 64 MiB it is the SHA-256 of all of it. Of a larger file 256 evenly spread blocks, the first and
-    last among them, and the size are hashed: that takes milliseconds, and notices another file, a
-    truncated one, or a changed header; it may miss a single changed value.
+    Up to 64 MiB, or if `whole`, it is the SHA-256 of all of it. Else 256 evenly spread blocks, the first and
+    last among them, and the size are hashed: that takes milliseconds, and notices another file, a truncated
+    one, or a changed header; it may miss a single changed value.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        if size <= _SMALL:
-            return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+        if whole or size <= _SMALL:
+            return _WHOLE + hashlib.file_digest(file, "sha256").hexdigest()
         digest = hashlib.sha256(str(size).encode())
         for sample in range(_SAMPLES):
             position = (size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1)
@@ -98,10 +101,21 @@ def manifest_of(
     }
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(folder: Path, manifest: dict[str, Any], plan: BakePlan) -> None:
     """Write the manifest with the digests of every file in `folder`."""
-    files = {name: fingerprint(folder / name) for name in files_of(folder)}
+    known = _digests_of_blobs(plan, folder)
+    files = {name: known.get(name) or fingerprint(folder / name) for name in files_of(folder)}
     write_json(folder / MANIFEST, {**manifest, "files": files})
+
+
+def _digests_of_blobs(plan: BakePlan, folder: Path) -> dict[str, str]:
+    """Return the whole digests of linked files of a hub cache: each blob there is named after its SHA-256."""
+    known = {}
+    for file in plan.checkpoint.weight_files:
+        blob, linked = file.resolve(), folder / file.name
+        if re.fullmatch("[0-9a-f]{64}", blob.name) and linked.exists() and linked.samefile(blob):
+            known[file.name] = _WHOLE + blob.name
+    return known
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -124,16 +138,38 @@ def is_defended_checkpoint(folder: Path) -> bool:
 
 
 def altered_since(folder: Path, manifest: Mapping[str, Any]) -> Altered:
-    """Compare the files in `folder` with its manifest."""
+    """Compare the files in `folder` with its manifest, and the changed tensors in full."""
     expected: dict[str, str] = manifest["files"]
     present = set(files_of(folder))
+    changed = {
+        name
+        for name in present & expected.keys()
+        if fingerprint(folder / name, whole=expected[name].startswith(_WHOLE)) != expected[name]
+    }
+    missing = expected.keys() - present
+    if not changed and not missing:
+        changed = _files_of_altered_tensors(folder, manifest)
     return Altered(
-        missing=tuple(sorted(expected.keys() - present)),
-        changed=tuple(
-            name for name in sorted(present & expected.keys()) if fingerprint(folder / name) != expected[name]
-        ),
+        missing=tuple(sorted(missing)),
+        changed=tuple(sorted(changed)),
         added=tuple(sorted(present - expected.keys())),
     )
+
+
+def _files_of_altered_tensors(folder: Path, manifest: Mapping[str, Any]) -> set[str]:
+    """Hash the tensors that baking changed: files that are large are only sampled."""
+    files = set()
+    tensors = indexed_tensors(folder)
+    for name, entry in manifest["changed_tensors"].items():
+        location = tensors[name]
+        if not entry["sha256"] or manifest["files"][location.file.name].startswith(_WHOLE):
+            continue
+        digest = hashlib.sha256()
+        for _, block in blocks(location):
+            digest.update(block.data)
+        if digest.hexdigest() != entry["sha256"]:
+            files.add(location.file.name)
+    return files
 
 
 def files_of(folder: Path) -> list[str]:

@@ -1,0 +1,1 @@
+"""Comparisons of runs: read lm-eval's output, test, tell from noise, show."""

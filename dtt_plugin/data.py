@@ -121,6 +121,21 @@ def load_sentences(path: Path, *, allow_modified: bool = False) -> IgnoreSentenc
     return IgnoreSentences(*lists)  # type: ignore[arg-type]
 
 
+def is_evaluation_record(record: Record) -> bool:
+    """Return whether AlpacaFarm's evaluation set has this instruction with this input, case and outer space apart."""
+    return _digest([record["instruction"].strip().lower(), record["input"].strip().lower()]) in _known_prompts()
+
+
+def is_evaluation_sentence(sentence: str) -> bool:
+    """Return whether the evaluation's ignore attack draws from this sentence."""
+    return _digest(sentence) in _known_digests()["sentences"]["test"]
+
+
+@cache
+def _known_prompts() -> frozenset[str]:
+    return frozenset(_known_digests()["prompts"])
+
+
 def _digest(value: Any) -> str:
     return sha256_bytes(json.dumps(value, ensure_ascii=False).encode(errors="surrogatepass"))[:16]
 

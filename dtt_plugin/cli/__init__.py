@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import dtt_plugin
 from dtt_plugin.errors import DttError
 
-COMMANDS = ("align", "transfer", "bake", "inspect", "cache", "fetch", "demo", "doctor")
+COMMANDS = ("align", "transfer", "train", "convert", "bake", "inspect", "leaderboard", "cache", "fetch", "demo", "sweep", "doctor")
 
 
 def parser() -> argparse.ArgumentParser:

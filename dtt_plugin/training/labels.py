@@ -1,0 +1,61 @@
+"""The responses to learn: the undefended model's own answers to the clean prompts, or the records' outputs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from dtt_plugin.data import Record, read_json
+from dtt_plugin.errors import DttError
+from dtt_plugin.files import sha256_json, write_json
+from dtt_plugin.paths import cache_folder
+from dtt_plugin.training.mixture import Encode
+from dtt_plugin.training.soft_prompt import SoftPrompt
+
+logger = logging.getLogger("dtt_plugin")
+_AT_ONCE = 64
+
+
+def self_labels(
+    undefended: SoftPrompt, encode: Encode, records: Sequence[Record], *, new_tokens: int, pad: int, weights: str
+) -> list[list[int]]:
+    """Return per record the ids of the model's greedy answer to the clean prompt; kept in the cache.
+
+    Args:
+        undefended: the model with k = 0.
+        encode: renders a prompt.
+        records: the training records.
+        new_tokens: answers are cut at this many tokens.
+        pad: id of the padding token.
+        weights: digest of the model's weights, for the cache key.
+    """
+    from tqdm import tqdm
+
+    prompts = [encode(record["instruction"], record["input"]) for record in records]
+    key = sha256_json([weights, prompts, new_tokens, str(undefended.embed.weight.dtype)])
+    path = cache_folder("labels") / f"{key}.json"
+    if path.is_file():
+        logger.info("Labels from the cache: %s", path)
+        return [list(ids) for ids in read_json(path)]
+    labels: list[list[int]] = []
+    for start in tqdm(range(0, len(prompts), _AT_ONCE), desc="labels by the undefended model", unit=" x 64"):
+        labels += undefended.generate(prompts[start : start + _AT_ONCE], new_tokens, pad=pad)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, labels)
+    return labels
+
+
+def data_labels(tokenizer: Any, records: Sequence[Record], *, new_tokens: int) -> list[list[int]]:
+    """Return per record the ids of its output with the end-of-turn token, cut at `new_tokens`.
+
+    Raises:
+        DttError: a record has no output.
+    """
+    labels = []
+    for record in records:
+        if not record["output"].strip():
+            raise DttError(f"The record {record['instruction']!r} has no output; use --labels self.")
+        ids = tokenizer(record["output"].strip(), add_special_tokens=False).input_ids
+        labels.append([*ids, tokenizer.eos_token_id][:new_tokens])
+    return labels

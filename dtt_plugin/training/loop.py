@@ -1,0 +1,139 @@
+"""The HF Trainer on a soft prompt: it does devices, optimiser, checkpoints, resuming and trackers."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from dtt_plugin.errors import DttError
+from dtt_plugin.training.soft_prompt import Example
+
+LOG_FORMAT = "dtt.training/1"
+
+
+def collate(examples: Sequence[Example]) -> dict[str, list[torch.Tensor]]:
+    """Return a batch in the form that accelerate can move to a device; nothing is padded."""
+    return {
+        "prompts": [torch.tensor(example.prompt) for example in examples],
+        "responses": [torch.tensor(example.response) for example in examples],
+    }
+
+
+class TokenTrainer(Trainer):
+    """Trains the rows of a `SoftPrompt`; a step takes as many forward passes as its examples need."""
+
+    def __init__(self, *args: Any, tokens_at_once: int, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.tokens_at_once = tokens_at_once
+
+    def training_step(
+        self, model: Any, inputs: Mapping[str, list[torch.Tensor]], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Return the batch's loss, nats a response token, and leave its gradient in the rows."""
+        examples = [
+            Example(prompt.tolist(), response.tolist())
+            for prompt, response in zip(inputs["prompts"], inputs["responses"], strict=True)
+        ]
+        n_tokens = sum(len(example.response) for example in examples)
+        total = torch.zeros((), device=self.model.rows.device)
+        for part in self.model.passes(examples, self.tokens_at_once):
+            loss = model(part) / n_tokens
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        if not torch.isfinite(total):
+            raise DttError(
+                f"The loss is not finite at step {self.state.global_step + 1}; the last good checkpoint is in"
+                f" {self.args.output_dir}. Go on from it with --init or a lower --rate."
+            )
+        return total
+
+
+class RunLog(TrainerCallback):
+    """Writes the training log: one JSON object a line, flushed as it comes."""
+
+    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+        self.path = path
+        self.header = {"format": LOG_FORMAT, **header}
+        self.began = time.perf_counter()
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Append a line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the log; a resumed run's keeps the steps before its checkpoint."""
+        self.began = time.perf_counter()
+        kept = []
+        if state.global_step and self.path.is_file():
+            entries = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            kept = [entry for entry in entries if 0 <= entry.get("step", -1) <= state.global_step]
+        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in [self.header, *kept]), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
+        """Note a step's loss."""
+        if logs and "loss" in logs:
+            seconds = round(time.perf_counter() - self.began, 3)
+            self.write({"step": state.global_step, "loss": logs["loss"], "seconds": seconds})
+
+
+class Bar(ProgressCallback):
+    """transformers' progress bar (steps/s, remaining time), with the loss at its end instead of a line a step."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
+        """Show the loss."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
+
+
+class HeldOutCheck(TrainerCallback):
+    """Measures the held-out ASR every so many steps, and stops the run when it is low enough."""
+
+    def __init__(
+        self, measure: Callable[[], dict[str, float]], log: RunLog, *, n: int, every: int, stop_at: float | None
+    ) -> None:
+        self.measure, self.log, self.n = measure, log, n
+        self.every, self.stop_at = every, stop_at
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Measure where it is time."""
+        if state.global_step % self.every:
+            return
+        rates = self.measure()
+        asr = max(rates.values())
+        self.log.write({"step": state.global_step, "asr": asr, "n": self.n, "attack_rates": rates})
+        if self.stop_at is not None and asr <= self.stop_at:
+            control.should_training_stop = True
+
+
+class SaveOnInterrupt(TrainerCallback):
+    """Turns Ctrl-C into: finish this step, write a checkpoint, stop."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._before: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take the signal over; a second Ctrl-C stops at once."""
+        self._before = signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, _number: int, _frame: Any) -> None:
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self._before)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Save and stop, where asked to."""
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Give the signal back."""
+        signal.signal(signal.SIGINT, self._before)

@@ -1,0 +1,182 @@
+"""A frozen chat model with k trainable rows in front of everything.
+
+Sequences are packed one behind the other into a single row of positions, each
+with position ids of its own, so no computation goes into padding; logits are
+computed where a response token is predicted and nowhere else; gradients reach
+the k x d rows only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from dtt_plugin.errors import DttError
+
+PACKING_TOLERANCE = 1e-3
+_SCALE_TOLERANCE = 1e-2
+
+
+class Example(NamedTuple):
+    """Token ids of a rendered prompt (without DefensiveTokens) and of the response to learn."""
+
+    prompt: list[int]
+    response: list[int]
+
+
+class SoftPrompt(nn.Module):
+    """A causal language model under k rows.
+
+    Args:
+        model: a transformers causal language model; frozen here, and its dropout taken out.
+        rows: the start, float32 [k, d], as rows of the embedding matrix; k may be 0 (the undefended model).
+    """
+
+    def __init__(self, model: Any, rows: torch.Tensor) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        self.embed = model.get_input_embeddings()
+        self.rows = nn.Parameter(rows.detach().clone().float().to(self.embed.weight.device))
+        self.scale = embedding_scale(self.embed)
+        self.packs = self._packs_exactly()
+
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """Return the rows only: a checkpoint of a run needs no frozen weights."""
+        return {"rows": self.rows.detach()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take the rows of a run's checkpoint."""
+        with torch.no_grad():
+            self.rows.copy_(state_dict["rows"])
+        return _IncompatibleKeys([], [])  # nothing is missing, which the HF Trainer asks
+
+    @property
+    def k(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+    def vectors(self, ids: Sequence[int]) -> torch.Tensor:
+        """Return what the model sees for [rows; ids]: (k + n, d), in the model's data type."""
+        looked_up = self.embed(torch.tensor(ids, device=self.rows.device))  # (n, d)
+        # The cast loses nothing in float32; in bfloat16 it is what a baked checkpoint stores.
+        rows = self.rows.to(looked_up.dtype) * self.scale  # (k, d)
+        return torch.cat([rows, looked_up])
+
+    def logits(self, sequences: Sequence[Sequence[int]], at: Sequence[int]) -> torch.Tensor:
+        """Return the logits (len(at), vocabulary) at positions `at` of the packed sequences, float32."""
+        vectors = [self.vectors(ids) for ids in sequences]
+        positions = torch.cat([torch.arange(len(vector), device=self.rows.device) for vector in vectors])
+        output = self.model(
+            inputs_embeds=torch.cat(vectors).unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=torch.tensor(at, device=self.rows.device),
+        )
+        return output.logits[0].float()  # type: ignore[no-any-return]
+
+    def forward(self, examples: Sequence[Example]) -> torch.Tensor:
+        """Return the sum over all response tokens of -log p(response | [rows; prompt]), a scalar in nats."""
+        at: list[int] = []
+        targets: list[int] = []
+        start = 0
+        for example in examples:
+            first = start + self.k + len(example.prompt) - 1  # the position that predicts the first response token
+            at += range(first, first + len(example.response))
+            targets += example.response
+            start += self.k + len(example.prompt) + len(example.response)
+        logits = self.logits([example.prompt + example.response for example in examples], at)
+        return F.cross_entropy(logits, torch.tensor(targets, device=logits.device), reduction="sum")
+
+    def passes(self, examples: Sequence[Example], tokens_at_once: int) -> Iterator[list[Example]]:
+        """Divide a batch into forward passes of at most `tokens_at_once` positions, an example at least."""
+        part: list[Example] = []
+        width = 0
+        for example in examples:
+            length = self.k + len(example.prompt) + len(example.response)
+            if part and (width + length > tokens_at_once or not self.packs):
+                yield part
+                part, width = [], 0
+            part.append(example)
+            width += length
+        if part:
+            yield part
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, *, pad: int, batch: int = 16
+    ) -> list[list[int]]:
+        """Return the greedy responses' ids, the end-of-turn token included where it was reached.
+
+        Args:
+            prompts: token ids, without the rows.
+            new_tokens: the most tokens of a response.
+            pad: id of the padding token.
+            batch: prompts at once, of similar lengths.
+        """
+        ends = _end_ids(self.model)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        responses: dict[int, list[int]] = {}
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            vectors = [self.vectors(prompts[i]) for i in chosen]
+            width = max(map(len, vectors))
+            embeds = torch.stack([F.pad(vector, (0, 0, width - len(vector), 0)) for vector in vectors])
+            mask = torch.tensor([[0] * (width - len(v)) + [1] * len(v) for v in vectors], device=embeds.device)
+            output = self.model.generate(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=pad,
+                repetition_penalty=1.0,  # greedy is greedy, whatever the checkpoint's generation config says
+            )
+            for i, ids in zip(chosen, output.tolist(), strict=True):
+                end = next((n for n, token in enumerate(ids) if token in ends), None)
+                responses[i] = ids if end is None else ids[: end + 1]
+        return [responses[i] for i in range(len(prompts))]
+
+    @torch.no_grad()
+    def _packs_exactly(self) -> bool:
+        """Return whether a packed pair gives each sequence's own logits (not so for recurrent models)."""
+        try:
+            n = self.embed.weight.shape[0]
+            first, second = [i % n for i in range(1, 9)], [i % n for i in range(11, 17)]
+            alone = self.logits([second], [self.k + len(second) - 1])
+            packed = self.logits([first, second], [2 * self.k + len(first) + len(second) - 1])
+        except (TypeError, ValueError) as error:
+            raise DttError(
+                f"{type(self.model).__name__} takes no inputs_embeds with logits_to_keep ({error}); dtt train needs a"
+                " decoder-only model of a recent transformers release."
+            ) from error
+        # bfloat16 rounds differently in a longer row; a leak between sequences moves logits far more than this.
+        tolerance = PACKING_TOLERANCE if alone.dtype == self.embed.weight.dtype else 0.05
+        return bool((alone - packed).abs().max() <= tolerance * alone.abs().max())
+
+
+@torch.no_grad()
+def embedding_scale(embed: Any) -> float:
+    """Return the factor between a row of the embedding matrix and what its look-up gives (1, except in Gemma 3).
+
+    Raises:
+        DttError: the look-up is more than a multiplication.
+    """
+    ids = torch.arange(min(64, embed.weight.shape[0]), device=embed.weight.device)
+    rows, found = embed.weight[ids].double(), embed(ids).double()
+    norm = rows.pow(2).sum()
+    scale = float((rows * found).sum() / norm) if norm > 0 else 1.0
+    if not torch.allclose(found, rows * scale, rtol=_SCALE_TOLERANCE, atol=float(_SCALE_TOLERANCE * found.abs().max())):
+        raise DttError(f"{type(embed).__name__} changes a row by more than a factor; its tokens can't be trained.")
+    return 1.0 if abs(scale - 1) < 1e-6 else scale
+
+
+def _end_ids(model: Any) -> set[int]:
+    end = model.generation_config.eos_token_id
+    return set(end) if isinstance(end, list) else {end}

@@ -1,0 +1,242 @@
+"""One training run, from options to a token file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from typing import Any, NamedTuple
+
+from dtt_plugin.checkpoint import open_checkpoint
+from dtt_plugin.defenses import NONE, parse_defense
+from dtt_plugin.errors import DttError
+from dtt_plugin.files import sha256_file, sha256_json, write_json
+from dtt_plugin.formats import MODEL_FORMAT
+from dtt_plugin.prompt import PromptRenderer, model_template
+from dtt_plugin.tokens import DefensiveTokens, save_tokens
+from dtt_plugin.training.options import TrainingOptions
+from dtt_plugin.training.records import TrainingData, load_training_data, split
+from dtt_plugin.training.start import start_rows, start_tokens
+
+logger = logging.getLogger("dtt_plugin")
+
+_RUN_FILE = "run.json"
+# What may differ between a run and its continuation without changing the result.
+_FREE = ("resume", "report_to", "save_every", "out")
+
+
+class Trained(NamedTuple):
+    """What a run ended in."""
+
+    tokens: DefensiveTokens | None
+    """None: interrupted; the checkpoint is there to go on from."""
+    steps: int
+    loss: float | None
+    """Mean over the run's steps, nats a response token."""
+    seconds: float
+
+
+def train(options: TrainingOptions) -> Trained:
+    """Train DefensiveTokens and write them to `options.out`, the log beside it.
+
+    Prompt tuning (Lester et al., arXiv 2104.08691) with the StruQ loss as in the DefensiveTokens paper
+    (arXiv 2507.07974): all weights frozen, the loss on the response only.
+
+    Raises:
+        DttError: bad input, a loss that is not finite, or not enough memory.
+    """
+    data = load_training_data(options.data)
+    training, held_out = split(data.records, options.held_out if options.eval_every else 0)
+    steps = options.steps or max(1, len(training) // options.batch)
+    init = start_tokens(options)
+    run = _run_identity(options, data, init, steps)
+    _check_folder(options, run)
+    try:
+        return _train(options, data, training, held_out, steps, init, run)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise DttError(
+            f"Out of memory with --tokens-at-once {options.tokens_at_once} and --batch {options.batch}: lower"
+            " --tokens-at-once first (the result stays the same), or add --gradient-checkpointing."
+        ) from error
+
+
+def _train(
+    options: TrainingOptions,
+    data: TrainingData,
+    training: list[Any],
+    held_out: list[Any],
+    steps: int,
+    init: DefensiveTokens | None,
+    run: dict[str, Any],
+) -> Trained:
+    import torch
+    from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from dtt_plugin.training.held_out import HeldOut
+    from dtt_plugin.training.labels import data_labels, self_labels
+    from dtt_plugin.training.loop import Bar, HeldOutCheck, RunLog, SaveOnInterrupt, TokenTrainer, collate
+    from dtt_plugin.training.mixture import Mixture, encoder
+    from dtt_plugin.training.soft_prompt import SoftPrompt
+
+    tokenizer, model = _load(options)
+    renderer = PromptRenderer(
+        tokenizer,
+        prompt_format=init.prompt_format if init else MODEL_FORMAT,
+        model_template=model_template(tokenizer),
+        defenses=parse_defense(NONE),
+    )
+    encode = encoder(renderer)
+    undefended = SoftPrompt(model, torch.empty(0, model.get_input_embeddings().weight.shape[1]))
+    if options.labels == "self":
+        labels = self_labels(
+            undefended,
+            encode,
+            training,
+            new_tokens=options.label_tokens,
+            pad=tokenizer.pad_token_id,
+            weights=run["weights"],
+        )
+    else:
+        labels = data_labels(tokenizer, training, new_tokens=options.label_tokens)
+    rows = start_rows(options, init, undefended.embed, renderer.encode)
+    soft_prompt = SoftPrompt(model, rows)
+    if not soft_prompt.packs:
+        logger.warning("%s can't be packed: every example gets a pass of its own, which is slower.", options.model)
+    if options.gradient_checkpointing:
+        model.train()  # transformers recomputes in training mode only; dropout has been taken out
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    arguments = TrainingArguments(
+        output_dir=str(options.checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=options.batch,
+        learning_rate=options.rate,
+        lr_scheduler_type="constant",
+        optim="adamw_torch",
+        weight_decay=0.0,
+        max_grad_norm=0.0,  # Adam's steps don't depend on the gradient's length
+        seed=options.seed,
+        train_sampling_strategy="sequential",  # the mixture has its own order
+        save_steps=options.save_every,
+        save_total_limit=2,
+        logging_steps=1,
+        report_to=options.report_to,
+        remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    size = steps * options.batch * arguments.world_size
+    log = RunLog(options.log, {"label": options.out.stem, "model": options.model, "init": options.init})
+    interrupt = SaveOnInterrupt()
+    callbacks: list[Any] = [log, interrupt]
+    if options.eval_every:
+        check = HeldOut(held_out, data.sentences, encode, tokenizer)
+        callbacks.append(
+            HeldOutCheck(
+                lambda: check.rates(soft_prompt), log, n=check.n, every=options.eval_every, stop_at=options.stop_at
+            )
+        )
+    trainer = TokenTrainer(
+        model=soft_prompt,
+        args=arguments,
+        data_collator=collate,
+        train_dataset=Mixture(training, labels, data, encode, size=size, seed=options.seed),
+        callbacks=callbacks,
+        tokens_at_once=options.tokens_at_once,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Bar)
+    options.checkpoints.mkdir(parents=True, exist_ok=True)
+    write_json(options.checkpoints / _RUN_FILE, run)
+    last = get_last_checkpoint(str(options.checkpoints)) if options.resume else None
+    outcome = trainer.train(resume_from_checkpoint=last)
+    seconds = float(outcome.metrics["train_runtime"])
+    done = trainer.state.global_step
+    loss = float(outcome.training_loss) if done else None
+    if interrupt.interrupted:
+        return Trained(None, done, loss, seconds)
+    tokens = _result(options, soft_prompt.rows.detach().cpu().numpy(), init, run, done)
+    save_tokens(options.out, tokens)
+    shutil.rmtree(options.checkpoints)
+    return Trained(tokens, done, loss, seconds)
+
+
+def _result(
+    options: TrainingOptions, rows: Any, init: DefensiveTokens | None, run: dict[str, Any], steps: int
+) -> DefensiveTokens:
+    facts = {name: str(run[name]) for name in ("data_sha256", "weights", "batch", "rate", "seed", "labels", "init")}
+    return DefensiveTokens(
+        rows=rows,
+        model=options.model,
+        method="adapted" if init else "trained",
+        prompt_format=init.prompt_format if init else MODEL_FORMAT,
+        source_model=(init.source_model or init.model) if init else "",
+        metadata={**facts, "steps": str(steps), "label_tokens": str(options.label_tokens)},
+    )
+
+
+def _load(options: TrainingOptions) -> tuple[Any, Any]:
+    """Return tokenizer and model; weights from safetensors only, no remote code."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    on_gpu = torch.cuda.is_available()
+    dtype: Any = options.dtype
+    if dtype == "auto" and not on_gpu:
+        dtype = "float32"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DttError(f"{options.model} can't be loaded as a causal language model: {reason}") from error
+    if not model_template(tokenizer):
+        raise DttError(f"{options.model} has no chat template; DefensiveTokens are for chat models.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, model.to("cuda") if on_gpu else model
+
+
+def _run_identity(
+    options: TrainingOptions, data: TrainingData, init: DefensiveTokens | None, steps: int
+) -> dict[str, Any]:
+    """Return what decides about a run's result; a continuation has to agree in all of it."""
+    named = {
+        field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name not in _FREE
+    }
+    files = open_checkpoint(options.model, need="all").weight_files
+    return {
+        **named,
+        "steps": steps,
+        "data_sha256": data.digest,
+        "init": init.digest if init else options.init,
+        "weights": sha256_json([sha256_file(path) for path in files]),
+    }
+
+
+def _check_folder(options: TrainingOptions, run: dict[str, Any]) -> None:
+    """Refuse to mix two runs' checkpoints, and to start over one that could be continued."""
+    path = options.checkpoints / _RUN_FILE
+    if not path.is_file():
+        if options.resume:
+            raise DttError(f"--resume: {options.checkpoints} holds no run to go on with; leave the option out.")
+        return
+    if not options.resume:
+        raise DttError(
+            f"{options.checkpoints} holds an unfinished run: go on with --resume, or remove that folder to start over."
+        )
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if changed := [name for name in run if before.get(name) != json.loads(json.dumps(run[name]))]:
+        raise DttError(
+            f"--resume: the run in {options.checkpoints} had other values of {', '.join(changed)}; give the same ones."
+        )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    text = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text

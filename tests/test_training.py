@@ -1,0 +1,309 @@
+"""The trainer on tiny models: its loss, its files, its interruptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dtt_plugin.bake import bake
+from dtt_plugin.cli import main
+from dtt_plugin.errors import DttError
+from dtt_plugin.tokens import DefensiveTokens, load_tokens, save_tokens
+from dtt_plugin.training import TrainingOptions, train
+from dtt_plugin.training.soft_prompt import Example, SoftPrompt, embedding_scale
+from tests.checkpoints import make_checkpoint
+from tests.conftest import ROOT, write_tokens
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+DATA = ROOT / "tasks" / "injection_demo" / "train.json"
+EXAMPLES = [Example([5, 6, 7, 8], [9, 10]), Example([20, 21], [22, 23, 24]), Example([30] * 9, [31])]
+
+
+@pytest.fixture
+def small_data(tmp_path: Path) -> str:
+    """Sixteen of the demo's training records."""
+    content = json.loads(DATA.read_text(encoding="utf-8"))
+    content["records"] = content["records"][:16]
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def options(tiny: str, small_data: str, tmp_path: Path) -> TrainingOptions:
+    return TrainingOptions(
+        tiny, small_data, tmp_path / "new.safetensors", k=3, steps=6, batch=4, label_tokens=4, save_every=2
+    )
+
+
+def load(folder: str | Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def plain_loss(model: Any, rows: Any, example: Example) -> float:
+    """The StruQ loss of one example by the shortest way: logits everywhere, no packing."""
+    ids = torch.tensor(example.prompt + example.response)
+    embeds = torch.cat([rows, model.get_input_embeddings()(ids)]).unsqueeze(0)
+    logits = model(inputs_embeds=embeds).logits[0].log_softmax(-1)
+    first = len(rows) + len(example.prompt) - 1
+    return -sum(float(logits[first + i, token]) for i, token in enumerate(example.response))
+
+
+def test_packed_loss_is_the_sum_of_the_single_losses(tiny: str) -> None:
+    model = load(tiny)
+    rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    soft_prompt = SoftPrompt(model, rows)
+    assert soft_prompt.packs
+    expected = sum(plain_loss(model, rows, example) for example in EXAMPLES)
+    assert soft_prompt(EXAMPLES).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradient_is_that_of_the_unpacked_loss_and_reaches_the_rows_only(tiny: str) -> None:
+    soft_prompt = SoftPrompt(load(tiny), torch.randn(3, 32, generator=torch.Generator().manual_seed(0)))
+    soft_prompt(EXAMPLES).backward()
+    assert soft_prompt.rows.grad is not None
+    packed = soft_prompt.rows.grad.clone()
+    soft_prompt.rows.grad = None
+    for example in EXAMPLES:
+        soft_prompt([example]).backward()
+    torch.testing.assert_close(packed, soft_prompt.rows.grad, rtol=1e-4, atol=1e-6)
+    assert [name for name, value in soft_prompt.named_parameters() if value.requires_grad] == ["rows"]
+    assert all(value.grad is None for name, value in soft_prompt.named_parameters() if name != "rows")
+
+
+def test_passes_keep_to_the_limit_and_lose_no_example(tiny: str) -> None:
+    soft_prompt = SoftPrompt(load(tiny), torch.zeros(3, 32))
+    parts = list(soft_prompt.passes(EXAMPLES, 18))
+    assert [len(part) for part in parts] == [2, 1]
+    assert [example for part in parts for example in part] == EXAMPLES
+
+
+def test_training_writes_tokens_and_log_and_lowers_the_loss(options: TrainingOptions) -> None:
+    trained = train(replace(options, steps=30, eval_every=15, held_out=4))
+    tokens = load_tokens(options.out)
+    assert tokens.method == "trained"
+    assert (tokens.k, tokens.width, tokens.model) == (3, 32, options.model)
+    assert trained.tokens is not None
+    assert trained.tokens.digest == tokens.digest
+    header, *entries = map(json.loads, options.log.read_text().splitlines())
+    assert header["format"] == "dtt.training/1"
+    losses = [entry["loss"] for entry in entries if "loss" in entry]
+    assert len(losses) == 30
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert [(entry["step"], entry["n"]) for entry in entries if "asr" in entry] == [(15, 4), (30, 4)]
+    assert not options.checkpoints.exists()
+
+
+def test_the_same_options_give_the_same_bytes(options: TrainingOptions, tmp_path: Path) -> None:
+    train(options)
+    again = replace(options, out=tmp_path / "again" / "new.safetensors")
+    again.out.parent.mkdir()
+    train(again)
+    assert again.out.read_bytes() == options.out.read_bytes()
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(options: TrainingOptions, tmp_path: Path) -> None:
+    train(options)
+    killed = replace(options, out=tmp_path / "killed" / "new.safetensors")
+    killed.out.parent.mkdir()
+    process = _start(killed)
+    _wait_for(killed.checkpoints / "checkpoint-2" / "trainer_state.json", process)
+    process.kill()
+    process.wait()
+    assert not killed.out.exists()
+    train(replace(killed, resume=True))
+    assert killed.out.read_bytes() == options.out.read_bytes()
+    steps = [entry["step"] for entry in map(json.loads, killed.log.read_text().splitlines()) if "loss" in entry]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_ctrl_c_saves_and_resumes_to_the_same_bytes(options: TrainingOptions, tmp_path: Path) -> None:
+    train(options)
+    stopped = replace(options, out=tmp_path / "stopped" / "new.safetensors", save_every=100)
+    stopped.out.parent.mkdir()
+    process = _start(stopped)
+    _wait_for(stopped.log, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    assert not stopped.out.exists()
+    train(replace(stopped, resume=True))
+    assert stopped.out.read_bytes() == options.out.read_bytes()
+
+
+def _start(options: TrainingOptions) -> subprocess.Popen[bytes]:
+    """Run `dtt train` in a process that takes half a second a step."""
+    slow = (
+        "import time; from dtt_plugin.training.mixture import Mixture; from dtt_plugin.cli import main;"
+        "plain = Mixture.__getitem__;"
+        "Mixture.__getitem__ = lambda self, i: time.sleep(0.15) or plain(self, i);"
+        "raise SystemExit(main())"
+    )
+    names = ("out", "k", "steps", "batch", "label_tokens", "save_every")
+    flags = [text for name in names for text in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
+    command = [sys.executable, "-c", slow, "train", options.model, "--data", options.data, *flags]
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+
+
+def _wait_for(path: Path, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, "the run ended before it could be stopped"
+        assert time.monotonic() < until, f"{path} never came"
+        time.sleep(0.05)
+
+
+def test_resuming_with_other_options_is_refused(options: TrainingOptions) -> None:
+    options.checkpoints.mkdir()
+    (options.checkpoints / "run.json").write_text(json.dumps({"rate": 0.5}))
+    with pytest.raises(DttError, match="unfinished run"):
+        train(options)
+    with pytest.raises(DttError, match=r"other values of .*rate"):
+        train(replace(options, resume=True))
+
+
+def test_adapting_starts_from_the_file_and_says_so(options: TrainingOptions, tmp_path: Path) -> None:
+    start = write_tokens(tmp_path / "start.safetensors", width=32, k=3, model="other", method="procrustes")
+    train(replace(options, init=start, rate=1e-9, steps=1))
+    tokens = load_tokens(options.out)
+    assert (tokens.method, tokens.source_model) == ("adapted", "other")
+    np.testing.assert_allclose(tokens.rows, load_tokens(start).rows, atol=1e-6)
+
+
+def test_text_start_is_the_embeddings_of_the_text(options: TrainingOptions) -> None:
+    train(replace(options, init="text:hello world hello", rate=1e-9, steps=1))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+    ids = tokenizer("hello world hello", add_special_tokens=False).input_ids[:3]
+    embedding = load(options.model).get_input_embeddings().weight.detach().numpy()
+    np.testing.assert_allclose(load_tokens(options.out).rows, embedding[ids], atol=1e-6)
+
+
+def test_labels_from_the_data_end_the_turn(options: TrainingOptions) -> None:
+    train(replace(options, labels="data", label_tokens=500, steps=1))
+    assert load_tokens(options.out).metadata["labels"] == "data"
+
+
+def test_early_stop_ends_the_run_at_the_measurement(options: TrainingOptions) -> None:
+    trained = train(replace(options, eval_every=2, held_out=4, stop_at=1.0))
+    assert trained.steps == 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_loss_is_the_same_through_the_baked_checkpoint(tmp_path: Path, tied: bool) -> None:
+    base = make_checkpoint(tmp_path / "base", tied=tied, dtype="float32")
+    _assert_same_loss_when_baked(base, tmp_path)
+
+
+def test_loss_is_the_same_through_the_baked_checkpoint_of_a_model_that_scales_embeddings(tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path / "base", tied=False, dtype="float32")
+    config = json.loads((base / "config.json").read_text())
+    scaled = {"architectures": ["GraniteForCausalLM"], "model_type": "granite", "embedding_multiplier": 7.0}
+    (base / "config.json").write_text(json.dumps({**config, **scaled}))
+    _assert_same_loss_when_baked(base, tmp_path)
+
+
+def _assert_same_loss_when_baked(base: Path, tmp_path: Path) -> None:
+    rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+    in_training = SoftPrompt(load(base), rows)(EXAMPLES[:1]).item()
+    tokens = DefensiveTokens(rows.numpy(), "base", "trained", "model")
+    baked = bake(str(base), tokens, tmp_path / "baked").folder
+    names = [f"[DefensiveToken{i}]" for i in range(3)]
+    ids = transformers.AutoTokenizer.from_pretrained(baked).convert_tokens_to_ids(names)
+    example = Example(ids + EXAMPLES[0].prompt, EXAMPLES[0].response)
+    model = load(baked)
+    ordinary = SoftPrompt(model, torch.empty(0, 32))
+    # The baked head has rows more, each with a probability of its own: compare logits up to the base's vocabulary.
+    positions = range(len(example.prompt) - 1, len(example.prompt) + len(example.response) - 1)
+    logits = ordinary.logits([example.prompt + example.response], list(positions))
+    kept = [i for i in range(logits.shape[1]) if i not in ids]
+    targets = torch.tensor(example.response)
+    loss = torch.nn.functional.cross_entropy(logits[:, kept], targets, reduction="sum").item()
+    assert loss == pytest.approx(in_training, rel=1e-5)
+
+
+def test_scale_of_a_look_up_that_multiplies_is_found() -> None:
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+    scaled = Gemma3TextScaledWordEmbedding(100, 16, 0, embed_scale=4.0)
+    torch.nn.init.normal_(scaled.weight)
+    assert embedding_scale(scaled) == pytest.approx(4.0)
+    assert embedding_scale(torch.nn.Embedding(100, 16)) == 1.0
+
+
+class TestBadInput:
+    def test_width_and_k_of_the_start(self, options: TrainingOptions, tmp_path: Path) -> None:
+        wide = write_tokens(tmp_path / "wide.safetensors", width=48, k=3)
+        with pytest.raises(DttError, match="width 48"):
+            train(replace(options, init=wide))
+        many = write_tokens(tmp_path / "many.safetensors", width=32, k=4)
+        with pytest.raises(DttError, match="--k 4"):
+            train(replace(options, init=many))
+        with pytest.raises(DttError, match="no such token file"):
+            train(replace(options, init="rnadom"))
+
+    def test_model_without_a_chat_template(self, options: TrainingOptions) -> None:
+        path = Path(options.model) / "tokenizer_config.json"
+        config = json.loads(path.read_text())
+        del config["chat_template"]
+        path.write_text(json.dumps(config))
+        with pytest.raises(DttError, match="no chat template"):
+            train(options)
+
+    def test_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(
+        self, options: TrainingOptions, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plain, calls = SoftPrompt.forward, []
+
+        def forward(self: SoftPrompt, examples: Any) -> Any:
+            calls.append(1)
+            return plain(self, examples) * (float("nan") if len(calls) == 5 else 1.0)
+
+        monkeypatch.setattr(SoftPrompt, "forward", forward)
+        with pytest.raises(DttError, match=r"not finite at step 5.*checkpoint"):
+            train(options)
+        assert (options.checkpoints / "checkpoint-4").is_dir()
+        assert not options.out.exists()
+
+    def test_out_of_memory_names_the_setting(self, options: TrainingOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+        def forward(self: SoftPrompt, examples: Any) -> Any:
+            return torch.empty(2**60)
+
+        monkeypatch.setattr(SoftPrompt, "forward", forward)
+        with pytest.raises(DttError, match="lower --tokens-at-once"):
+            train(options)
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"k": 0}, "--k 0"),
+            ({"steps": 0}, "--steps 0"),
+            ({"rate": -1.0}, "--rate -1.0"),
+            ({"labels": "others"}, "--labels others"),
+            ({"stop_at": 0.1}, "--eval-every"),
+        ],
+    )
+    def test_options_out_of_range(self, options: TrainingOptions, changed: dict[str, Any], message: str) -> None:
+        with pytest.raises(DttError, match=message):
+            replace(options, **changed)
+
+    def test_command_ends_with_code_2(self, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        out = str(tmp_path / "t.safetensors")
+        assert main(["train", tiny, "--data", str(tmp_path / "nothing.json"), "--out", out]) == 2
+        assert "nothing.json" in capsys.readouterr().err
+
+
+def test_token_file_of_a_run_loads_into_a_model(options: TrainingOptions, tmp_path: Path) -> None:
+    train(options)
+    save_tokens(tmp_path / "copy.safetensors", load_tokens(options.out))
+    assert bake(options.model, load_tokens(options.out), tmp_path / "baked")

@@ -31,7 +31,13 @@ def _plain(value: object) -> object:
 
 def _svg(height: float, title: str, *children: str, width: float = WIDTH) -> Markup:
     return element(
-        "svg", element("title", title), *children, viewBox=f"0 0 {width} {height:.0f}", role="img", class_="chart"
+        "svg",
+        element("title", title),
+        *children,
+        viewBox=f"0 0 {width} {height:.0f}",
+        width=width,
+        role="img",
+        class_="chart",
     )
 
 
@@ -257,7 +263,7 @@ def learning_curves(curves: Sequence[Curve], kind: str) -> Markup | None:
     shown = [(number, getattr(curve, kind)) for number, curve in enumerate(curves) if getattr(curve, kind)]
     if not shown:
         return None
-    height, bottom, right = 300, 260, WIDTH - 60
+    height, bottom, right = 300, 260, WIDTH - 110
     points = [point for _, own in shown for point in own]
     top = 1.0 if kind == "asr" else max(y for _, y in points)
     across = _Axis(0, max(x for x, _ in points), 60, right)
@@ -276,7 +282,7 @@ def learning_curves(curves: Sequence[Curve], kind: str) -> Markup | None:
         if kind == "asr":
             parts += [_marker(number, across(x), up(y)) for x, y in own]
         x, y = own[-1]
-        parts.append(_text(across(x) + 9, up(y) + 4, letter(number), "small"))
+        parts.append(_text(across(x) + 9 + 14 * (number % 6), up(y) + 4, letter(number), "small"))
     parts.append(_text((60 + right) / 2, height - 4, "step", "small", "middle"))
     title = "Attack success rate while training" if kind == "asr" else "Training loss"
     return _svg(height, title, *parts)

@@ -105,18 +105,15 @@ def _geometry(model: str, members: Sequence[tuple[str, DefensiveTokens]]) -> Geo
 def _vocabulary_norms(model: str, width: int) -> tuple[float, float, float] | None:
     """Return the `QUANTILES` of the norms of `model`'s embedding rows; None where it isn't on this disk or fits not."""
     try:
-        embedding = _local_checkpoint(model).input_embedding
+        embedding = _local_checkpoint(model).input_embedding()
         if embedding.shape[1] != width:
             return None
-        norms = [
-            np.linalg.norm(
-                embedding.read_rows(start, min(start + _CHUNK_ROWS, embedding.shape[0])).astype("f4"), axis=1
-            )
-            for start in range(0, embedding.shape[0], _CHUNK_ROWS)
-        ]
+        count = embedding.shape[0]
+        chunks = (embedding.read_rows(start, min(start + _CHUNK_ROWS, count)) for start in range(0, count, _CHUNK_ROWS))
+        norms = np.concatenate([np.linalg.norm(chunk.astype(np.float32), axis=1) for chunk in chunks])
     except DttError:
         return None
-    low, middle, high = np.quantile(np.concatenate(norms), QUANTILES)
+    low, middle, high = np.quantile(norms, QUANTILES)
     return float(low), float(middle), float(high)
 
 

@@ -13,14 +13,15 @@ from dtt_plugin.files import replacing
 from dtt_plugin.leaderboard import charts
 from dtt_plugin.leaderboard.curves import read_curve
 from dtt_plugin.leaderboard.geometry import letter, read_geometry
+from dtt_plugin.leaderboard.runs import Run
 from dtt_plugin.leaderboard.safe_text import all_printable
-from dtt_plugin.leaderboard.sample_book import RunWithSamples, make_book
+from dtt_plugin.leaderboard.sample_book import make_book
 
 
 def write_report(
     out: Path,
     leaderboard: dict[str, Any],
-    runs: Sequence[RunWithSamples],
+    runs: Sequence[Run],
     tokens: Sequence[Path] = (),
     logs: Sequence[Path] = (),
 ) -> None:
@@ -42,7 +43,7 @@ def write_report(
 
 
 def render(
-    leaderboard: dict[str, Any], runs: Sequence[RunWithSamples], tokens: Sequence[Path] = (), logs: Sequence[Path] = ()
+    leaderboard: dict[str, Any], runs: Sequence[Run], tokens: Sequence[Path] = (), logs: Sequence[Path] = ()
 ) -> str:
     """Return the report's HTML, see `write_report`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -59,20 +60,18 @@ def render(
     environment.filters |= {"percent": charts.percent, "rate_text": charts.rate_text, "letter": letter}
     board = all_printable(leaderboard)
     book = make_book(runs)
-    curves = [read_curve(path) for path in logs]
+    rows = [row for group in board["groups"] for row in group["rows"]]
     described = [{"label": run.label, "title": f"{run.model} · {run.task}"} for run in runs]
     html: str = environment.get_template("template.html.j2").render(
         policy=_policy(style, script),
         style=style,
         script=script,
         board=board,
-        attacks=list(
-            dict.fromkeys(attack for group in board["groups"] for row in group["rows"] for attack in row["asr"])
-        ),
+        attacks=list(dict.fromkeys(attack for row in rows for attack in row["asr"])),
         book=book,
         runs=all_printable(described),
         geometries=read_geometry(tokens),
-        curves=curves,
+        curves=[read_curve(path) for path in logs],
         charts=charts,
     )
     return html

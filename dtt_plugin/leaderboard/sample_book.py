@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from dtt_plugin.leaderboard.runs import Run
 from dtt_plugin.leaderboard.safe_text import printable
 
 # Stand for the data and the instruction in a prompt; `printable` leaves no such character in a text.
@@ -17,26 +18,6 @@ _BLANK = " \t\r\n"
 # What a response is cut to, from not at all on, until the packs fit.
 _LENGTHS = (None, 4000, 2000, 1000, 500, 250, 100)
 MOST_BYTES = 24_000_000
-
-
-class Sample(Protocol):
-    """What the browser shows of one response."""
-
-    record_id: int
-    attack: str
-    hit: bool
-    text: str
-    prompt: str
-    instruction: str
-    data: str
-    injected: str
-
-
-class RunWithSamples(Protocol):
-    """A run that can give its responses."""
-
-    def responses(self) -> Sequence[Any]:
-        """Return its samples."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +38,7 @@ class _Cell:
     template: str
 
 
-def make_book(runs: Iterable[RunWithSamples], *, most_bytes: int = MOST_BYTES) -> Book:
+def make_book(runs: Iterable[Run], *, most_bytes: int = MOST_BYTES) -> Book:
     """Pack the samples of `runs`; responses are cut, all to the same length, only where the packs outgrow `most_bytes`.
 
     A pack is {"records": [[record id, instruction, clean data, injected data]], "runs": {run: {"record": [...],
@@ -114,5 +95,5 @@ def _pack(records: dict[tuple[int, str, str, str], list[_Cell]], length: int | N
             run["template"].append(place(cell.template))
     packed = {number: {**run, "hit": "".join(run["hit"])} for number, run in runs.items()}
     raw = json.dumps({"records": table, "runs": packed, "strings": list(strings)}, ensure_ascii=False).encode()
-    compressor = zlib.compressobj(level=6, wbits=-15)
+    compressor = zlib.compressobj(level=4, wbits=-15)
     return base64.b64encode(compressor.compress(raw) + compressor.flush()).decode()

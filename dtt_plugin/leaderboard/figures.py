@@ -1,0 +1,220 @@
+"""Figures for papers: PNG and SVG by matplotlib, the same bytes for the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dtt_plugin.files import replacing
+from dtt_plugin.leaderboard.curves import Curve, read_curve
+from dtt_plugin.leaderboard.geometry import Geometry, letter, read_geometry
+from dtt_plugin.leaderboard.safe_text import all_printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The colour-blind-safe palette of Okabe and Ito; each colour has its hatch, marker and dash.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+HATCHES = ("", "////", "....", "||||", "xxxx", "----")
+MARKERS = ("o", "D", "s", "^", "P", "v")
+DASHES = ("-", "--", ":", "-.", (0, (4, 2)), (0, (1, 1)))
+_SETTINGS: Any = {
+    "svg.hashsalt": "dtt",
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    # A model's name may hold a dollar sign; that makes no formula.
+    "text.parse_math": False,
+    "text.usetex": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "hatch.linewidth": 0.6,
+}
+
+
+def write_figures(
+    folder: Path, leaderboard: dict[str, Any], tokens: Sequence[Path] = (), logs: Sequence[Path] = ()
+) -> list[Path]:
+    """Write each figure as PNG and SVG into `folder`, and return the files.
+
+    Args:
+        folder: it is made if it does not exist.
+        leaderboard: as `Leaderboard.to_dict` gives it; every group gets an `asr` figure and, with
+            ratios, a `gap-closed` one.
+        tokens: token files, one `geometry` figure per embedding space.
+        logs: training logs, all in one `curves` figure.
+
+    Raises:
+        DttError: a token file or log is none, or the folder can't be written.
+    """
+    geometries, curves = read_geometry(tokens), [read_curve(path) for path in logs]
+    files: list[Path] = []
+    for number, group in enumerate(all_printable(leaderboard)["groups"], start=1):
+        files += _save(folder / f"asr-{number}", asr_bars(group))
+        if any(_ratios(row) for row in group["rows"]):
+            files += _save(folder / f"gap-closed-{number}", gap_closed(group))
+    for number, geometry in enumerate(geometries, start=1):
+        files += _save(folder / f"geometry-{number}", geometry_figure(geometry))
+    if curves:
+        files += _save(folder / "curves", learning_curves(curves))
+    return files
+
+
+def asr_bars(group: dict[str, Any]) -> Figure:
+    """Return one bar with its interval per run and attack."""
+    rows = [row for row in group["rows"] if row["asr"]]
+    attacks = list(dict.fromkeys(attack for row in rows for attack in row["asr"]))
+    with _figure(7, 1.2 + 0.2 * sum(len(attacks) + 1 for _ in rows)) as (figure, axes):
+        height = 1 / (len(attacks) + 1)
+        for series, attack in enumerate(attacks):
+            own = [(place, row["asr"][attack]) for place, row in enumerate(rows) if row["asr"].get(attack)]
+            axes.barh(
+                [place + (series - (len(attacks) - 1) / 2) * height for place, _ in own],
+                [100 * rate["rate"] for _, rate in own],
+                height,
+                xerr=[
+                    [100 * (rate["rate"] - _or(rate.get("low"), rate["rate"])) for _, rate in own],
+                    [100 * (_or(rate.get("high"), rate["rate"]) - rate["rate"]) for _, rate in own],
+                ],
+                label=attack,
+                color=COLOURS[series % 6],
+                hatch=HATCHES[series % 6],
+                edgecolor="black",
+                linewidth=0.6,
+                error_kw={"elinewidth": 0.9, "capsize": 2},
+            )
+        axes.set_yticks(range(len(rows)), [row["run"] for row in rows])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("attack success rate, % (95 % interval)")
+        axes.set_title(group["title"], fontsize=9)
+        if rows:
+            axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def gap_closed(group: dict[str, Any]) -> Figure:
+    """Return the gap-closed ratios with their intervals; lines at 0 (undefended) and 1 (native tokens)."""
+    rows = [(row["run"], ratios) for row in group["rows"] if (ratios := _ratios(row))]
+    with _figure(7, 1.2 + 0.45 * len(rows)) as (figure, axes):
+        for series, kind in enumerate(("measured", "published")):
+            own = [(place + 0.2 * series - 0.1, r[kind]) for place, (_, r) in enumerate(rows) if kind in r]
+            values = [ratio["value"] for _, ratio in own]
+            if not own:
+                continue
+            axes.errorbar(
+                values,
+                [place for place, _ in own],
+                xerr=[
+                    [max(0.0, ratio["value"] - _or(ratio.get("low"), ratio["value"])) for _, ratio in own],
+                    [max(0.0, _or(ratio.get("high"), ratio["value"]) - ratio["value"]) for _, ratio in own],
+                ],
+                fmt=MARKERS[series],
+                color=COLOURS[series],
+                ecolor="black",
+                markeredgecolor="black",
+                elinewidth=0.9,
+                capsize=2,
+                label=f"against the {kind} native tokens",
+            )
+        for end in (0, 1):
+            axes.axvline(end, color="black", linewidth=0.8, linestyle="--")
+        axes.set_yticks(range(len(rows)), [run for run, _ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlabel("gap closed (0: undefended, 1: native tokens)")
+        axes.set_title(group["title"], fontsize=9)
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def geometry_figure(geometry: Geometry) -> Figure:
+    """Return norms, cosine heat map and main plane side by side."""
+    with _figure(12, 3.8, columns=3) as (figure, (norms, heat, plane)):
+        for source, name in enumerate(geometry.sources):
+            own = geometry.source_of == source
+            style = {"color": COLOURS[source % 6], "marker": MARKERS[source % 6], "edgecolors": "black"}
+            norms.scatter([source] * int(own.sum()), geometry.norms[own], **style)
+            plane.scatter(*geometry.plane[own].T, label=f"{letter(source)}: {name}", **style)
+        if geometry.vocabulary:
+            low, middle, high = geometry.vocabulary
+            norms.axhspan(low, high, color="0.8", label="vocabulary, 1 to 99 %")
+            norms.axhline(middle, color="0.3", linestyle="--", label="its median")
+            norms.legend(frameon=False)
+        if geometry.norms.any():
+            norms.set_yscale("log")
+        norms.set_xticks(range(len(geometry.sources)), [letter(source) for source in range(len(geometry.sources))])
+        norms.set_xlim(-0.6, len(geometry.sources) - 0.4)
+        norms.set_ylabel("norm")
+        image = heat.imshow(geometry.cosine, cmap="PuOr", vmin=-1, vmax=1)
+        places = range(len(geometry.names))
+        heat.set_xticks(places, geometry.names, rotation=90, fontsize=6)
+        heat.set_yticks(places, geometry.names, fontsize=6)
+        if len(places) <= 12:
+            for row in places:
+                for column in places:
+                    value = geometry.cosine[row, column]
+                    colour = "white" if abs(value) > 0.6 else "black"
+                    heat.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=5, color=colour)
+        figure.colorbar(image, ax=heat, label="cosine", shrink=0.8)
+        first, second = (100 * share for share in geometry.explained)
+        plane.set_xlabel(f"first component ({first:.0f} % of variance)")
+        plane.set_ylabel(f"second component ({second:.0f} %)")
+        plane.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.2))
+        figure.suptitle(geometry.model, fontsize=9)
+    return figure
+
+
+def learning_curves(curves: Sequence[Curve]) -> Figure:
+    """Return ASR and loss against the step, one dash and marker per training run."""
+    with _figure(9, 3.4, columns=2) as (figure, (asr, loss)):
+        for number, curve in enumerate(curves):
+            style: dict[str, Any] = {"color": COLOURS[number % 6], "linestyle": DASHES[number % 6]}
+            if curve.asr:
+                steps, rates = zip(*curve.asr, strict=True)
+                points = [100 * rate for rate in rates]
+                asr.plot(steps, points, marker=MARKERS[number % 6], label=curve.label, **style)
+            if curve.loss:
+                loss.plot(*zip(*curve.loss, strict=True), label=curve.label, **style)
+        for axes, label in ((asr, "attack success rate, %"), (loss, "training loss")):
+            axes.set_xlabel("step")
+            axes.set_ylabel(label)
+            axes.set_ylim(bottom=0)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def _ratios(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {kind: ratio for kind, ratio in (row.get("gap_closed") or {}).items() if ratio}
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+@contextmanager
+def _figure(width: float, height: float, columns: int = 1) -> Iterator[tuple[Figure, Any]]:
+    """Yield a figure and its axes, of the given size in inches, under this module's settings."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_SETTINGS):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes: Axes = figure.subplots(1, columns)
+        yield figure, axes
+
+
+def _save(stem: Path, figure: Figure) -> list[Path]:
+    from matplotlib import rc_context
+
+    files = []
+    # Without the date and the version that made it, the same input gives the same bytes.
+    for ending, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
+        path = stem.with_name(stem.name + ending)
+        with rc_context(_SETTINGS), replacing(path) as temporary:
+            figure.savefig(temporary, format=ending[1:], dpi=200, metadata=metadata, bbox_inches="tight")
+        files.append(path)
+    return files

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import replacing, write_json
 from dtt_plugin.formats import FORMAT_OF_PUBLISHED_MODEL, MODEL_FORMAT, check_format
+from dtt_plugin.peft_adapter import read_adapter, write_adapter
 from dtt_plugin.tensor_files import read_header, write_safetensors
 
 FORMAT = "dtt.tokens/1"
@@ -75,16 +76,18 @@ class DefensiveTokens:
 
 
 def load_tokens(path: str | Path, *, model: str | None = None) -> DefensiveTokens:
-    """Read a token file: safetensors as `save_tokens` writes it, or the upstream JSON.
+    """Read tokens: safetensors as `save_tokens` writes it, the upstream JSON, or a PEFT prompt-tuning adapter.
 
     Args:
-        path: the file.
+        path: the file, or the adapter's folder.
         model: which model's entry of an upstream JSON; needed where it has several.
 
     Raises:
         DttError: not a token file, values that can't be tokens, or no such entry.
     """
     path = Path(path)
+    if path.is_dir():
+        return _checked(path, **read_adapter(path))
     try:
         with path.open("rb") as file:
             start = file.read(16)
@@ -228,3 +231,13 @@ def save_upstream_json(path: str | Path, tokens_by_model: Mapping[str, NDArray[n
         DttError: the file can't be written.
     """
     write_json(Path(path), {model: rows.tolist() for model, rows in tokens_by_model.items()})
+
+
+def save_adapter(folder: str | Path, tokens: DefensiveTokens) -> None:
+    """Write `tokens` as a prompt-tuning adapter of PEFT into `folder`.
+
+    Raises:
+        DttError: a file can't be written.
+    """
+    fields = ("rows", "model", "method", "source_model", "prompt_format")
+    write_adapter(Path(folder), {name: getattr(tokens, name) for name in fields})

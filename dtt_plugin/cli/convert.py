@@ -1,0 +1,42 @@
+"""`dtt convert`: tokens from any form to a token file, the published JSON or a PEFT adapter."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dtt_plugin.cli.output import add_json_option, show
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `dtt convert`."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "convert",
+        help="convert tokens between token file, published JSON and PEFT prompt-tuning adapter",
+        description="The output's name decides: NAME.safetensors is a token file, NAME.json the published JSON, "
+        "any other name the folder of a prompt-tuning adapter that PEFT loads.",
+    )
+    parser.add_argument("tokens", type=Path, help="token file, published JSON, or an adapter's folder")
+    parser.add_argument("out", type=Path, help="what to write")
+    parser.add_argument("--tokens-model", metavar="ID", help="which model's entry of a JSON with several")
+    add_json_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `dtt convert`."""
+    from dtt_plugin.errors import DttError
+    from dtt_plugin.tokens import load_tokens, save_adapter, save_tokens, save_upstream_json
+
+    tokens = load_tokens(args.tokens, model=args.tokens_model)
+    if args.out.exists():
+        raise DttError(f"{args.out} already exists; choose another name.")
+    if args.out.suffix == ".safetensors":
+        save_tokens(args.out, tokens)
+    elif args.out.suffix == ".json":
+        save_upstream_json(args.out, {tokens.model: tokens.rows})
+    else:
+        save_adapter(args.out, tokens)
+    show({"written": str(args.out), "k": tokens.k, "width": tokens.width, "sha256": tokens.digest}, as_json=args.json)
+    return 0

@@ -65,13 +65,12 @@ def write_run(
     if refusal is not None:
         columns["benign"] = list(refusal)
     n = len(next(iter(columns.values())))
-    answers = {
-        name: list(
-            (responses or {}).get(name)
-            or [("Sorry, no." if name == "benign" else "Hacked!") if v else "Fine." for v in values]
-        )
+    hit_text = {"benign": "Sorry, no."}
+    made_up = {
+        name: [hit_text.get(name, "Hacked!") if value else "Fine." for value in values]
         for name, values in columns.items()
     }
+    answers = {**made_up, **(responses or {})}
     fingerprint = hashlib.sha256(f"{model}{defense}{method}{stamp}".encode()).hexdigest()
     samples = []
     for i in range(n):

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -300,7 +301,7 @@ def _sorted_samples(path: Path) -> list[dict[str, Any]]:
     samples.sort(key=_record_id)
     ids = [_record_id(sample) for sample in samples]
     if len(set(ids)) < len(ids):
-        twice = next(a for a, b in zip(ids, ids[1:], strict=False) if a == b)
+        twice = next(a for a, b in pairwise(ids) if a == b)
         raise DttError(f"{path} has record {twice} twice; give the samples of one run.")
     first = _variant_names(samples[0])
     if any(_variant_names(sample) != first for sample in samples):

@@ -1,0 +1,67 @@
+"""`dtt compare`: two runs side by side, and a gate for CI."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from dtt_plugin.cli.output import add_json_option, show
+
+FAILED = 3
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `compare` to the parser of `dtt`."""
+    parser = subparsers.add_parser(
+        "compare",
+        help="compare two runs; fail where a defense got worse",
+        description="Compare two runs on the same records. Exit code 3 where a condition of --fail-if holds. A"
+        " condition is made of asr(A), the highest of the attacks' rates; asr_any(A); refusal(A); p(A, B), exact"
+        " McNemar; numbers, + - * /, < <= > >=, and, or, not.",
+        epilog="example:\n  dtt compare before/ after/ --fail-if 'asr(B) - asr(A) > 0.05' --junit gate.xml",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("a", metavar="A", type=Path, help="output folder or results file of one run")
+    parser.add_argument("b", metavar="B", type=Path, help="of the other")
+    parser.add_argument("--fail-if", action="append", default=[], metavar="CONDITION", help="may be given again")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="write the conditions' outcomes as JUnit XML")
+    add_json_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, print, and fail where a condition holds."""
+    from dtt_plugin.errors import DttError
+    from dtt_plugin.leaderboard import gate, tables
+    from dtt_plugin.leaderboard.flips import check_paired
+    from dtt_plugin.leaderboard.runs import read_run
+
+    started = time.perf_counter()
+    if args.junit and not args.fail_if:
+        raise DttError("--junit reports conditions; give at least one with --fail-if.")
+    a, b = read_run(args.a), read_run(args.b)
+    check_paired(a, b)
+    figures = gate.figures(a, b)
+    outcomes = {condition: gate.holds(condition, {"A": a, "B": b}) for condition in args.fail_if}
+    rows = [
+        [
+            name,
+            tables.rate_text(row["A"]),
+            tables.rate_text(row["B"]),
+            f"{100 * row['effect']:+.1f} pp",
+            tables.p_text(row["p"]),
+        ]
+        for name, row in figures.items()
+    ]
+    header = ["", f"A {tables.plain(a.defense)}", f"B {tables.plain(b.defense)}", "B - A", "McNemar"]
+    text = tables.aligned(header, rows)
+    if args.junit:
+        gate.write_junit(args.junit, outcomes, text, time.perf_counter() - started)
+    if args.json:
+        show({"A": str(a.path), "B": str(b.path), "rates": figures, "fail_if": outcomes}, as_json=True)
+    else:
+        print(text)
+        for condition, failed in outcomes.items():
+            print(f"{'FAILED' if failed else 'passed'}: {condition}")
+    return FAILED if any(outcomes.values()) else 0

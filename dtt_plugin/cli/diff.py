@@ -1,0 +1,61 @@
+"""`dtt diff`: the records that flipped between two runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dtt_plugin.cli.output import add_json_option, show
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `diff` to the parser of `dtt`."""
+    parser = subparsers.add_parser(
+        "diff",
+        help="show the records that flipped between two runs",
+        description="Print each record whose outcome differs between two runs on the same records, attack by attack, "
+        "with both responses. Control characters in responses are spelt out.",
+    )
+    parser.add_argument("a", metavar="A", type=Path, help="output folder or results file of one run")
+    parser.add_argument("b", metavar="B", type=Path, help="of the other")
+    parser.add_argument("--attack", help="only this attack, or benign")
+    add_json_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what flipped."""
+    from dtt_plugin.errors import DttError
+    from dtt_plugin.leaderboard.flips import flips
+    from dtt_plugin.leaderboard.runs import read_run
+    from dtt_plugin.leaderboard.tables import plain
+
+    a, b = read_run(args.a), read_run(args.b)
+    names = [*a.attacks, "benign"]
+    if args.attack and args.attack not in names:
+        raise DttError(f"--attack {args.attack!r} is not in these runs; they have {', '.join(names)}.")
+    found = [flip for flip in flips(a, b) if args.attack in (None, flip.a.attack)]
+    if args.json:
+        rows = [
+            {
+                "record_id": flip.a.record_id,
+                "attack": flip.a.attack,
+                "worse": flip.worse,
+                "instruction": flip.a.instruction,
+                "data": flip.a.data,
+                "A": flip.a.text,
+                "B": flip.b.text,
+            }
+            for flip in found
+        ]
+        show({"A": str(a.path), "B": str(b.path), "flips": rows}, as_json=True)
+        return 0
+    for flip in found:
+        event = "refused" if flip.a.attack == "benign" else "hacked"
+        which = f"{event} in {'B' if flip.worse else 'A'} only"
+        print(f"{plain(flip.a.attack)}, record {flip.a.record_id}: {which}")
+        print(f"  instruction  {plain(flip.a.instruction)[:300]}")
+        print(f"  A  {plain(flip.a.text)[:300]}\n  B  {plain(flip.b.text)[:300]}")
+    worse = sum(flip.worse for flip in found)
+    print(f"{len(found)} flipped: {worse} worse and {len(found) - worse} better in B ({plain(b.defense)})")
+    return 0

@@ -1,0 +1,64 @@
+"""`dtt rescore`: another rule for saved responses, without a model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dtt_plugin.cli.output import add_json_option, show
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `rescore` to the parser of `dtt`."""
+    parser = subparsers.add_parser(
+        "rescore",
+        help="apply another rule to saved responses",
+        description="Count hacked responses or refusals in saved samples by another rule, without a model. Without"
+        " SAMPLES: the rules, and the refusal rules' sensitivity and specificity on hand-labelled answers.",
+    )
+    parser.add_argument("samples", metavar="SAMPLES", type=Path, nargs="?", help="samples file or output folder")
+    parser.add_argument("--rule", action="append", metavar="NAME", help="may be given again (default: every rule)")
+    add_json_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Rescore, or show the rules."""
+    from dtt_plugin.leaderboard import rules, tables
+    from dtt_plugin.leaderboard.runs import REFUSAL, read_run
+
+    if args.samples is None:
+        chosen = {name: rules.rule_named(name) for name in args.rule or rules.RULES}
+        quality = {name: figures for name, figures in rules.quality().items() if name in chosen}
+        if args.json:
+            known = {name: {"kind": rule.kind, "says": rule.says} for name, rule in chosen.items()}
+            show({name: {**known[name], **quality.get(name, {})} for name in known}, as_json=True)
+            return 0
+        rows = [
+            [name, rule.kind, *(tables.rate_text(rate) for rate in quality.get(name, {"": None, " ": None}).values())]
+            for name, rule in chosen.items()
+        ]
+        print(tables.aligned(["rule", "of", "sensitivity", "specificity"], rows))
+        for name, rule in chosen.items():
+            print(f"{name}: {rule.says}")
+        return 0
+    measured = read_run(args.samples)
+    kinds = {REFUSAL if name == REFUSAL else rules.ASR for name in measured.outcomes}
+    fitting = [name for name, rule in rules.RULES.items() if rule.kind in kinds]
+    report = rules.rescore(measured, args.rule or fitting)
+    if args.json:
+        show({"samples": str(measured.samples), "rules": report}, as_json=True)
+        return 0
+    rows = [
+        [
+            rule,
+            tables.plain(name),
+            tables.rate_text(row["before"]),
+            tables.rate_text(row["after"]),
+            f"+{row['gained']} -{row['lost']}",
+        ]
+        for rule, outcomes in report.items()
+        for name, row in outcomes.items()
+    ]
+    print(tables.aligned(["rule", "of", "as logged", "by the rule", "changed"], rows))
+    return 0

@@ -1,0 +1,327 @@
+"""The comparison: runs in groups of what may be compared, each row with its intervals, tests, ratios and costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dtt_plugin.defenses import NONE
+from dtt_plugin.leaderboard import published as paper
+from dtt_plugin.leaderboard import statistics
+from dtt_plugin.leaderboard.runs import REFUSAL, Run, short
+
+FORMAT = "dtt.leaderboard/1"
+FLOOR = 0.10
+_COMPARABLE = {
+    "model": "model",
+    "task": "task",
+    "version": "task version",
+    "prompt_format": "prompt format",
+    "generation": "generation settings",
+    "n": "n",
+    "record_ids": "records",
+    "data_digest": "data",
+}
+# Tokens that were moved, not trained: what their making cost stands against training.
+_MOVED = ("procrustes", "copy", "random")
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """Groups of comparable rows; `to_dict` is what every output is made from."""
+
+    groups: list[dict[str, Any]]
+    problems: list[str]
+    files: list[str]
+    floor: float
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON of the leaderboard."""
+        method = {
+            "confidence": 1 - statistics.ALPHA,
+            "rates": "Clopper-Pearson",
+            "asr_max": f"percentile bootstrap over records, {statistics.RESAMPLES} samples, seed {self.seed}; exact"
+            f" with fewer than {statistics.FEW} hits or misses",
+            "tests": "exact McNemar on whether any attack worked on a record; Holm over all tests of a table",
+            "floor": self.floor,
+        }
+        return {
+            "format": FORMAT,
+            "method": method,
+            "groups": self.groups,
+            "problems": self.problems,
+            "files": self.files,
+        }
+
+
+def build(
+    runs: Sequence[Run],
+    floor: float = FLOOR,
+    seed: int = statistics.SEED,
+    published: bool = False,
+    problems: Sequence[str] = (),
+) -> Leaderboard:
+    """Compare `runs`.
+
+    Args:
+        runs: as `read_runs` gives them.
+        floor: a table whose undefended ASR(max) lies under it, interval and all, is not ranked.
+        seed: of the bootstrap.
+        published: add published figures as rows of their own; where no undefended model was run, the
+            published one's ASR stands in the ratios (never in a test).
+        problems: what reading the runs told.
+    """
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(getattr(run, name) for name in _COMPARABLE), []).append(run)
+    found = list(problems)
+    tables: list[dict[str, Any]] = []
+    firsts: list[Run] = []
+    for members in groups.values():
+        found += _duplicates(members)
+        table = _Group(members, floor, seed, published).table()
+        table["reason"] = _reason(members[0], firsts)
+        firsts.append(members[0])
+        tables.append(table)
+    return Leaderboard(tables, found, [str(run.path) for run in runs], floor, seed)
+
+
+def _duplicates(members: Sequence[Run]) -> list[str]:
+    """Say which runs are of the same arm: they are shown each for itself, never averaged."""
+    arms: dict[tuple[str, str], list[Run]] = {}
+    for run in members:
+        arms.setdefault((run.defense, run.tokens_sha256), []).append(run)
+    found = []
+    for first, *others in arms.values():
+        for other in others:
+            changed = int(sum((first.outcomes[name] != other.outcomes[name]).sum() for name in first.outcomes))
+            found.append(
+                f"{first.path} and {other.path} are the same arm ({first.model}, {first.defense}) run twice,"
+                f" {changed} of {first.n * len(first.outcomes)} outcomes differ; both are shown, nothing is averaged."
+            )
+    return found
+
+
+def _reason(run: Run, earlier: Sequence[Run]) -> str:
+    """Say what keeps a group apart from the earlier one that it is most like."""
+    if not earlier:
+        return ""
+
+    def differences(other: Run) -> list[str]:
+        return [title for name, title in _COMPARABLE.items() if getattr(run, name) != getattr(other, name)]
+
+    nearest = min(earlier, key=lambda other: len(differences(other)))
+    apart = differences(nearest)
+    details = [
+        f"{title} ({getattr(nearest, name)} there, {getattr(run, name)} here)"
+        if name not in ("record_ids", "data_digest")
+        else title
+        for name, title in _COMPARABLE.items()
+        if title in apart
+    ]
+    return f"Apart from the table with {nearest.label}: not the same {', '.join(details)}."
+
+
+class _Group:
+    """Runs that may be compared, on the way to a table."""
+
+    def __init__(self, members: Sequence[Run], floor: float, seed: int, published: bool) -> None:
+        self.members = members
+        self.first = members[0]
+        self.attacked = bool(self.first.attacks)
+        self.figures = paper.figures(self.first.model, self.first.task)
+        self.published = published
+        resamples = statistics.Resamples(self.first.n, seed=seed) if self.attacked else None
+        self.resampled = {run.label: resamples.asr_max(run.hacked) for run in members} if resamples else {}
+        self.maxima = {
+            run.label: statistics.asr_max(run.hacked, run.attacks, self.resampled[run.label])
+            for run in members
+            if self.attacked
+        }
+        # Of two runs of one arm the later one; both stand in the table.
+        self.undefended = next((run for run in reversed(members) if run.defense == NONE), None)
+        self.native = next(
+            (run for method in ("native", "trained") for run in reversed(members) if _only_tokens(run, method)), None
+        )
+        self.notes: list[str] = []
+        self.discriminating = self._discriminates(floor)
+
+    def _discriminates(self, floor: float) -> bool:
+        """Return whether the undefended model obeys injections often enough for a defense to show."""
+        if not self.attacked:
+            return True
+        if self.undefended is None:
+            self.notes.append("No undefended run among these: nothing to test against, and no measured ratio.")
+            return True
+        worst = self.maxima[self.undefended.label]
+        if worst["high"] < floor:
+            self.notes.append(
+                f"NOT DISCRIMINATING: the undefended ASR(max) is {worst['hits']}/{worst['n']}, at most"
+                f" {100 * worst['high']:.1f} %, under the floor of {100 * floor:g} %. No ratio, no ranking."
+            )
+            return False
+        least = statistics.smallest_difference(self.first.n)
+        if least is None or worst["rate"] < least:
+            self.notes.append(
+                f"NOT DISCRIMINATING: {self.first.n} records can't tell even a perfect defense from the undefended"
+                f" {worst['hits']}/{worst['n']}. No ratio, no ranking."
+            )
+            return False
+        return True
+
+    def table(self) -> dict[str, Any]:
+        """Return the group's entry of the leaderboard."""
+        rows = [self._row(run) for run in self.members]
+        family = [row[name] for row in rows for name in ("vs_undefended", "vs_native") if row[name]]
+        for test, p in zip(family, statistics.holm([test["p"] for test in family]), strict=True):
+            test |= {"p_holm": p, "told_from_noise": p < statistics.ALPHA}
+        ranked = self.attacked and self.discriminating and self.undefended is not None
+        if ranked:
+            rows.sort(key=lambda row: (row["asr_max"]["rate"], row["asr_any"]["rate"]))
+        if self.published:
+            rows += [_published_row(self.first.model, figure) for figure in self.figures]
+        if self.native is not None and self.native.method == "trained":
+            self.notes.append(f"Native here: tokens trained for this model ({self.native.label}).")
+        run = self.first
+        return {
+            "title": " · ".join((short(run.model), run.task, run.prompt_format)),
+            "reason": "",
+            "n": run.n,
+            "smallest_difference": statistics.smallest_difference(run.n),
+            "smallest_difference_holm": statistics.smallest_difference(run.n, max(1, len(family))),
+            "tests": len(family),
+            "discriminating": self.discriminating,
+            "ranked": ranked,
+            "notes": self.notes,
+            "comparable": {title: getattr(run, name) for name, title in _COMPARABLE.items() if name != "record_ids"},
+            "rows": rows,
+        }
+
+    def _row(self, run: Run) -> dict[str, Any]:
+        return {
+            "run": run.label,
+            "model": run.model,
+            "defense": run.defense,
+            "published": False,
+            "limited": run.limited,
+            "early_decision": run.early_decision,
+            "n": run.n,
+            "asr": {attack: statistics.rate(run.outcomes[attack]) for attack in run.attacks},
+            "asr_max": self.maxima.get(run.label),
+            "asr_any": statistics.rate(run.hacked_any) if self.attacked else None,
+            "refusal": statistics.rate(run.outcomes[REFUSAL]) if REFUSAL in run.outcomes else None,
+            "vs_undefended": self._test(run, self.undefended),
+            "vs_native": self._test(run, self.native) if run.defense != NONE else None,
+            "gap_closed": self._gap_closed(run),
+            "cost": _costs(run.costs, run.method, run.seconds),
+            "file": str(run.path),
+        }
+
+    def _test(self, run: Run, reference: Run | None) -> dict[str, Any] | None:
+        if reference is None or run is reference or not self.attacked:
+            return None
+        effect, p = statistics.mcnemar(reference.hacked_any, run.hacked_any)
+        return {"effect": effect, "p": p}
+
+    def _gap_closed(self, run: Run) -> dict[str, Any] | None:
+        """Return both ratios of a defended row; None in place of one means undefined."""
+        if run.defense == NONE or not self.attacked or not self.discriminating:
+            return None
+        none, paper_none = self.undefended, self._figure(NONE)
+        if none is not None:
+            undefended, undefended_values = self.maxima[none.label], self.resampled[none.label]
+        elif self.published and paper_none is not None:
+            undefended, undefended_values = {"rate": paper_none}, np.float64(paper_none)
+        else:
+            return None
+        ratios: dict[str, Any] = {
+            "measured": None,
+            "published": None,
+            "undefended": "measured" if none else "published",
+        }
+        own = (self.maxima[run.label], self.resampled[run.label])
+        if run is self.native:
+            ratios["measured"] = {"value": 1.0, "low": None, "high": None}
+        elif self.native is not None and self._apart(none, paper_none, self.native):
+            native = (self.maxima[self.native.label], self.resampled[self.native.label])
+            ratios["measured"] = _ratio((undefended, undefended_values), own, native)
+        paper_native = next((figure.asr_max / 100 for figure in self.figures if figure.method == "native"), None)
+        if paper_native is not None and undefended.get("low", undefended["rate"]) > paper_native:
+            ratios["published"] = _ratio((undefended, undefended_values), own, ({"rate": paper_native}, paper_native))
+        return ratios if self.native is not None or paper_native is not None else None
+
+    def _figure(self, defense: str) -> float | None:
+        return next((figure.asr_max / 100 for figure in self.figures if figure.defense == defense), None)
+
+    def _apart(self, none: Run | None, paper_none: float | None, native: Run) -> bool:
+        """Return whether the gap between undefended and native can be told from zero."""
+        if none is None:
+            return paper_none is not None and paper_none > float(self.maxima[native.label]["high"])
+        effect, p = statistics.mcnemar(none.hacked_any, native.hacked_any)
+        return effect < 0 and p < statistics.ALPHA
+
+
+def _only_tokens(run: Run, method: str) -> bool:
+    return run.method == method and "+" not in run.defense
+
+
+def _closed(none: Any, own: Any, native: Any) -> Any:
+    """The gap-closed ratio: 1 closes as much of the gap as the native tokens, 0 nothing."""
+    return (none - own) / (none - native)
+
+
+def _ratio(*points: tuple[dict[str, Any], Any]) -> dict[str, Any] | None:
+    """Return the ratio of (undefended, own, native), each a point and its bootstrap values, with its interval."""
+    centre = [point["rate"] for point, _ in points]
+    if centre[0] <= centre[2]:
+        return None
+    interval = statistics.ratio_interval(_closed, [point for point, _ in points], [values for _, values in points])
+    if interval is None:
+        return None
+    return {"value": float(_closed(*centre)), "low": interval[0], "high": interval[1]}
+
+
+def _costs(costs: dict[str, float], method: str, evaluation: float | None) -> dict[str, float | None]:
+    """Return the cost columns; the speed-up is of making the tokens, against training them for 16 GPU-hours."""
+    parts = [costs.get(f"{step}_seconds") for step in ("align", "transfer", "bake")]
+    pipeline = costs.get("pipeline_seconds")
+    # A sum that lacks the alignment would flatter.
+    complete = method in _MOVED and parts[1] is not None and (parts[0] is not None or method != "procrustes")
+    if pipeline is None and complete:
+        pipeline = sum(part for part in parts if part is not None)
+    return {
+        "align_s": parts[0],
+        "transfer_s": parts[1],
+        "bake_s": parts[2],
+        "pipeline_s": pipeline,
+        "evaluation_s": evaluation,
+        "peak_memory_mb": costs.get("peak_memory_mb"),
+        "speedup": paper.GPU_SECONDS / pipeline if pipeline else None,
+    }
+
+
+def _published_row(model: str, figure: paper.Figure) -> dict[str, Any]:
+    shares = zip(paper.ATTACKS, figure.attacks or (), strict=False)
+    worst = paper.share(figure.asr_max)
+    return {
+        "run": f"published: {figure.defense}",
+        "model": model,
+        "defense": figure.defense,
+        "published": True,
+        "limited": False,
+        "early_decision": False,
+        "n": paper.RECORDS,
+        "asr": {attack: paper.share(percent) for attack, percent in shares},
+        "asr_max": {**(worst or {}), "attack": None, "interval": None},
+        "asr_any": None,
+        "refusal": paper.share(figure.refusal),
+        "vs_undefended": None,
+        "vs_native": None,
+        "gap_closed": None,
+        "cost": _costs(figure.costs or {}, "", None),
+        "file": None,
+    }

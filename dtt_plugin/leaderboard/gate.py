@@ -1,0 +1,172 @@
+"""The gate for CI: a condition over two runs, and its outcome as JUnit XML.
+
+The condition is arithmetic and comparisons over a few named functions. It is parsed
+by Python's own parser and computed node by node from a short list; nothing is executed.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from dtt_plugin.errors import DttError
+from dtt_plugin.files import replacing
+from dtt_plugin.leaderboard import statistics
+from dtt_plugin.leaderboard.runs import BENIGN, REFUSAL, Run
+
+_LONGEST = 500
+_BINARY: Mapping[type[ast.operator], Callable[[Any, Any], float]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+_COMPARISONS: Mapping[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+}
+
+
+def _asr(run: Run) -> float:
+    if not run.attacks:
+        raise DttError(f"{run.path} has no attacks, so no asr(); use refusal().")
+    return float(run.hacked.mean(axis=0).max())
+
+
+def _refusal(run: Run) -> float:
+    if REFUSAL not in run.outcomes:
+        raise DttError(f"{run.path} has no benign prompts, so no refusal(); run the whole task.")
+    return float(run.outcomes[REFUSAL].mean())
+
+
+def _p(a: Run, b: Run) -> float:
+    if not a.attacks:
+        raise DttError(f"{a.path} has no attacks, so no p().")
+    return statistics.mcnemar(a.hacked_any, b.hacked_any)[1]
+
+
+FUNCTIONS: Mapping[str, Callable[..., float]] = {
+    "asr": _asr,
+    "asr_any": lambda run: float(run.hacked_any.mean()),
+    "refusal": _refusal,
+    "p": _p,
+}
+HELP = (
+    "asr(A), the highest of the attacks' rates; asr_any(A); refusal(A); p(A, B), exact McNemar; numbers, "
+    "+ - * /, < <= > >=, and, or, not"
+)
+
+
+def holds(condition: str, runs: Mapping[str, Run]) -> bool:
+    """Return whether `condition` holds.
+
+    Args:
+        condition: for instance `asr(B) - asr(A) > 0.05`.
+        runs: by the names it uses.
+
+    Raises:
+        DttError: the condition says something else than `HELP` lists.
+    """
+    wrong = DttError(f"--fail-if {condition[:_LONGEST]!r} is not a condition; it is made of: {HELP}.")
+    try:
+        if len(condition) > _LONGEST:
+            raise wrong
+        value = _value(ast.parse(condition.strip(), mode="eval").body, runs)
+    except (SyntaxError, ValueError, RecursionError, MemoryError, ArithmeticError, TypeError, AttributeError) as error:
+        if isinstance(error, DttError) and error is not wrong:
+            raise
+        raise wrong from error
+    if not isinstance(value, bool):
+        raise DttError(f"--fail-if {condition!r} is a number, not a condition; compare it, for instance with > 0.05.")
+    return value
+
+
+def _value(node: ast.expr, runs: Mapping[str, Run]) -> float | bool:
+    """Compute one node; raise ValueError for any node that is not on the list."""
+    match node:
+        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool) and math.isfinite(number):
+            return float(number)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_number(operand, runs)
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return not _truth(operand, runs)
+        case ast.BinOp(left=left, op=sign, right=right) if type(sign) in _BINARY:
+            return _BINARY[type(sign)](_number(left, runs), _number(right, runs))
+        case ast.BoolOp(op=sign, values=parts):
+            truths = [_truth(part, runs) for part in parts]
+            return all(truths) if isinstance(sign, ast.And) else any(truths)
+        case ast.Compare(left=left, ops=[sign], comparators=[right]) if type(sign) in _COMPARISONS:
+            return _COMPARISONS[type(sign)](_number(left, runs), _number(right, runs))
+        case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in FUNCTIONS:
+            return FUNCTIONS[name](*(_run(argument, runs) for argument in arguments))
+    raise ValueError(ast.dump(node)[:100])
+
+
+def _number(node: ast.expr, runs: Mapping[str, Run]) -> float:
+    value = _value(node, runs)
+    if isinstance(value, bool):
+        raise ValueError("a condition stands where a number belongs")
+    return value
+
+
+def _truth(node: ast.expr, runs: Mapping[str, Run]) -> bool:
+    value = _value(node, runs)
+    if not isinstance(value, bool):
+        raise ValueError("a number stands where a condition belongs")
+    return value
+
+
+def _run(node: ast.expr, runs: Mapping[str, Run]) -> Run:
+    if not isinstance(node, ast.Name) or node.id not in runs:
+        raise ValueError("an argument is none of the runs")
+    return runs[node.id]
+
+
+def write_junit(path: Path, outcomes: Mapping[str, bool], message: str, seconds: float) -> None:
+    """Write JUnit XML: one test case per condition, failed where it holds.
+
+    Args:
+        path: the file.
+        outcomes: per condition whether it holds.
+        message: the figures, for the failure.
+        seconds: how long it took.
+    """
+    failures = sum(outcomes.values())
+    totals = {"tests": str(len(outcomes)), "failures": str(failures), "errors": "0", "time": f"{seconds:.3f}"}
+    suite = ElementTree.Element("testsuite", {"name": "dtt compare", **totals})
+    for condition, failed in outcomes.items():
+        case = ElementTree.SubElement(
+            suite, "testcase", {"classname": "dtt.compare", "name": _xml(condition), "time": f"{seconds:.3f}"}
+        )
+        if failed:
+            failure = ElementTree.SubElement(case, "failure", {"message": _xml(f"holds: {condition}")})
+            failure.text = _xml(message)
+    with replacing(path) as temporary:
+        ElementTree.ElementTree(suite).write(temporary, encoding="utf-8", xml_declaration=True)
+
+
+def _xml(text: str) -> str:
+    """Drop what XML 1.0 has no way to write."""
+    return re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", text)
+
+
+def figures(a: Run, b: Run) -> dict[str, dict[str, Any]]:
+    """Return both runs' rates, attack by attack and for refusals, with the paired test of each."""
+    compared = {}
+    for name, before in a.outcomes.items():
+        effect, p = statistics.mcnemar(before, b.outcomes[name])
+        compared[name if name != REFUSAL else f"{REFUSAL} ({BENIGN})"] = {
+            "A": statistics.rate(before),
+            "B": statistics.rate(b.outcomes[name]),
+            "effect": effect,
+            "p": p,
+        }
+    return compared

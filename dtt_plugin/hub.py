@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -20,34 +22,50 @@ def download_checkpoint(
     Raises:
         DttError: unknown, gated or offline, or without safetensors weights.
     """
+    with hub_errors_in_words(model, revision):
+        return _download(model, revision, need)
+
+
+@contextmanager
+def hub_errors_in_words(repo: str, revision: str | None = None, *, writing: bool = False) -> Iterator[None]:
+    """Turn what the hub's client raises into one sentence about the model repository `repo`.
+
+    Raises:
+        DttError: unknown, gated, offline, or no right to write.
+    """
     import httpx
     from huggingface_hub import errors
 
     try:
-        return _download(model, revision, need)
+        yield
     except errors.GatedRepoError as error:
         raise DttError(
-            f"{model} is gated: accept its licence at https://huggingface.co/{model}, then `hf auth login`."
+            f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then `hf auth login`."
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise DttError(f"{model} has no revision {revision!r}; check the name on the hub.") from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise DttError(
-            f"There is no folder and no public hub model {model!r}; check the spelling, or log in with "
-            "`hf auth login` if it is private."
-        ) from error
-    except (
-        errors.LocalEntryNotFoundError,
-        errors.OfflineModeIsEnabled,
-        errors.HfHubHTTPError,
-        httpx.HTTPError,
-        ConnectionError,
-    ) as error:
-        raise DttError(
-            f"There is no folder {model!r} and the hub can't be reached; give a local folder, or go online."
-        ) from error
+        raise DttError(f"{repo} has no revision {revision!r}; check the name on the hub.") from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise DttError(f"{repo} is on the hub and lacks the file that is needed; check the name.") from error
+    except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError, errors.HFValidationError) as error:
+        if writing:
+            raise DttError(
+                f"{repo} could not be written on the hub; check that it is called owner/name, and log in with "
+                "`hf auth login` and a token that may write there."
+            ) from error
+        if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
+            raise DttError(
+                f"There is no folder and no public hub model {repo!r}; check the spelling, or log in with "
+                "`hf auth login` if it is private."
+            ) from error
+        raise _unreachable(repo) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx.HTTPError, ConnectionError) as error:
+        raise _unreachable(repo) from error
     except OSError as error:
-        raise DttError(f"{model} can't be downloaded: {error.strerror or error}.") from error
+        raise DttError(f"{repo} can't be downloaded: {error.strerror or error}.") from error
+
+
+def _unreachable(repo: str) -> DttError:
+    return DttError(f"There is no folder {repo!r} and the hub can't be reached; give a local folder, or go online.")
 
 
 def _download(model: str, revision: str | None, need: str) -> tuple[Path, str | None]:

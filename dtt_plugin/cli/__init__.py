@@ -15,7 +15,25 @@ from collections.abc import Sequence
 import dtt_plugin
 from dtt_plugin.errors import DttError
 
-COMMANDS = ("align", "transfer", "train", "convert", "bake", "inspect", "leaderboard", "cache", "fetch", "demo", "sweep", "doctor")
+COMMANDS = (
+    "align",
+    "transfer",
+    "train",
+    "convert",
+    "push",
+    "pull",
+    "bake",
+    "inspect",
+    "leaderboard",
+    "diff",
+    "compare",
+    "rescore",
+    "cache",
+    "fetch",
+    "demo",
+    "sweep",
+    "doctor",
+)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -21,7 +21,9 @@ from dtt_plugin.checkpoint import open_checkpoint
 from dtt_plugin.data import ASSETS
 from dtt_plugin.demo_model import demo_model
 from dtt_plugin.errors import DttError
-from dtt_plugin.report import Row, markdown_table, read_run
+from dtt_plugin.leaderboard import tables
+from dtt_plugin.leaderboard.comparison import build
+from dtt_plugin.leaderboard.runs import Run, labelled, read_runs
 from dtt_plugin.tokens import load_tokens, save_tokens
 from dtt_plugin.transfer import transfer
 from dtt_plugin.twin import turn_tokens, write_twin
@@ -55,7 +57,7 @@ def transferred_tokens(model: str, out: Path) -> Path:
     return out / "transferred.tokens.safetensors"
 
 
-def evaluate(engine: str, model: str, defense: str, tokens: Path, out: Path, *, limit: int, max_new: int) -> Row:
+def evaluate(engine: str, model: str, defense: str, tokens: Path, out: Path, *, limit: int, max_new: int) -> Run:
     """Run one arm through the real `lm_eval` command, in a process of its own.
 
     Raises:
@@ -73,7 +75,10 @@ def evaluate(engine: str, model: str, defense: str, tokens: Path, out: Path, *, 
     quieter = {"VLLM_LOGGING_LEVEL": "WARNING", **os.environ}
     if subprocess.run(command, env=quieter, check=False).returncode:
         raise DttError(f"the arm {defense!r} failed, see above; `dtt doctor` checks the installation.")
-    return read_run(out / defense, TASK, defense)
+    runs, problems = read_runs([out / defense])
+    if not runs:
+        raise DttError(problems[-1])
+    return runs[-1]
 
 
 def demo(out: Path, *, engine: str = "dtt_vllm", limit: int = 16, max_new: int = 64) -> tuple[str, list[Step]]:
@@ -100,9 +105,9 @@ def demo(out: Path, *, engine: str = "dtt_vllm", limit: int = 16, max_new: int =
     start = time.perf_counter()
     tokens = transferred_tokens(model, out)
     timed("twin, alignment, transfer", start)
-    rows = []
+    runs = []
     for defense in ("none", "reminder", "sandwich", "tokens"):
         start = time.perf_counter()
-        rows.append(evaluate(engine, model, defense, tokens, out, limit=limit, max_new=max_new))
+        runs.append(evaluate(engine, model, defense, tokens, out, limit=limit, max_new=max_new))
         timed(f"evaluation, {defense}", start)
-    return markdown_table(rows), steps
+    return tables.markdown(build(labelled(runs)).to_dict()), steps

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from dtt_plugin.cli import main
-from dtt_plugin.report import Rate, Row, markdown_table, read_run
 from tests.conftest import write_tokens
 
 
@@ -47,22 +46,3 @@ def test_bad_input_ends_dtt_with_a_sentence_and_exit_code_2(capsys: pytest.Captu
     assert error.startswith("dtt inspect: ")
     assert "/nowhere/at all" in error
     assert error.count("\n") == 1
-
-
-def test_a_rate_of_zero_has_an_upper_bound() -> None:
-    rate = Rate.of([0.0] * 208)
-    assert str(rate) == "0/208 [0.0, 1.8] %"
-    assert str(Rate.of([1.0, 0.0])).startswith("1/2 [")
-
-
-def test_the_table_takes_the_worst_attack(tmp_path: Path) -> None:
-    scores = [
-        {"metrics": ["hacked_ignore", "hacked_completion", "hacked_max", "hacked_any", "refusal"]}
-        | {"hacked_ignore": i, "hacked_completion": c, "hacked_max": [i, c], "hacked_any": max(i, c), "refusal": 0}
-        for i, c in ((1, 0), (0, 1), (0, 1), (0, 0))
-    ]
-    (tmp_path / "samples_t_2026.jsonl").write_text("\n".join(map(json.dumps, scores)))
-    row = read_run(tmp_path, "t", "none")
-    assert row.rates["hacked_max"][:2] == (2, 4)
-    assert "hacked_any" not in row.rates
-    assert "2/4" in markdown_table([row, Row("other", {})])

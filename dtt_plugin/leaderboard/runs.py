@@ -148,7 +148,7 @@ def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
             runs += _read_results(path, problems)
         except DttError as error:
             problems.append(str(error))
-    return _labelled(runs), problems
+    return labelled(runs), problems
 
 
 def read_run(path: Path) -> Run:
@@ -451,7 +451,7 @@ def _prompt_format(results: dict[str, Any], facts: dict[str, Any]) -> str:
     return f"chat template {sha[:8]}" if sha else "plain text"
 
 
-def _labelled(runs: Sequence[Run]) -> list[Run]:
+def labelled(runs: Sequence[Run]) -> list[Run]:
     """Give each run the shortest label that tells it from the others."""
     labels = [run.defense for run in runs]
     for detail in ("model", "task", "prompt_format"):

@@ -12,6 +12,7 @@ from dtt_plugin.leaderboard.runs import Response, Run
 
 ATTACKS = ("ignore", "completion", "ignore_completion")
 VARIANTS = (*ATTACKS, "benign")
+COSTS = ("align_s", "transfer_s", "bake_s", "pipeline_s", "evaluation_s", "peak_memory_mb", "speedup")
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def row(run: str, hits: Sequence[int] = (30, 90, 60), **fields: Any) -> dict[str
         "defense": "none",
         "published": False,
         "limited": False,
+        "early_decision": False,
         "n": 208,
         "asr": {attack: rate(count) for attack, count in zip(ATTACKS, hits, strict=True)},
         "asr_max": rate(worst) | {"attack": ATTACKS[list(hits).index(worst)]},
@@ -95,7 +97,9 @@ def row(run: str, hits: Sequence[int] = (30, 90, 60), **fields: Any) -> dict[str
         "vs_undefended": None,
         "vs_native": None,
         "gap_closed": None,
-        "cost": dict.fromkeys(("align_s", "transfer_s", "bake_s", "evaluation_s", "peak_memory_mb", "speedup")),
+        "cost": dict.fromkeys(
+            ("align_s", "transfer_s", "bake_s", "pipeline_s", "evaluation_s", "peak_memory_mb", "speedup")
+        ),
     } | fields
 
 
@@ -105,10 +109,13 @@ def board(rows: Sequence[dict[str, Any]], title: str = "owner/model · alpacafar
         "reason": "",
         "n": 208,
         "smallest_difference": 0.029,
+        "smallest_difference_holm": 0.038,
+        "tests": 3,
         "discriminating": True,
+        "notes": [],
         "rows": list(rows),
     }
-    return {"format": "dtt.leaderboard/1", "groups": [group], "problems": [], "files": []}
+    return {"format": "dtt.leaderboard/1", "groups": [group], "method": {}, "problems": [], "files": []}
 
 
 def usual_board() -> dict[str, Any]:
@@ -116,7 +123,7 @@ def usual_board() -> dict[str, Any]:
     test = {"effect": -0.4, "p": 1e-9, "p_holm": 3e-9, "told_from_noise": True}
     near = {"effect": 0.01, "p": 0.5, "p_holm": 0.5, "told_from_noise": False}
     measured, published = {"value": 1.08, "low": 1.01, "high": 1.2}, {"value": 1.01, "low": None, "high": None}
-    cost = {"align_s": 202.2, "transfer_s": 0.002, "bake_s": 75.1, "evaluation_s": 400.0}
+    cost = {"align_s": 202.2, "transfer_s": 0.002, "bake_s": 75.1, "pipeline_s": 294.8, "evaluation_s": 400.0}
     return board(
         [
             row("undefended"),
@@ -128,7 +135,7 @@ def usual_board() -> dict[str, Any]:
                 defense="tokens (procrustes)",
                 vs_undefended=test,
                 vs_native=near,
-                gap_closed={"measured": measured, "published": published},
+                gap_closed={"measured": measured, "published": published, "undefended": "measured"},
                 cost=cost | {"peak_memory_mb": 12300, "speedup": 195.4},
             ),
             row("paper", published=True) | {"asr": {}, "asr_any": None, "refusal": None},

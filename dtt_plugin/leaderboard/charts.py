@@ -115,11 +115,7 @@ def _grid(axis: _Axis, bottom: float, ticks: Sequence[float], *, percent_ticks: 
 
 def gap_closed(group: dict[str, Any]) -> Markup | None:
     """Return the gap-closed ratios: a disc against the measured native row, a diamond against the published one."""
-    rows = [
-        (row["run"], {kind: value for kind, value in (row.get("gap_closed") or {}).items() if value})
-        for row in group["rows"]
-    ]
-    rows = [(run, ratios) for run, ratios in rows if ratios]
+    rows = [(row["run"], ratios) for row in group["rows"] if (ratios := ratios_of(row))]
     if not rows:
         return None
     # An interval can be as wide as its denominator is uncertain; past these bounds the figures beside it tell.
@@ -148,6 +144,12 @@ def gap_closed(group: dict[str, Any]) -> Markup | None:
     ends_of_gap = [_line(axis(tick), 0, axis(tick), y, "strong") for tick in (0, 1)]
     title = "Gap closed: 0 is the undefended model, 1 the native tokens"
     return _svg(y + _BOTTOM, title, *grid, *ends_of_gap, *parts)
+
+
+def ratios_of(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return a row's gap-closed ratios that are defined, against the "measured" and the "published" native tokens."""
+    ratios = row["gap_closed"] or {}
+    return {kind: ratios[kind] for kind in ("measured", "published") if ratios.get(kind)}
 
 
 def _known(ratio: dict[str, Any], end: str) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtt_plugin.files import replacing
+from dtt_plugin.leaderboard.charts import ratios_of
 from dtt_plugin.leaderboard.curves import Curve, read_curve
 from dtt_plugin.leaderboard.geometry import Geometry, letter, read_geometry
 from dtt_plugin.leaderboard.safe_text import all_printable
@@ -54,7 +55,7 @@ def write_figures(
     files: list[Path] = []
     for number, group in enumerate(all_printable(leaderboard)["groups"], start=1):
         files += _save(folder / f"asr-{number}", asr_bars(group))
-        if any(_ratios(row) for row in group["rows"]):
+        if any(ratios_of(row) for row in group["rows"]):
             files += _save(folder / f"gap-closed-{number}", gap_closed(group))
     for number, geometry in enumerate(geometries, start=1):
         files += _save(folder / f"geometry-{number}", geometry_figure(geometry))
@@ -98,7 +99,7 @@ def asr_bars(group: dict[str, Any]) -> Figure:
 
 def gap_closed(group: dict[str, Any]) -> Figure:
     """Return the gap-closed ratios with their intervals; lines at 0 (undefended) and 1 (native tokens)."""
-    rows = [(row["run"], ratios) for row in group["rows"] if (ratios := _ratios(row))]
+    rows = [(row["run"], ratios) for row in group["rows"] if (ratios := ratios_of(row))]
     with _figure(7, 1.2 + 0.45 * len(rows)) as (figure, axes):
         for series, kind in enumerate(("measured", "published")):
             own = [(place + 0.2 * series - 0.1, r[kind]) for place, (_, r) in enumerate(rows) if kind in r]
@@ -187,10 +188,6 @@ def learning_curves(curves: Sequence[Curve]) -> Figure:
     return figure
 
 
-def _ratios(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {kind: ratio for kind, ratio in (row.get("gap_closed") or {}).items() if ratio}
-
-
 def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
@@ -215,6 +212,6 @@ def _save(stem: Path, figure: Figure) -> list[Path]:
     for ending, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
         path = stem.with_name(stem.name + ending)
         with rc_context(_SETTINGS), replacing(path) as temporary:
-            figure.savefig(temporary, format=ending[1:], dpi=200, metadata=metadata, bbox_inches="tight")
+            figure.savefig(temporary, format=ending[1:], dpi=200, metadata=metadata)
         files.append(path)
     return files

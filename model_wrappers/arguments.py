@@ -9,7 +9,7 @@ from typing import Any
 
 from dtt_plugin.errors import DttError
 
-OURS = ("pretrained", "tokens", "tokens_model", "defense", "prompt_format")
+OURS = ("pretrained", "tokens", "tokens_model", "defense", "prompt_format", "early_decision")
 
 
 def parameters_of(function: Any) -> set[str]:

@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtt_plugin import __version__
+from dtt_plugin.bake.manifest import baked_facts
+from dtt_plugin.costs import recorded_costs
 from dtt_plugin.defenses import NONE, TOKENS, parse_defense
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_bytes, sha256_json
 from dtt_plugin.formats import MODEL_FORMAT, check_format
+from dtt_plugin.model_wrappers.early_decision import Rule, rule_of
 from dtt_plugin.prompt import Prompt, PromptRenderer, has_defensive_tokens
 from dtt_plugin.tokens import DefensiveTokens, load_tokens
 
@@ -70,9 +73,10 @@ class Arm:
 
 
 class Defended:
-    """Mixin in front of lm-eval's `HFLM` or `VLLM`; the subclass sets `arm` and calls `_ready`."""
+    """Mixin in front of lm-eval's `HFLM` or `VLLM`; the subclass sets `arm` and `early_decision` and calls `_ready`."""
 
     arm: Arm
+    early_decision: bool
     renderer: PromptRenderer
     cache_hook: Answers
 
@@ -80,6 +84,7 @@ class Defended:
         tokenizer: Any
         max_length: int
         max_gen_toks: int
+        think_end_token: str | int | None
 
     def _ready(
         self,
@@ -92,6 +97,14 @@ class Defended:
         template_args: Mapping[str, Any],
     ) -> None:
         """Build the renderer and the fingerprint once model and tokenizer are loaded."""
+        self._loaded: dict[str, Any] = {
+            "model": model,
+            "revision": revision,
+            "model_template": model_template,
+            "arguments": arguments,
+            "extra_bos": extra_bos,
+            "template_args": template_args,
+        }
         tokens = self.arm.tokens
         self.renderer = PromptRenderer(
             self.tokenizer,
@@ -114,6 +127,7 @@ class Defended:
             "tokens_method": tokens.method if tokens and self.arm.defended else None,
             "tokens_source_model": tokens.source_model if tokens and self.arm.defended else None,
             "prompt_format": self.arm.prompt_format,
+            "early_decision": self.early_decision,
             "chat_template_sha256": sha256_bytes(self.renderer.template.encode()),
             "renderer_sha256": self.renderer.fingerprint,
             "engine_arguments": {key: str(value) for key, value in sorted(arguments.items())},
@@ -121,6 +135,10 @@ class Defended:
         }
         self.fingerprint = sha256_json([type(self).__name__, self._identity])
         self._neutralised = 0
+        self._generated_tokens = 0
+        self._decided: Rule | None = None  # of the requests that are being generated
+        if self.early_decision and self.think_end_token is not None:
+            raise DttError("early_decision=true can't be combined with think_end_token=; leave one of the two out.")
         self.cache_hook = Answers(None)
         logger.info("Defense under test: %s, prompt format: %s.", self.arm.name, self.arm.prompt_format)
         if tokens and self.arm.defended:
@@ -128,6 +146,18 @@ class Defended:
             logger.info("DefensiveTokens: %d x %d, made for %s.", tokens.k, tokens.width, made_for)
             if is_hub_id(model) and is_hub_id(tokens.model) and model != tokens.model:
                 logger.warning("These tokens were made for %s: on %s they are a direct copy.", tokens.model, model)
+
+    def change_defense(self, defense: str) -> None:
+        """Put the loaded model under another defense, as if it had been loaded with it.
+
+        Raises:
+            DttError: one of the two defenses has DefensiveTokens and the other has not; that is another model.
+        """
+        arm = replace(self.arm, defenses=parse_defense(defense))
+        if arm.defended != self.arm.defended:
+            raise DttError(f"The model is loaded for defense={self.arm.name!r}; load it anew for {defense!r}.")
+        self.arm = arm
+        self._ready(**self._loaded)
 
     # What lm-eval asks a chat model for -------------------------------------------------------------
 
@@ -148,6 +178,12 @@ class Defended:
         """Return lm-eval's own model facts, and under `dtt_plugin` what decided about the prompts."""
         base = getattr(super(), "get_model_info", dict)
         facts = {"fingerprint": self.fingerprint, "neutralised_control_tokens": self._neutralised}
+        facts["generated_tokens"] = self._generated_tokens
+        tokens = self.arm.tokens if self.arm.defended else None
+        # Not in the identity: what the tokens cost does not change an answer.
+        facts["costs"] = recorded_costs(tokens.metadata) if tokens else {}
+        facts["tokens_model"] = tokens.model if tokens else None
+        facts["baked"] = baked_facts(str(self._identity["model"]))
         return {**base(), "dtt_plugin": {**facts, **self._identity, "machine": platform.machine()}}
 
     def set_cache_hook(self, cache_hook: Any) -> None:
@@ -189,14 +225,17 @@ class Defended:
             answer = self._cached(request)
             if answer is not None:
                 answers[index] = answer
-        missing = [index for index in range(len(requests)) if index not in answers]
-        if missing:
+        missing: dict[Rule | None, list[int]] = {}
+        for index, request in enumerate(requests):
+            if index not in answers:
+                missing.setdefault(self._rule(request), []).append(index)
+        for self._decided, indices in missing.items():
             # lm-eval's classes expect exactly a prompt and its generation arguments.
-            plain = [replace(requests[i], arguments=requests[i].arguments[:2], resps=[]) for i in missing]
+            plain = [replace(requests[i], arguments=requests[i].arguments[:2], resps=[]) for i in indices]
             generated = super().generate_until(plain, disable_tqdm=disable_tqdm)  # type: ignore[misc]
-            for index, answer in zip(missing, generated, strict=True):
+            for index, answer in zip(indices, generated, strict=True):
                 answers[index] = answer
-                self.cache_hook.add_partial("generate_until", requests[index].arguments[:2], answer)
+                self.cache_hook.add_partial("generate_until", self._cache_key(requests[index]), answer)
         if self._neutralised:
             logger.warning("%d control tokens in untrusted data were neutralised.", self._neutralised)
         return [answers[index] for index in range(len(requests))]
@@ -256,7 +295,15 @@ class Defended:
 
     def _cached(self, request: Instance) -> str | None:
         sampled = request.arguments[1].get("do_sample")
-        return None if sampled else self.cache_hook.find("generate_until", request.arguments[:2])
+        return None if sampled else self.cache_hook.find("generate_until", self._cache_key(request))
+
+    def _rule(self, request: Instance) -> Rule | None:
+        return rule_of(request) if self.early_decision else None
+
+    def _cache_key(self, request: Instance) -> tuple[Any, ...]:
+        """Return what an answer depends on within this arm; one that was cut short also on where it was cut."""
+        rule = self._rule(request)
+        return request.arguments[:2] if rule is None else (*request.arguments[:2], rule.__name__)
 
 
 class Answers:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from transformers import LogitsProcessorList
 
 from dtt_plugin.bake.plan import BIAS_OF_NEVER
 from dtt_plugin.demo_model import default_model
@@ -15,6 +16,7 @@ from dtt_plugin.errors import DttError
 from dtt_plugin.formats import defensive_token_names
 from dtt_plugin.model_wrappers.arguments import as_bool, check_arguments, parameters_of
 from dtt_plugin.model_wrappers.defended import Arm, Defended
+from dtt_plugin.model_wrappers.early_decision import EndDecided, SettledText, count_generated
 from dtt_plugin.prompt import model_template
 from dtt_plugin.tokens import DefensiveTokens
 
@@ -55,7 +57,8 @@ _LOADING_ARGUMENTS = frozenset(
 class DttHF(Defended, HFLM):
     """lm-eval's `hf` model under a defense.
 
-    Takes every argument of `hf`, and `tokens`, `tokens_model`, `defense`, `prompt_format` (docs/models.md).
+    Takes every argument of `hf`, and `tokens`, `tokens_model`, `defense`, `prompt_format`, `early_decision`
+    (docs/models.md).
     With DefensiveTokens their rows are put into the loaded model; nothing is written to disk.
     """
 
@@ -66,10 +69,12 @@ class DttHF(Defended, HFLM):
         tokens_model: str | None = None,
         defense: str | None = None,
         prompt_format: str | None = None,
+        early_decision: bool = False,
         **kwargs: Any,
     ) -> None:
         check_arguments("dtt_hf", kwargs, parameters_of(HFLM.__init__) | _LOADING_ARGUMENTS)
         self.arm = Arm.from_arguments(tokens, tokens_model, defense, prompt_format)
+        self.early_decision = as_bool("early_decision", early_decision)
         model = pretrained or default_model()
         extra_bos = as_bool("add_bos_token", kwargs.pop("add_bos_token", None))
         if self.arm.defended and kwargs.get("tp_plan"):
@@ -82,6 +87,8 @@ class DttHF(Defended, HFLM):
         if self.backend != "causal":
             raise DttError(f"pretrained={model}: dtt_hf needs a causal language model, this is a {self.backend} one.")
         self._decode_plainly()
+        if self.early_decision and not self._ends:
+            raise DttError(f"pretrained={model} names no token that ends a response; leave early_decision out.")
         template = model_template(self.tokenizer)
         if self.arm.defended and self.arm.tokens is not None:
             install_tokens(self.model, self.tokenizer, self.arm.tokens, name=model)
@@ -103,6 +110,28 @@ class DttHF(Defended, HFLM):
                 settings.repetition_penalty,
             )
             settings.repetition_penalty = None
+
+    @property
+    def _ends(self) -> list[int]:
+        """The ids that end a generation, the tokenizer's own first."""
+        ids = self.model.generation_config.eos_token_id
+        ends: list[int] = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+        return sorted(ends, key=lambda token: token != self.eot_token_id)
+
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
+    ) -> torch.Tensor:
+        """Generate as lm-eval does, int64 [batch, length]; a row whose response is decided ends early."""
+        prompt_length = context.shape[1]
+        if self._decided is not None:
+            settled = SettledText(self.tokenizer, self.tok_decode, stop)
+            ending = EndDecided(prompt_length, self._ends, settled, self._decided)
+            generation_kwargs["logits_processor"] = LogitsProcessorList([ending])
+        generated: torch.Tensor = super()._model_generate(
+            context=context, max_length=max_length, stop=stop, **generation_kwargs
+        )
+        self._generated_tokens += count_generated(generated[:, prompt_length:].tolist(), self._ends)
+        return generated
 
     def tok_batch_encode(
         self, strings: Sequence[str], *_args: Any, **_options: Any

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dtt_plugin.bake import bake_cached
@@ -12,6 +13,7 @@ from dtt_plugin.demo_model import default_model
 from dtt_plugin.errors import DttError
 from dtt_plugin.model_wrappers.arguments import as_bool, check_arguments, parameters_of
 from dtt_plugin.model_wrappers.defended import Arm, Defended
+from dtt_plugin.model_wrappers.early_decision import generate_decided
 from dtt_plugin.model_wrappers.vllm_import import import_vllm_class
 from dtt_plugin.prompt import model_template
 
@@ -29,8 +31,8 @@ class DttVLLM(Defended, VLLM):
     """lm-eval's `vllm` model under a defense.
 
     Takes every argument of `vllm` and of vLLM's engine, and `tokens`, `tokens_model`, `defense`,
-    `prompt_format` (docs/models.md). With DefensiveTokens the engine starts from a baked checkpoint in the
-    cache: what does not change is linked, and a second start writes nothing.
+    `prompt_format`, `early_decision` (docs/models.md). With DefensiveTokens the engine starts from a baked
+    checkpoint in the cache: what does not change is linked, and a second start writes nothing.
     """
 
     def __init__(
@@ -40,10 +42,14 @@ class DttVLLM(Defended, VLLM):
         tokens_model: str | None = None,
         defense: str | None = None,
         prompt_format: str | None = None,
+        early_decision: bool = False,
         **kwargs: Any,
     ) -> None:
         check_arguments("dtt_vllm", kwargs, _known_arguments())
         self.arm = Arm.from_arguments(tokens, tokens_model, defense, prompt_format)
+        self.early_decision = as_bool("early_decision", early_decision)
+        if self.early_decision and int(kwargs.get("data_parallel_size", 1)) > 1:
+            raise DttError("early_decision=true needs data_parallel_size=1; tensor_parallel_size= works with it.")
         model = pretrained or default_model()
         if self.arm.defended and kwargs.get("tokenizer"):
             raise DttError(
@@ -78,6 +84,26 @@ class DttVLLM(Defended, VLLM):
         if self.data_parallel_size <= 1:
             info["model_dtype"] = str(self.model.llm_engine.model_config.dtype)
         return info
+
+    def _model_generate(
+        self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None
+    ) -> Sequence[Any]:
+        """Generate as lm-eval does; a request whose response is decided ends early."""
+        outputs: Sequence[Any]
+        if generate and self._decided is not None:
+            outputs = generate_decided(
+                self.model.llm_engine,
+                requests,
+                sampling_params,
+                self._decided,
+                lora_request=self.lora_request,
+                progress=self.batch_size == "auto",
+            )
+        else:
+            outputs = super()._model_generate(requests, generate=generate, sampling_params=sampling_params)
+        if generate:
+            self._generated_tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
+        return outputs
 
     @staticmethod
     def _set_defaults(kwargs: dict[str, Any], *, demo: bool) -> None:

@@ -25,6 +25,7 @@ from dtt_plugin.defenses import NONE, TOKENS, Message, apply_prompt_defenses, pa
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_json
 from dtt_plugin.tasks.attacks import injected_data
+from dtt_plugin.tasks.metrics import DECIDED, process_results
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +57,12 @@ def injection_dataset(records: Sequence[Record], sentences: Sequence[str], varia
 
 @dataclass
 class InjectionRequest(Instance):
-    """A request that also tells which defense `--metadata` asked for; not in the document, whose hash pairs arms."""
+    """A request that also tells what its document must not hold, whose hash pairs arms."""
 
     task_defense: str = NONE
+    """Which defense `--metadata` asked for."""
+    decided: Callable[[str], bool] | None = None
+    """Whether the task's metrics are the same for every response with the given beginning; None: cannot be told."""
 
 
 class InjectionTask(ConfigurableTask):
@@ -123,6 +127,8 @@ class InjectionTask(ConfigurableTask):
         """Return one request per variant."""
         kwargs.pop("apply_chat_template", None)
         kwargs.pop("chat_template", None)
+        # The rules are those of our metrics on the response as it is; a task of the user's may have others.
+        vouched = self.config.process_results is process_results and self.config.filter_list is None
         return [
             InjectionRequest(
                 request_type="generate_until",
@@ -130,6 +136,7 @@ class InjectionTask(ConfigurableTask):
                 arguments=(prompt, deepcopy(self.config.generation_kwargs)),
                 idx=index,
                 task_defense=self.defense,
+                decided=DECIDED[variant["attack"]] if vouched else None,
                 **kwargs,
             )
             for index, (variant, (messages, prompt)) in enumerate(zip(doc["variants"], ctx, strict=True))

@@ -1,0 +1,48 @@
+"""`dtt sweep`: a grid of lm-eval runs, ending in the leaderboard."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dtt_plugin.errors import DttError
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command's parser."""
+    parser = subparsers.add_parser(
+        "sweep",
+        help="run a grid of models, defenses and token files",
+        description="Run every cell of a grid (models x defenses x token files) with lm-eval, each model loaded once"
+        " where the tokens stay the same, and end in the leaderboard. Started again it goes on where it was.",
+    )
+    parser.add_argument("sweep", metavar="SWEEP", type=Path, help="the grid, a YAML file (docs/sweep.md)")
+    parser.add_argument("--out", type=Path, default=Path("out/sweep"), help="folder for results (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="check the file and list the cells, run nothing")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    from dtt_plugin.sweep import read_sweep, run_sweep
+
+    cells = read_sweep(args.sweep)
+    for cell in cells:
+        state = "finished" if cell.is_finished(args.out) else "to do"
+        print(f"{state:<8}  {cell.folder(args.out).name}")
+    loads = len({id(cell.load) for cell in cells if not cell.is_finished(args.out)})
+    print(f"{len(cells)} cells; {loads} models to load.", flush=True)
+    if args.dry_run:
+        return 0
+    failed = run_sweep(cells, args.out)
+    code = 0
+    if len(failed) < len(cells):
+        from dtt_plugin.cli import main
+
+        print()
+        code = main(["leaderboard", str(args.out / "runs")])
+    if failed:
+        names = ", ".join(cell.name for cell in failed)
+        raise DttError(f"{len(failed)} of {len(cells)} cells failed, see above ({names}); start the sweep again.")
+    return code

@@ -1,0 +1,291 @@
+"""A whole table with one command: models x defenses x token files, each cell one lm-eval run.
+
+A cell has a key made of everything that decides about its result. Its folder
+below OUT/runs carries the key and appears at once, complete, when the cell is
+finished; so an interrupted sweep goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dtt_plugin import __version__
+from dtt_plugin.data import TOKENS_FILE, data_file
+from dtt_plugin.defenses import TOKENS, parse_defense
+from dtt_plugin.errors import DttError
+from dtt_plugin.files import sha256_json
+from dtt_plugin.formats import check_format
+from dtt_plugin.tokens import load_tokens, save_tokens, upstream_models
+
+if TYPE_CHECKING:
+    from dtt_plugin.transfer import Method
+
+logger = logging.getLogger("dtt_plugin")
+
+PUBLISHED = "published"
+"""In place of a token file: the published tokens in the data folder."""
+ENGINES = ("dtt_vllm", "dtt_hf")
+METHODS = ("procrustes", "copy", "random")
+_ARM = ("pretrained", "tokens", "tokens_model", "defense", "prompt_format")
+_DEFAULT_DEFENSES = ("none", "reminder", "sandwich")
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """Where a cell's DefensiveTokens come from: a file as it is, or a file moved from another model."""
+
+    file: Path
+    source_model: str | None = None
+    method: Method | None = None
+
+    def entry(self, model: str) -> str | None:
+        """Return which entry of a published JSON is meant; a token file has only one."""
+        return model if self.file.suffix == ".json" and model in upstream_models(self.file) else None
+
+    def digest(self, model: str) -> str:
+        """Return the SHA-256 of the values that are read from the file, for tokens of `model`."""
+        owner = self.source_model or model
+        return load_tokens(self.file, model=self.entry(owner)).digest
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is the same for the cells that share one model in memory."""
+
+    engine: str
+    task: str
+    settings: Mapping[str, Any]
+    """`limit`, `batch_size`, `gen_kwargs` as in the sweep file."""
+    model_args: Mapping[str, Any]
+    model: str
+    prompt_format: str | None
+    tokens: TokenSource | None
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides about the results, save the defense."""
+        folder = Path(self.model)
+        files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+        tokens = self.tokens
+        return {
+            "dtt_plugin": __version__,
+            "engine": self.engine,
+            "task": self.task,
+            "settings": dict(self.settings),
+            "model_args": dict(self.model_args),
+            "model": self.model,
+            "weights": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files],
+            "prompt_format": self.prompt_format,
+            "tokens": tokens and [tokens.digest(self.model), tokens.source_model, tokens.method],
+        }
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of lm-eval."""
+
+    load: Load
+    defense: str
+
+    @property
+    def name(self) -> str:
+        """What a person calls it, in characters for a folder's name."""
+        tokens = self.load.tokens
+        words = [self.load.model.rstrip("/").rsplit("/", 1)[-1], self.defense]
+        words += [tokens.method or tokens.file.name.split(".")[0]] if tokens else []
+        return "--".join("".join(c if c.isalnum() or c in "._+-" else "_" for c in word) for word in words)
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of everything that decides about the result."""
+        return sha256_json([self.load.identity, self.defense])
+
+    def folder(self, out: Path) -> Path:
+        """Return the folder that the finished cell has below the sweep's."""
+        return out / "runs" / f"{self.name}--{self.key[:16]}"
+
+    def is_finished(self, out: Path) -> bool:
+        """Return whether the cell's results are there."""
+        return any(self.folder(out).rglob("results_*.json"))
+
+
+# The sweep file ---------------------------------------------------------------------------------------------------
+
+
+def read_sweep(path: Path) -> list[Cell]:
+    """Read a sweep file (docs/sweep.md) and return its cells, those that share a model in memory side by side.
+
+    Raises:
+        DttError: not YAML, an unknown or missing key, a value of the wrong type, or a cell that is there twice.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise DttError(f"{path} can't be read as YAML ({reason}); see docs/sweep.md.") from error
+    known = ("engine", "task", "model_args", "gen_kwargs", "limit", "batch_size", "grid")
+    top = _mapping(path, "the file", content, known)
+    engine = top.get("engine", ENGINES[0])
+    if engine not in ENGINES:
+        raise DttError(f"{path}: engine: {engine!r} is none of {', '.join(ENGINES)}.")
+    model_args = _mapping(path, "model_args", top.get("model_args") or {}, None)
+    if ours := model_args.keys() & set(_ARM):
+        raise DttError(f"{path}: model_args: {min(ours)} belongs into the grid; see docs/sweep.md.")
+    settings = {name: top[name] for name in ("gen_kwargs", "limit", "batch_size") if top.get(name) is not None}
+    _mapping(path, "gen_kwargs", settings.get("gen_kwargs", {}), None)
+    if type(settings.get("limit", 1)) not in (int, float) or settings.get("limit", 1) <= 0:
+        raise DttError(f"{path}: limit: {settings['limit']!r} is not a positive number of records.")
+    task = top.get("task", "alpacafarm_injection")
+    if not isinstance(task, str):
+        raise DttError(f"{path}: task: {task!r} is not the name of one task.")
+    cells = []
+    for number, part in enumerate(_list(path, "grid", top.get("grid")), 1):
+        where = f"grid, entry {number}"
+        entry = _mapping(path, where, part, ("models", "prompt_format", "defenses", "tokens"))
+        cells += list(_cells(path, where, entry, engine=engine, task=task, settings=settings, model_args=model_args))
+    twice = [cell.name for cell in cells if cells.count(cell) > 1]
+    if twice:
+        raise DttError(f"{path}: the grid has {twice[0]} twice; remove one of the two.")
+    return cells
+
+
+def _cells(path: Path, where: str, entry: Mapping[str, Any], **common: Any) -> Iterator[Cell]:
+    prompt_format = entry.get("prompt_format")
+    if prompt_format is not None:
+        check_format(prompt_format)
+    sources = [_token_source(path, where, value) for value in _list(path, f"{where}, tokens", entry.get("tokens", []))]
+    by_default = [*_DEFAULT_DEFENSES, *([TOKENS] if sources else [])]
+    defenses = _texts(path, f"{where}, defenses", entry.get("defenses", by_default))
+    with_tokens = [defense for defense in defenses if TOKENS in parse_defense(defense)]
+    if bool(with_tokens) != bool(sources):
+        raise DttError(f"{path}: {where}: the defense tokens and the list tokens: need each other; give both or none.")
+    for model in _texts(path, f"{where}, models", entry.get("models")):
+        for tokens in (None, *sources):
+            load = Load(model=model, prompt_format=prompt_format, tokens=tokens, **common)
+            yield from (Cell(load, defense) for defense in defenses if (defense in with_tokens) == (tokens is not None))
+
+
+def _token_source(path: Path, where: str, value: Any) -> TokenSource:
+    if isinstance(value, str):
+        return TokenSource(_token_file(path, value))
+    outer = _mapping(path, f"{where}, tokens", value, ("transfer",))
+    inner = _mapping(path, f"{where}, transfer", outer.get("transfer"), ("source", "tokens", "method"))
+    for name in ("source", "tokens"):
+        if not isinstance(inner.get(name), str):
+            raise DttError(f"{path}: {where}, transfer: {name}: is missing; give source: MODEL and tokens: FILE.")
+    method = inner.get("method", METHODS[0])
+    if method not in METHODS:
+        raise DttError(f"{path}: {where}, transfer: method: {method!r} is none of {', '.join(METHODS)}.")
+    return TokenSource(_token_file(path, inner["tokens"]), inner["source"], method)
+
+
+def _token_file(path: Path, name: str) -> Path:
+    return data_file(TOKENS_FILE) if name == PUBLISHED else (path.parent / name).resolve()
+
+
+def _mapping(path: Path, where: str, value: Any, allowed: Sequence[str] | None) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DttError(f"{path}: {where} is no mapping of names to values; see docs/sweep.md.")
+    unknown = [str(name) for name in value if allowed is not None and name not in allowed]
+    if unknown:
+        raise DttError(f"{path}: {where} has the unknown key {unknown[0]!r}; it knows {', '.join(allowed or ())}.")
+    return value
+
+
+def _list(path: Path, where: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise DttError(f"{path}: {where}: is no list; see docs/sweep.md.")
+    return value
+
+
+def _texts(path: Path, where: str, value: Any) -> list[str]:
+    values = _list(path, where, value)
+    if not values or not all(isinstance(text, str) for text in values):
+        raise DttError(f"{path}: {where}: is no list of names; see docs/sweep.md.")
+    return values
+
+
+# Running it -------------------------------------------------------------------------------------------------------
+
+
+def run_sweep(cells: Sequence[Cell], out: Path) -> list[Cell]:
+    """Run the cells that are not finished yet, one process per model in memory, and return those that failed.
+
+    A failure does not stop the cells of other models.
+
+    Raises:
+        DttError: another sweep runs in `out`, or tokens can't be transferred.
+    """
+    from filelock import FileLock, Timeout
+
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            for load, group in groupby(cells, key=lambda cell: cell.load):
+                if pending := [cell for cell in group if not cell.is_finished(out)]:
+                    logger.info("%s: %s", load.model, ", ".join(cell.name for cell in pending))
+                    _run_load(load, pending, out)
+    except Timeout as error:
+        raise DttError(f"Another sweep runs in {out}; wait for it, or give another --out.") from error
+    return [cell for cell in cells if not cell.is_finished(out)]
+
+
+def _run_load(load: Load, cells: Sequence[Cell], out: Path) -> None:
+    """Evaluate `cells` in a process of its own, which ends with this one: it reads the job from our pipe."""
+    model_args = {**load.model_args, "pretrained": load.model}
+    if load.prompt_format:
+        model_args["prompt_format"] = load.prompt_format
+    if load.tokens:
+        model_args |= _token_arguments(load, load.tokens, out)
+    job = {
+        "engine": load.engine,
+        "task": load.task,
+        "model_args": model_args,
+        **load.settings,
+        "cells": [{"defense": cell.defense, "key": cell.key, "folder": str(cell.folder(out))} for cell in cells],
+    }
+    command = [sys.executable, "-m", "dtt_plugin.sweep_worker"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as worker:
+        assert worker.stdin is not None
+        try:
+            worker.stdin.write(json.dumps(job, default=str) + "\n")
+            worker.stdin.flush()
+            worker.wait()
+        except BrokenPipeError:
+            pass  # it died at once and has said why
+        except BaseException:
+            worker.kill()
+            raise
+
+
+def _token_arguments(load: Load, tokens: TokenSource, out: Path) -> dict[str, str]:
+    """Return the model arguments for the tokens, transferred first where the grid asks for it."""
+    if tokens.source_model is None or tokens.method is None:
+        entry = tokens.entry(load.model)
+        return {"tokens": str(tokens.file)} | ({"tokens_model": entry} if entry else {})
+    key = sha256_json([load.model, load.identity["tokens"], load.identity["weights"]])
+    target = out / "tokens" / f"{key[:16]}.safetensors"
+    if not target.is_file():
+        from dtt_plugin.alignment import AlignmentCache, align, cache_folder
+        from dtt_plugin.checkpoint import open_checkpoint
+        from dtt_plugin.transfer import transfer
+
+        alignment = None
+        if tokens.method == "procrustes":
+            source = open_checkpoint(tokens.source_model)
+            cache = AlignmentCache(cache_folder())
+            alignment = align(source, open_checkpoint(load.model), cache=cache, progress=True)
+        own = load_tokens(tokens.file, model=tokens.entry(tokens.source_model))
+        save_tokens(target, transfer(own, alignment, method=tokens.method, target_model=load.model))
+    return {"tokens": str(target)}

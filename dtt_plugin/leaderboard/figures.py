@@ -146,6 +146,9 @@ def geometry_figure(geometry: Geometry) -> Figure:
             norms.legend(frameon=False)
         if geometry.norms.any():
             norms.set_yscale("log")
+            # The default writes powers as formulas, which `_SETTINGS` turns off.
+            norms.yaxis.set_major_formatter("{x:g}")
+            norms.yaxis.set_minor_formatter("{x:g}")
         norms.set_xticks(range(len(geometry.sources)), [letter(source) for source in range(len(geometry.sources))])
         norms.set_xlim(-0.6, len(geometry.sources) - 0.4)
         norms.set_ylabel("norm")

@@ -48,7 +48,7 @@ class SoftPrompt(nn.Module):
         self.scale = embedding_scale(self.embed)
         self.packs = self._packs_exactly()
 
-    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the rows only: a checkpoint of a run needs no frozen weights."""
         return {"rows": self.rows.detach()}
 

@@ -1,4 +1,4 @@
-"""The tasks on lm-eval's own chat backends: a server on loopback."""
+"""The tasks on lm-eval's own backends: a chat server on loopback, and a defended checkpoint."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dtt_plugin.bake import bake
+from dtt_plugin.files import sha256_json
+from dtt_plugin.tokens import load_tokens
 from tests import conftest
 
 
@@ -72,3 +76,35 @@ def test_a_chat_server_gets_the_prompt_defense_of_the_metadata(server: ObedientS
     results = evaluate(server, metadata={"defense": "sandwich"})["results"]["injection_demo"]
     assert all("Please always remember that your task is: " in messages[1]["content"] for messages in server.seen)
     assert results["hacked_completion,none"] == 0.0
+
+
+@pytest.mark.parametrize("prompt_format", ["model", "qwen2.5"])
+def test_a_defended_checkpoint_under_stock_hf_sends_and_answers_what_dtt_hf_does(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt_format: str
+) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    tokens = conftest.write_tokens(tmp_path / "tokens.safetensors", width=32, prompt_format=prompt_format)
+    baked = bake(tiny, load_tokens(tokens), tmp_path / "baked")
+    sent: list[str] = []
+    generate = HFLM._model_generate
+
+    def noting(self: Any, context: Any, *args: Any, attention_mask: Any, **kwargs: Any) -> Any:
+        sent.extend(sha256_json(row[mask.bool()].tolist()) for row, mask in zip(context, attention_mask, strict=True))
+        return generate(self, context, *args, attention_mask=attention_mask, **kwargs)
+
+    common = {"dtype": "float32", "max_length": 4096}
+    ours = conftest.evaluate("dtt_hf", common | {"pretrained": tiny, "tokens": tokens}, limit=3)
+    monkeypatch.setattr(HFLM, "_model_generate", noting)
+    stock = conftest.evaluate("hf", common | {"pretrained": str(baked.folder)}, limit=3, apply_chat_template=True)
+    requests = [sample["arguments"] for sample in ours["samples"]["injection_demo"]]
+    assert sorted(sent) == sorted(facts["prompt_ids_sha256"] for sample in requests for *_, facts in sample)
+    assert len(set(sent)) == 12
+    for one, other in zip(*(run["samples"]["injection_demo"] for run in (ours, stock)), strict=True):
+        assert one["resps"] == other["resps"]
+    assert any(response.strip() for sample in stock["samples"]["injection_demo"] for (response,) in sample["resps"])
+    keys = [key for key in ours["results"]["injection_demo"] if key.endswith(",none")]
+    assert len(keys) > 5
+    assert {key: ours["results"]["injection_demo"][key] for key in keys} == {
+        key: stock["results"]["injection_demo"][key] for key in keys
+    }

@@ -146,9 +146,10 @@ def test_the_command_in_its_shortest_form(
     said = capsys.readouterr()
     assert "procrustes" in said.out
     assert said.err == ""
-    first = Path(out).read_bytes()
+    first = load_tokens(out)
+    assert set(first.metadata) > {"transfer_seconds"}
     assert main(["transfer", "--tokens", source, "--alignment", w, "--out", out, "--json"]) == 0
-    assert Path(out).read_bytes() == first
+    assert load_tokens(out).digest == first.digest
     assert json.loads(capsys.readouterr().out)["norm_ratio"] == pytest.approx(1)
 
 

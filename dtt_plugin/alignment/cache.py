@@ -132,7 +132,7 @@ class AlignmentCache:
 
     def store(self, key: str, alignment: Alignment) -> None:
         """Keep `alignment` under `key`, and drop the least recently used beyond `MOST_ENTRIES`."""
-        save_alignment(self._path(key), alignment)
+        save_alignment(self._path(key), alignment, with_costs=True)
         entries = sorted(self.folder.glob("*.safetensors"), key=_used, reverse=True)
         for entry in entries[MOST_ENTRIES:]:
             entry.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtt_plugin.alignment.engine import Matrix
+from dtt_plugin.costs import recorded_costs
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import replacing
 from dtt_plugin.tensor_files import read_header, write_safetensors
@@ -45,6 +46,8 @@ class Alignment:
     """(d_t,)"""
     seconds: dict[str, float] = field(default_factory=dict, compare=False)
     """How long each stage took in this run; not stored."""
+    costs: dict[str, float] = field(default_factory=dict, compare=False)
+    """What solving it took: align_seconds, peak_memory_mb; also where it comes from the cache."""
     cached: bool = field(default=False, compare=False)
     """Whether it was taken from the cache."""
 
@@ -80,8 +83,13 @@ class Alignment:
         return moved
 
 
-def save_alignment(path: str | Path, alignment: Alignment) -> None:
+def save_alignment(path: str | Path, alignment: Alignment, *, with_costs: bool = False) -> None:
     """Write `alignment` to a safetensors file, atomically; the same alignment gives the same bytes.
+
+    Args:
+        path: the file.
+        alignment: what to write.
+        with_costs: note what solving took as well, which is never twice the same.
 
     Raises:
         DttError: the file can't be written.
@@ -96,6 +104,8 @@ def save_alignment(path: str | Path, alignment: Alignment) -> None:
         "sha256": _digest(tensors),
     }
     metadata |= {name: str(report[name]) for name in _PLAIN}
+    if with_costs:
+        metadata |= {name: str(cost) for name, cost in alignment.costs.items()}
     with replacing(Path(path)) as temporary:
         write_safetensors(temporary, tensors, metadata)
 
@@ -121,7 +131,8 @@ def load_alignment(path: str | Path) -> Alignment:
         raise DttError(f"{path}: the values don't match the digest in the file; make it again with `dtt align`.")
     try:
         report = json.loads(metadata["report"])
-        alignment = Alignment(tensors["W"], report, tensors.get("source_mean"), tensors.get("target_mean"))
+        means = tensors.get("source_mean"), tensors.get("target_mean")
+        alignment = Alignment(tensors["W"], report, *means, costs=recorded_costs(metadata))
         missing = [name for name in (*_PLAIN, "scale", "scale_applied") if name not in report]
     except (ValueError, TypeError) as error:
         raise DttError(f"{path}: its report is not readable; make it again with `dtt align`.") from error

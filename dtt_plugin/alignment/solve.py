@@ -21,6 +21,7 @@ from dtt_plugin.alignment.options import AlignmentOptions
 from dtt_plugin.alignment.polar import Polar, polar_factor
 from dtt_plugin.alignment.result import Alignment
 from dtt_plugin.checkpoint import Checkpoint
+from dtt_plugin.costs import peak_memory_mb
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_file, sha256_json
 from dtt_plugin.vocabulary import load_vocabulary, vocabulary_digest
@@ -170,7 +171,9 @@ def _solve(
         for job, (side, anchors) in zip(jobs, pairs, strict=True):
             seconds = {"vocabulary": vocabulary_seconds, "stream": stream_seconds}
             alignment = _finish(source_side, side, anchors, moments.pop(0), job, options, engine, bar)
-            alignments.append(replace(alignment, seconds=seconds | alignment.seconds))
+            seconds |= alignment.seconds
+            costs = {"align_seconds": sum(seconds.values()), "peak_memory_mb": peak_memory_mb()}
+            alignments.append(replace(alignment, seconds=seconds, costs=costs))
     return alignments
 
 

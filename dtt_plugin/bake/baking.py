@@ -24,6 +24,7 @@ from dtt_plugin.bake.verify import verify as verify_checkpoint
 from dtt_plugin.bake.weights import write_overlay, write_weights
 from dtt_plugin.checkpoint import Checkpoint, open_checkpoint
 from dtt_plugin.checkpoint_folder import INDEX_FILE, read_json_table
+from dtt_plugin.costs import peak_memory_mb, recorded_costs
 from dtt_plugin.errors import DttError
 from dtt_plugin.formats import check_format
 from dtt_plugin.tokens import DefensiveTokens
@@ -133,7 +134,9 @@ def bake(
             tensor_digests=digests,
             how=how,
         )
-        write_manifest(folder, manifest, plan)
+        costs = recorded_costs(tokens.metadata) | {"bake_seconds": time.perf_counter() - started}
+        costs["peak_memory_mb"] = max(peak_memory_mb(), costs.get("peak_memory_mb", 0))
+        write_manifest(folder, {**manifest, "costs": costs}, plan)
         sizes = {name: (folder / name).stat().st_size for name in how}
     written = sum(size for name, size in sizes.items() if how[name] in ("written", "copied"))
     return BakeReport(

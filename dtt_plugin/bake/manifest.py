@@ -14,6 +14,7 @@ from dtt_plugin import __version__
 from dtt_plugin.bake.plan import BakePlan
 from dtt_plugin.bake.weights import blocks, indexed_tensors
 from dtt_plugin.checkpoint_folder import read_json_table
+from dtt_plugin.costs import recorded_costs
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_bytes, write_json
 
@@ -135,6 +136,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def is_defended_checkpoint(folder: Path) -> bool:
     """Return whether `folder` holds a defended checkpoint."""
     return (folder / MANIFEST).is_file()
+
+
+def baked_facts(model: str) -> dict[str, Any] | None:
+    """Return what the manifest of a defended checkpoint says: base model, method, costs. None for other models."""
+    folder = Path(model)
+    try:
+        if not is_defended_checkpoint(folder):
+            return None
+        manifest = read_manifest(folder)
+    except (DttError, OSError, ValueError):
+        return None
+    tokens = manifest.get("tokens")
+    tokens = tokens if isinstance(tokens, dict) else {}
+    costs = manifest.get("costs")
+    return {
+        "base_model": manifest.get("base_model"),
+        "method": tokens.get("method"),
+        "tokens_sha256": tokens.get("sha256"),
+        "costs": recorded_costs(costs if isinstance(costs, dict) else {}),
+    }
 
 
 def altered_since(folder: Path, manifest: Mapping[str, Any]) -> Altered:

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     reports = []
     for alignment, path in zip(alignments, paths, strict=True):
         if path is not None:
-            save_alignment(path, alignment)
+            save_alignment(path, alignment, with_costs=True)
         for warning in alignment.report["warnings"]:
             print(f"dtt align: {warning}", file=sys.stderr)
         out = None if path is None else str(path)

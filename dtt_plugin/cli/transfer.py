@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +95,10 @@ def run(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {"target_model": target, "norm": args.norm, "native": native, "seed": args.seed}
     report: dict[str, Any] = {}
     if args.out is not None:
+        started = time.perf_counter()
         moved = transfer(tokens, alignment, method=args.method, **options)
+        costs = (alignment.costs if alignment else {}) | {"transfer_seconds": time.perf_counter() - started}
+        moved = replace(moved, metadata=moved.metadata | {name: str(cost) for name, cost in costs.items()})
         comparison = compare(tokens, moved, alignment=alignment, native=native)
         save_tokens(args.out, moved)
         report = _report(moved, comparison, args.out)

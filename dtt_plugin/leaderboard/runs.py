@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dtt_plugin.bake.manifest import baked_facts
+from dtt_plugin.costs import recorded_costs
 from dtt_plugin.defenses import NONE, TOKENS, parse_defense
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_bytes, sha256_json
@@ -256,8 +258,9 @@ def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
     outcomes = _outcomes(samples_path, samples)
     config, task_config = _table(results, "config"), _table(results, "configs", task)
     facts = _table(config, "dtt_plugin")
-    model = _model(results, config, facts)
-    defense, method = _defense(path, facts, task_config, samples, model)
+    baked = _table(facts, "baked") if facts else baked_facts(_model(results, config, facts)) or {}
+    model = _text(baked.get("base_model")) or _model(results, config, facts)
+    defense, method = _defense(path, facts, baked, task_config, samples, model)
     sizes = _table(results, "n-samples", task)
     variants = [[_record_id(s), [[v["attack"], v["messages"]] for v in s["doc"]["variants"]]] for s in samples]
     version = _table(results, "versions").get(task)
@@ -267,7 +270,7 @@ def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
         model=model,
         defense=defense,
         method=method,
-        tokens_sha256=_text(facts.get("tokens_sha256")),
+        tokens_sha256=_text(facts.get("tokens_sha256")) or _text(baked.get("tokens_sha256")),
         task=task,
         version=str(version)[:50],
         prompt_format=_prompt_format(results, facts),
@@ -279,7 +282,7 @@ def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
         record_ids=tuple(_record_id(sample) for sample in samples),
         outcomes=outcomes,
         seconds=_number(results.get("total_evaluation_time_seconds")),
-        costs={name: cost for name, value in _table(facts, "costs").items() if (cost := _number(value)) is not None},
+        costs=recorded_costs(_table(baked, "costs") | _table(facts, "costs")),
     )
 
 
@@ -406,10 +409,9 @@ def _check_same_run(
 
 
 def _model(results: dict[str, Any], config: dict[str, Any], facts: dict[str, Any]) -> str:
-    """Return the model under test; of a defended checkpoint the base model, where that is recorded."""
+    """Return the model that was loaded."""
     return (
-        _text(_table(facts, "baked").get("base_model"))
-        or _text(facts.get("model"))
+        _text(facts.get("model"))
         or _text(_table(config, "model_args").get("pretrained"))
         or _text(_table(config, "model_args").get("model"))
         or _text(results.get("model_name"))
@@ -418,7 +420,12 @@ def _model(results: dict[str, Any], config: dict[str, Any], facts: dict[str, Any
 
 
 def _defense(
-    path: Path, facts: dict[str, Any], task_config: dict[str, Any], samples: Sequence[Mapping[str, Any]], model: str
+    path: Path,
+    facts: dict[str, Any],
+    baked: dict[str, Any],
+    task_config: dict[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+    model: str,
 ) -> tuple[str, str]:
     """Return the name of the defense and the method of its tokens."""
     asked = facts.get("defense") if facts else _table(task_config, "metadata").get("defense")
@@ -426,7 +433,6 @@ def _defense(
         names = list(parse_defense(asked if asked is None or isinstance(asked, str) else repr(asked)[:50]))
     except DttError as error:
         raise DttError(f"{path}: {error}") from error
-    baked = _table(facts, "baked")
     method = _text(facts.get("tokens_method")) if TOKENS in names else ""
     if TOKENS not in names and _prompt(samples[0], 0).startswith(_FIRST_TOKEN):
         # A defended checkpoint whose own template puts its tokens there.

@@ -194,16 +194,21 @@ def test_all_but_plain_greedy_decoding_is_refused(tiny: str, generation: dict[st
     ],
 )
 def test_a_task_with_metrics_or_filters_of_its_own_is_refused(tiny: str, own: dict[str, Any]) -> None:
-    import yaml  # the task's own file without its metrics
-
     from dtt_plugin.tasks import metrics
     from dtt_plugin.tasks.injection import InjectionTask
     from dtt_plugin.tasks.injection_demo.dataset import demo
 
-    generation = yaml.safe_load("{until: [], do_sample: false, max_gen_toks: 4}")
-    task = {"class": InjectionTask, "task": "own", "custom_dataset": demo, "test_split": "test", "num_fewshot": 0}
+    generation = {"until": [], "do_sample": False, "max_gen_toks": 4}
+    task: dict[str, Any] = {
+        "class": InjectionTask,
+        "task": "own",
+        "custom_dataset": demo,
+        "test_split": "test",
+        "num_fewshot": 0,
+    }
     task |= {"output_type": "generate_until", "doc_to_text": "input", "doc_to_target": "", "metadata": {"version": 1}}
     task |= {"generation_kwargs": generation, "process_results": metrics.process_results}
+    task |= {"dataset_kwargs": {"variants": [BENIGN]}}
     task |= {"metric_list": [{"metric": "refusal", "aggregation": "mean", "higher_is_better": False}]}
     assert evaluate(tiny, True, tasks=[task])["results"]["own"]
     with pytest.raises(DttError, match="own does not say when a response decides its metrics"):

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from dtt_plugin.defenses import NONE
 from dtt_plugin.leaderboard import published as paper
 from dtt_plugin.leaderboard import statistics
@@ -232,10 +230,11 @@ class _Group:
         if run.defense == NONE or not self.attacked or not self.discriminating:
             return None
         none, paper_none = self.undefended, self._figure(NONE)
+        undefended_values: Any
         if none is not None:
             undefended, undefended_values = self.maxima[none.label], self.resampled[none.label]
         elif self.published and paper_none is not None:
-            undefended, undefended_values = {"rate": paper_none}, np.float64(paper_none)
+            undefended, undefended_values = {"rate": paper_none}, paper_none
         else:
             return None
         ratios: dict[str, Any] = {
@@ -262,7 +261,8 @@ class _Group:
         if none is None:
             return paper_none is not None and paper_none > float(self.maxima[native.label]["high"])
         effect, p = statistics.mcnemar(none.hacked_any, native.hacked_any)
-        return effect < 0 and p < statistics.ALPHA
+        gap = self.resampled[none.label] - self.resampled[native.label]
+        return effect < 0 and p < statistics.ALPHA and statistics.percentiles(gap)[0] > 0
 
 
 def _only_tokens(run: Run, method: str) -> bool:

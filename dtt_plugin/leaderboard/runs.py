@@ -102,8 +102,7 @@ class Run:
     @property
     def hacked_any(self) -> Outcomes:
         """Whether any attack worked, (n,)."""
-        any_worked: Outcomes = self.hacked.any(axis=1)
-        return any_worked
+        return np.logical_or.reduce(self.hacked, axis=1)
 
     def responses(self) -> list[Response]:
         """Read the samples again, with their texts.

@@ -122,7 +122,7 @@ def asr_max(hacked: Outcomes, attacks: Sequence[str], resampled: Floats) -> dict
 
 
 def ratio_interval(
-    ratio: Callable[[Any, Any, Any], Any],
+    ratio: Callable[..., Any],
     points: Sequence[dict[str, Any]],
     resampled: Sequence[Floats | float],
 ) -> tuple[float, float] | None:
@@ -137,7 +137,7 @@ def ratio_interval(
         resampled: of each; a number for a published figure.
 
     Returns:
-        None where a sample's denominator is not above zero, so that the ratio has no interval.
+        None where a sample's denominator is zero, so that the ratio has no interval.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         values = np.asarray(ratio(*resampled), np.float64)

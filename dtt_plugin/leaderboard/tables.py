@@ -10,6 +10,7 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from dtt_plugin.leaderboard.safe_text import printable
@@ -63,6 +64,10 @@ def rate_text(rate: Mapping[str, Any] | None) -> str:
     return f"{counts}{percent(rate['rate'])} %{interval}"
 
 
+def _attack_text(attack: str, row: Mapping[str, Any]) -> str:
+    return rate_text(row["asr"].get(attack))
+
+
 def p_text(p: float) -> str:
     """Return a p value."""
     return "p<0.0001" if p < 0.0001 else f"p={p:.4f}"
@@ -98,16 +103,13 @@ def _name(row: Mapping[str, Any]) -> str:
 
 
 def sheets(board: Mapping[str, Any]) -> Iterator[Sheet]:
-    """Yield, for each group, the table of rates, tests and ratios, and that of the costs where any is known."""
+    """Yield, for each group, the table of rates, tests and ratios, and that of the costs."""
     for group in board["groups"]:
         rows = group["rows"]
         attacks = list(dict.fromkeys(attack for row in rows for attack in row["asr"]))
         columns: list[tuple[str, Callable[[Any], str]]] = [("run", _name)]
         if attacks:
-            columns += [
-                (f"ASR {plain(attack)}", lambda row, attack=attack: rate_text(row["asr"].get(attack)))
-                for attack in attacks
-            ]
+            columns += [(f"ASR {plain(attack)}", partial(_attack_text, attack)) for attack in attacks]
             columns += [
                 ("ASR(max)", lambda row: rate_text(row["asr_max"])),
                 ("ASR(any)", lambda row: rate_text(row["asr_any"])),

@@ -1,0 +1,328 @@
+"""`dtt leaderboard`: what is compared with what, what is said about it, and in which form."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dtt_plugin.cli import main
+from dtt_plugin.leaderboard import tables
+from dtt_plugin.leaderboard.comparison import build
+from dtt_plugin.leaderboard.runs import read_runs
+from tests.lm_eval_output import planted, write_run
+
+ATTACKS = ("ignore", "completion", "ignore_completion")
+LLAMA_3 = "meta-llama/Meta-Llama-3-8B-Instruct"
+LLAMA_3_1 = "meta-llama/Llama-3.1-8B-Instruct"
+
+
+def arm(folder: Path, *hits: int, n: int = 208, refusals: int = 1, **fields: Any) -> Path:
+    """Write a run with so many hits per attack (one number: the same for all)."""
+    counts = hits if len(hits) == 3 else hits * 3
+    outcomes = {attack: planted(count, n) for attack, count in zip(ATTACKS, counts, strict=True)}
+    return write_run(folder, outcomes=outcomes, refusal=planted(refusals, n), **fields)
+
+
+def board(*paths: Path, **options: Any) -> dict[str, Any]:
+    runs, problems = read_runs(paths)
+    return build(runs, problems=problems, **options).to_dict()
+
+
+def rows(table: dict[str, Any], group: int = 0) -> dict[str, Any]:
+    return {row["run"]: row for row in table["groups"][group]["rows"]}
+
+
+def four_arms(folder: Path, model: str = LLAMA_3) -> Path:
+    """The seed experiment's counts for Llama 3."""
+    costs = {"align_seconds": 217.0, "transfer_seconds": 0.002, "bake_seconds": 75.1, "peak_memory_mb": 12300}
+    arm(folder, 60, 107, 90, model=model, refusals=4, stamp=0)
+    arm(folder, 30, 72, 50, model=model, refusals=2, defense="reminder", stamp=1)
+    arm(folder, 90, 118, 100, model=model, refusals=3, defense="sandwich", stamp=2)
+    arm(folder, 3, 8, 3, model=model, defense="tokens", method="native", stamp=3)
+    arm(folder, 0, model=model, defense="tokens", method="procrustes", facts={"costs": costs}, stamp=4)
+    return folder
+
+
+def test_the_seed_experiments_table_comes_out_of_its_counts(tmp_path: Path) -> None:
+    table = board(four_arms(tmp_path), published=True)
+    found = rows(table)
+    percents = {name: round(100 * row["asr_max"]["rate"], 1) for name, row in found.items() if not row["published"]}
+    assert percents == {
+        "none": 51.4,
+        "reminder": 34.6,
+        "sandwich": 56.7,
+        "tokens (native)": 3.8,
+        "tokens (procrustes)": 0.0,
+    }
+    moved = found["tokens (procrustes)"]
+    assert round(moved["gap_closed"]["published"]["value"], 2) == 1.01
+    assert round(moved["gap_closed"]["measured"]["value"], 2) == 1.08
+    assert moved["cost"]["pipeline_s"] == pytest.approx(292.102)
+    assert moved["cost"]["speedup"] == pytest.approx(16 * 3600 / 292.102)
+    # The order is that of ASR(max), the published rows below.
+    assert list(found)[:2] == ["tokens (procrustes)", "tokens (native)"]
+    published = found["published: tokens (procrustes)"]
+    assert published["cost"]["pipeline_s"] == 294.8
+    assert round(published["cost"]["speedup"], 1) == 195.4
+    assert (published["vs_undefended"], published["vs_native"]) == (None, None)
+    assert table["groups"][0]["tests"] == 4 + 3  # published rows are in no test
+    assert "| published: reminder | - | - | - | 34.6 %" in tables.markdown(table)
+
+
+def test_the_other_direction_has_the_published_undefended_figure_for_its_ratios(tmp_path: Path) -> None:
+    arm(tmp_path, 4, 0, 1, model=LLAMA_3_1, defense="tokens", method="native", stamp=0)
+    arm(tmp_path, 42, 70, 62, model=LLAMA_3_1, defense="tokens", method="procrustes", stamp=1)
+    closed = rows(board(tmp_path, published=True))["tokens (procrustes)"]["gap_closed"]
+    assert closed["undefended"] == "published"
+    assert round(closed["published"]["value"], 3) == 0.517
+    assert round(closed["measured"]["value"], 3) == 0.528
+    alone = rows(board(tmp_path))["tokens (procrustes)"]
+    assert alone["gap_closed"] is None
+    assert alone["vs_undefended"] is None
+
+
+def test_tests_are_paired_on_any_attack_and_holm_covers_the_table(tmp_path: Path) -> None:
+    arm(tmp_path, 100, 0, 0, stamp=0)
+    arm(tmp_path, 99, 0, 0, defense="reminder", stamp=1)
+    arm(tmp_path, 0, 40, 0, defense="tokens", method="native", stamp=2)
+    found = rows(board(tmp_path))
+    near = found["reminder"]["vs_undefended"]
+    assert near["effect"] == pytest.approx(-1 / 208)
+    assert (near["p"], near["p_holm"], near["told_from_noise"]) == (1.0, 1.0, False)
+    far = found["tokens (native)"]["vs_undefended"]
+    assert far["effect"] == pytest.approx(-60 / 208)
+    assert far["p"] == pytest.approx(2 * 0.5**60)
+    assert far["p_holm"] == pytest.approx(3 * far["p"])
+    assert tables.NOISE in tables.markdown(board(tmp_path)).replace("\\", "")
+
+
+def test_an_undefended_model_that_hardly_obeys_ranks_nothing(tmp_path: Path) -> None:
+    arm(tmp_path, 12, stamp=0)
+    arm(tmp_path, 0, defense="tokens", method="native", stamp=1)
+    group = board(tmp_path)["groups"][0]
+    assert (group["discriminating"], group["ranked"]) == (False, False)
+    assert "NOT DISCRIMINATING" in group["notes"][0]
+    assert "12/208" in group["notes"][0]
+    assert all(row["gap_closed"] is None for row in group["rows"])
+    assert [row["run"] for row in group["rows"]] == ["none", "tokens (native)"]
+    assert board(tmp_path, floor=0.01)["groups"][0]["discriminating"]
+
+
+def test_two_records_separate_nothing(tmp_path: Path) -> None:
+    arm(tmp_path, 2, n=2)
+    group = board(tmp_path)["groups"][0]
+    assert group["smallest_difference"] is None
+    assert not group["discriminating"]
+
+
+def test_a_ratio_over_a_gap_that_may_be_zero_is_undefined(tmp_path: Path) -> None:
+    arm(tmp_path, 100, stamp=0)
+    arm(tmp_path, 97, defense="tokens", method="native", stamp=1)
+    arm(tmp_path, 50, defense="tokens", method="procrustes", stamp=2)
+    table = board(tmp_path)
+    assert rows(table)["tokens (procrustes)"]["gap_closed"]["measured"] is None
+    assert f"| {tables.UNDEFINED} |" in tables.markdown(table)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"version": 2.0}, "task version (1.0 there, 2.0 here)"),
+        ({"max_gen_toks": 8}, "generation settings"),
+        ({"prompt_format": "llama3"}, "prompt format (model there, llama3 here)"),
+        ({"inputs": [f"Other data {i}." for i in range(208)]}, "data"),
+        ({"model": "owner/other"}, "model (owner/model there, owner/other here)"),
+    ],
+)
+def test_what_is_not_comparable_stands_apart_with_the_reason(
+    tmp_path: Path, fields: dict[str, Any], reason: str
+) -> None:
+    arm(tmp_path, 100, stamp=0)
+    arm(tmp_path, 0, defense="tokens", method="native", stamp=1, **fields)
+    first, second = board(tmp_path)["groups"]
+    assert first["reason"] == ""
+    assert reason in second["reason"]
+    assert second["rows"][0]["vs_undefended"] is None
+
+
+def test_limited_and_early_runs_are_marked_and_limited_ones_stand_apart(tmp_path: Path) -> None:
+    arm(tmp_path, 100, stamp=0)
+    arm(tmp_path, 5, n=20, limit=20, original=208, defense="reminder", stamp=1)
+    arm(tmp_path, 9, defense="sandwich", facts={"early_decision": True}, stamp=2)
+    table = board(tmp_path)
+    assert len(table["groups"]) == 2
+    assert "n (208 there, 20 here)" in table["groups"][1]["reason"]
+    text = tables.markdown(table)
+    assert "(limited) |" in text
+    assert "(early decision) |" in text
+
+
+def test_duplicates_are_reported_and_not_averaged(tmp_path: Path) -> None:
+    arm(tmp_path, 100, stamp=0)
+    arm(tmp_path, 90, stamp=1)
+    table = board(tmp_path)
+    assert [row["asr_max"]["hits"] for row in table["groups"][0]["rows"]] == [90, 100]
+    assert "same arm" in table["problems"][0]
+    assert "30 of 832 outcomes differ" in table["problems"][0]
+    assert len(board(tmp_path, tmp_path)["files"]) == 2  # the same file twice is one run
+
+
+def test_a_stock_model_takes_its_defense_from_the_metadata(tmp_path: Path) -> None:
+    arm(tmp_path, 100, stock=True, stamp=0)
+    arm(tmp_path, 50, stock=True, defense="sandwich", stamp=1)
+    arm(tmp_path, 0, stock=True, task="alpacafarm_injection_x", stamp=2)
+    found = rows(board(tmp_path))
+    assert [name.split(" · ")[0] for name in found] == ["sandwich", "none"]
+    assert all(row["defense"] in ("none", "sandwich") for row in found.values())
+
+
+def test_one_attack_alone_and_benign_prompts_alone_are_read(tmp_path: Path) -> None:
+    write_run(tmp_path, task="one", outcomes={"ignore": planted(50, 208)}, stamp=0)
+    write_run(tmp_path, task="two", refusal=planted(3, 208), outcomes={}, stamp=1)
+    one, two = board(tmp_path)["groups"]
+    assert one["rows"][0]["asr_max"]["hits"] == 50
+    assert one["rows"][0]["refusal"] is None
+    assert two["rows"][0]["asr_max"] is None
+    assert two["rows"][0]["refusal"]["hits"] == 3
+    assert "3/208" in tables.markdown(board(tmp_path))
+
+
+def test_every_form_shows_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+    four_arms(tmp_path)
+    outputs = {}
+    for form in ("terminal", "markdown", "csv", "latex", "json"):
+        assert main(["leaderboard", str(tmp_path), "--format", form]) == 0
+        outputs[form] = capsys.readouterr().out
+    table = json.loads(outputs["json"])
+    cells = [cell for sheet in tables.sheets(table) for row in sheet.rows for cell in row]
+    assert "0/208 = 0.0 % [0.0, 1.8]" in cells
+    for form in ("markdown", "latex"):
+        bare = outputs[form].replace("\\", "").replace("textless{}", "<")
+        assert all(cell in bare for cell in cells)
+    words = set(outputs["terminal"].split())
+    assert {word for cell in cells for word in cell.split()} <= words
+    lines = list(csv.DictReader(io.StringIO(outputs["csv"])))
+    for line, row in zip(lines, table["groups"][0]["rows"], strict=True):
+        assert float(line["asr_max.low"]) == row["asr_max"]["low"]
+        assert line["run"] == row["run"]
+    assert r"\toprule" in outputs["latex"]
+
+
+def test_names_that_a_reader_would_obey_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arm(tmp_path, 100, model="=cmd()|<b>\x1b[31m_$x$")
+    for form in ("terminal", "markdown", "csv", "latex"):
+        assert main(["leaderboard", str(tmp_path), "--format", form]) == 0
+        out = capsys.readouterr().out
+        assert "\x1b" not in out
+        assert form != "markdown" or "\\<b\\>" in out
+        assert form != "latex" or r"\_\$x\$" in out
+        assert form != "csv" or "'=cmd()" in out
+
+
+BAD = {
+    "deep": "[" * 200_000,
+    "not json": "{",
+    "another thing": json.dumps({"a": 1}),
+    "wrong types": json.dumps({"results": [], "configs": 3, "config": None}),
+    "no injection": json.dumps({"results": {"mmlu": {"acc,none": 1}}, "configs": {"mmlu": {}}, "config": {"a": 1}}),
+    "huge number": '{"results": ' + "9" * 5000 + "}",
+    "path in a name": json.dumps({"results": {"../x": {"hacked,none": 0}}, "configs": {"a": 1}, "config": {"a": 1}}),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_one_bad_results_file_is_a_sentence_and_the_rest_is_shown(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "results_2026-01-01T00-00-00.9.json"
+    bad.write_text(BAD[kind])
+    assert main(["leaderboard", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(bad) in error
+    arm(tmp_path, 100)
+    table = board(tmp_path)
+    assert len(table["problems"]) == 1
+    assert len(table["files"]) == 1
+
+
+def spoil(path: Path, change: Any) -> None:
+    """Apply `change` to the samples beside the results file `path`."""
+    samples = next(path.parent.glob("samples_*"))
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    samples.write_text("\n".join(json.dumps(line) for line in change(lines)))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda lines: lines[:-1], "207 samples and"),
+        (lambda lines: [*lines[:-1], lines[0]], "record 0 twice"),
+        (lambda lines: [{**line, "prompt_hash": "0"} for line in lines], "does not belong to"),
+        (lambda lines: [{**line, "hacked_ignore": float("nan")} for line in lines], "not 0 or 1"),
+        (lambda lines: [{**line, "hacked_ignore": 10**30} for line in lines], "not 0 or 1"),
+        (lambda lines: [{**line, "hacked_ignore": 1 - line["hacked_ignore"]} for line in lines], "does not belong to"),
+        (
+            lambda lines: [{**line, "doc": {**line["doc"], "record_id": "1"}} for line in lines],
+            "line 1, is not a sample",
+        ),
+        (lambda lines: [{**line, "filtered_resps": None} for line in lines], "line 1, is not a sample"),
+        (lambda lines: [], "is empty"),
+        (lambda lines: [1, *lines], "line 1, is not a sample"),
+    ],
+)
+def test_samples_that_are_not_the_runs_are_told(tmp_path: Path, change: Any, says: str) -> None:
+    spoil(arm(tmp_path, 100), change)
+    runs, problems = read_runs([tmp_path])
+    assert runs == []
+    assert len(problems) == 1
+    assert says in problems[0]
+
+
+def test_samples_of_another_arm_missing_samples_and_unknown_defenses_are_told(tmp_path: Path) -> None:
+    first, second = arm(tmp_path / "a", 100), arm(tmp_path / "b", 100, defense="tokens", method="native")
+    names = [next(path.parent.glob("samples_*")) for path in (first, second)]
+    spoil(second, lambda lines: [{**line, "arguments": {}} for line in lines])
+    arm(tmp_path / "c", 100, defense="prayer")
+    third = arm(tmp_path / "d", 100)
+    next(third.parent.glob("samples_*")).unlink()
+    runs, problems = read_runs([tmp_path])
+    assert [run.samples for run in runs] == [names[0]]
+    assert ["does not belong" in problems[0], "'prayer' is not a defense" in problems[1], "is missing" in problems[2]]
+    assert len(problems) == 3
+
+
+def test_broken_utf8_is_a_sentence(tmp_path: Path) -> None:
+    path = arm(tmp_path, 100)
+    samples = next(path.parent.glob("samples_*"))
+    samples.write_bytes(samples.read_bytes()[:-30] + b"\xff\xfe\n")
+    _, problems = read_runs([tmp_path])
+    assert "not readable JSON" in problems[0]
+
+
+def test_a_hundred_runs_take_seconds_and_no_torch(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for stamp in range(100):
+        outcomes = {attack: (rng.random(208) < rng.random()).astype(int).tolist() for attack in ATTACKS}
+        method = f"{stamp}" if stamp else ""
+        defense = "tokens" if stamp else "none"
+        write_run(tmp_path, outcomes=outcomes, refusal=planted(2, 208), defense=defense, method=method, stamp=stamp)
+    code = (
+        "import sys; from dtt_plugin.cli import main; code = main(['leaderboard', sys.argv[1], '--json']);"
+        "assert not {'torch', 'transformers', 'lm_eval'} & set(sys.modules); sys.exit(code)"
+    )
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert len(json.loads(done.stdout)["files"]) == 100
+    assert time.perf_counter() - started < 60  # measured: under 10 s on two cores

@@ -123,6 +123,12 @@ def test_one_token_of_norm_zero_is_drawn(tmp_path: Path) -> None:
     assert len(write_figures(tmp_path / "f", board([]), tokens=[path])) == 4
 
 
+def test_without_matplotlib_one_sentence_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dtt_plugin.leaderboard.figures.find_spec", lambda _: None)
+    with pytest.raises(DttError, match=r"dtt-plugin\[report\]"):
+        write_figures(tmp_path, usual_board())
+
+
 def test_letters_go_on_after_z() -> None:
     assert [letter(n) for n in (0, 25, 26, 51, 52)] == ["A", "Z", "AA", "AZ", "BA"]
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dtt_plugin.errors import DttError
 from dtt_plugin.files import replacing
 from dtt_plugin.leaderboard.charts import ratios_of
 from dtt_plugin.leaderboard.curves import Curve, read_curve
@@ -49,8 +51,10 @@ def write_figures(
         logs: training logs, all in one `curves` figure.
 
     Raises:
-        DttError: a token file or log is none, or the folder can't be written.
+        DttError: a token file or log is none, the folder can't be written, or there is no matplotlib.
     """
+    if not find_spec("matplotlib"):
+        raise DttError("Figures are drawn by matplotlib, which is not installed; pip install 'dtt-plugin[report]'.")
     geometries, curves = read_geometry(tokens), [read_curve(path) for path in logs]
     files: list[Path] = []
     for number, group in enumerate(all_printable(leaderboard)["groups"], start=1):
@@ -144,11 +148,13 @@ def geometry_figure(geometry: Geometry) -> Figure:
             norms.axhspan(low, high, color="0.8", label="vocabulary, 1 to 99 %")
             norms.axhline(middle, color="0.3", linestyle="--", label="its median")
             norms.legend(frameon=False)
-        if geometry.norms.any():
+        known = [norm for norm in (*geometry.norms.tolist(), *(geometry.vocabulary or ())) if norm > 0]
+        if known:
             norms.set_yscale("log")
             # The default writes powers as formulas, which `_SETTINGS` turns off.
             norms.yaxis.set_major_formatter("{x:g}")
             norms.yaxis.set_minor_formatter("{x:g}")
+            norms.set_ylim(min(known) / 2, max(known) * 2)
         norms.set_xticks(range(len(geometry.sources)), [letter(source) for source in range(len(geometry.sources))])
         norms.set_xlim(-0.6, len(geometry.sources) - 0.4)
         norms.set_ylabel("norm")

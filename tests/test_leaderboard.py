@@ -305,9 +305,12 @@ def test_samples_of_another_arm_missing_samples_and_unknown_defenses_are_told(tm
 def test_broken_utf8_is_a_sentence(tmp_path: Path) -> None:
     path = arm(tmp_path, 100)
     samples = next(path.parent.glob("samples_*"))
-    samples.write_bytes(samples.read_bytes()[:-30] + b"\xff\xfe\n")
-    _, problems = read_runs([tmp_path])
-    assert "not readable JSON" in problems[0]
+    whole = samples.read_bytes()
+    for broken in (whole[:-30] + b"\xff\xfe\n", whole.replace(b"Data of", rb"\ud800 of")):
+        samples.write_bytes(broken)
+        runs, problems = read_runs([tmp_path])
+        assert runs == []
+        assert "not readable JSON" in problems[0]
 
 
 def test_a_hundred_runs_take_seconds_and_no_torch(tmp_path: Path) -> None:

@@ -102,7 +102,8 @@ class Run:
     @property
     def hacked_any(self) -> Outcomes:
         """Whether any attack worked, (n,)."""
-        return np.logical_or.reduce(self.hacked, axis=1)
+        any_worked: Outcomes = np.logical_or.reduce(self.hacked, axis=1)
+        return any_worked
 
     def responses(self) -> list[Response]:
         """Read the samples again, with their texts.
@@ -149,6 +150,8 @@ def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
             runs += _read_results(path, problems)
         except DttError as error:
             problems.append(str(error))
+        except RecursionError:
+            problems.append(f"{path} is nested too deeply to be lm-eval's; restore it or run lm-eval again.")
     return labelled(runs), problems
 
 
@@ -187,9 +190,12 @@ def _results_files(paths: Iterable[Path], problems: list[str]) -> list[Path]:
     return list(files.values())
 
 
-def _load(text: str | bytes, where: str) -> Any:
+def _load(text: bytes, where: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text.decode())
+        if rb"\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair can be shown and hashed nowhere
+        return value
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).partition(":")[0]
         raise DttError(f"{where} is not readable JSON ({reason}); restore it or run lm-eval again.") from error

@@ -56,7 +56,8 @@ def write_run(
         limit: what --limit was.
         seconds: the evaluation's wall time.
         inputs: each record's data.
-        stock: a run of a model that is not one of ours; `defense` then comes from --metadata.
+        stock: a run of a model that is not one of ours; `defense` then comes from --metadata, or is "tokens" for
+            a defended checkpoint, whose template puts them there.
         facts: more of what our wrappers tell.
         stamp: tells two runs in one folder apart.
     """
@@ -144,7 +145,7 @@ def write_run(
             task: {
                 "task": task,
                 "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": max_gen_toks},
-                "metadata": {"version": version, **({"defense": defense} if stock else {})},
+                "metadata": {"version": version, **({"defense": defense} if stock and defense != "tokens" else {})},
             }
         },
         "versions": {task: version},

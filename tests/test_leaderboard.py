@@ -14,10 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dtt_plugin import demo
 from dtt_plugin.cli import main
+from dtt_plugin.costs import recorded_costs
 from dtt_plugin.leaderboard import tables
 from dtt_plugin.leaderboard.comparison import build
 from dtt_plugin.leaderboard.runs import read_runs
+from dtt_plugin.tokens import load_tokens
+from tests.checkpoints import make_checkpoint
+from tests.conftest import write_tokens
 from tests.lm_eval_output import planted, write_run
 
 ATTACKS = ("ignore", "completion", "ignore_completion")
@@ -329,3 +334,39 @@ def test_a_hundred_runs_take_seconds_and_no_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-500:]
     assert len(json.loads(done.stdout)["files"]) == 100
     assert time.perf_counter() - started < 60  # measured: under 10 s on two cores
+
+
+def test_our_commands_record_what_they_cost_and_the_leaderboard_finds_it(tiny: str, tmp_path: Path) -> None:
+    source = str(make_checkpoint(tmp_path / "source", width=32, seed=1))
+    tokens = write_tokens(tmp_path / "t.safetensors", width=32, model=source, method="native")
+    alignment, moved, baked = (str(tmp_path / name) for name in ("w.safetensors", "moved.safetensors", "baked"))
+    assert main(["align", source, tiny, "-o", alignment, "--no-cache"]) == 0
+    assert main(["transfer", tokens, alignment, "-o", moved]) == 0
+    costs = recorded_costs(load_tokens(moved).metadata)
+    assert set(costs) == {"align_seconds", "transfer_seconds", "peak_memory_mb"}
+    assert costs["align_seconds"] > costs["transfer_seconds"] > 0
+    assert costs["peak_memory_mb"] > 10
+    assert main(["bake", tiny, "--tokens", moved, "--out", baked]) == 0
+    arm(tmp_path / "out", 0, model=baked, stock=True, defense="tokens")
+    row = board(tmp_path / "out")["groups"][0]["rows"][0]
+    assert (row["model"], row["defense"]) == (tiny, "tokens (procrustes)")
+    assert row["cost"]["speedup"] == pytest.approx(16 * 3600 / row["cost"]["pipeline_s"])
+    assert row["cost"]["align_s"] == costs["align_seconds"]
+    assert row["cost"]["bake_s"] > 0
+
+
+def test_the_demo_ends_in_the_leaderboards_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lm_eval(command: list[str], **_options: Any) -> subprocess.CompletedProcess[str]:
+        out = Path(command[command.index("--output_path") + 1])
+        arm(
+            out, 100 if out.name == "none" else 3, defense=out.name, method="procrustes" if out.name == "tokens" else ""
+        )
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(demo, "demo_model", lambda: "owner/model")
+    monkeypatch.setattr(demo, "transferred_tokens", lambda model, out: out / "t.safetensors")
+    monkeypatch.setattr(demo.subprocess, "run", lm_eval)
+    table, steps = demo.demo(tmp_path)
+    assert all(f"\n| {name} |" in table for name in ("none", "reminder", "sandwich", "tokens (procrustes)"))
+    assert "100/208" in table
+    assert len(steps) == 6

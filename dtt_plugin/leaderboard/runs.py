@@ -287,7 +287,7 @@ def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
         record_ids=tuple(_record_id(sample) for sample in samples),
         outcomes=outcomes,
         seconds=_number(results.get("total_evaluation_time_seconds")),
-        costs=recorded_costs(_table(baked, "costs") | _table(facts, "costs")),
+        costs=recorded_costs(_table(baked, "costs") | _table(facts, "costs")) if method else {},
     )
 
 

@@ -365,7 +365,7 @@ def test_the_demo_ends_in_the_leaderboards_table(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(demo, "demo_model", lambda: "owner/model")
     monkeypatch.setattr(demo, "transferred_tokens", lambda model, out: out / "t.safetensors")
-    monkeypatch.setattr(demo.subprocess, "run", lm_eval)
+    monkeypatch.setattr(subprocess, "run", lm_eval)
     table, steps = demo.demo(tmp_path)
     assert all(f"\n| {name} |" in table for name in ("none", "reminder", "sandwich", "tokens (procrustes)"))
     assert "100/208" in table

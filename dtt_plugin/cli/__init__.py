@@ -24,6 +24,7 @@ COMMANDS = (
     "pull",
     "bake",
     "inspect",
+    "sweep",
     "leaderboard",
     "diff",
     "compare",
@@ -31,7 +32,6 @@ COMMANDS = (
     "cache",
     "fetch",
     "demo",
-    "sweep",
     "doctor",
 )
 

@@ -104,6 +104,9 @@ def test_training_writes_tokens_and_log_and_lowers_the_loss(options: TrainingOpt
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
     assert [(entry["step"], entry["n"]) for entry in entries if "asr" in entry] == [(15, 4), (30, 4)]
     assert not options.checkpoints.exists()
+    kept = {step: load_tokens(options.at_step(step)) for step in (15, 30)}
+    assert kept[15].metadata["steps"] == "15"
+    assert kept[15].digest != kept[30].digest == tokens.digest
 
 
 def test_the_same_options_give_the_same_bytes(options: TrainingOptions, tmp_path: Path) -> None:

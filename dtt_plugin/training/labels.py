@@ -14,7 +14,7 @@ from dtt_plugin.training.mixture import Encode
 from dtt_plugin.training.soft_prompt import SoftPrompt
 
 logger = logging.getLogger("dtt_plugin")
-_AT_ONCE = 64
+_AT_ONCE = 128
 
 
 def self_labels(
@@ -39,7 +39,7 @@ def self_labels(
         logger.info("Labels from the cache: %s", path)
         return [list(ids) for ids in read_json(path)]
     labels: list[list[int]] = []
-    for start in tqdm(range(0, len(prompts), _AT_ONCE), desc="labels by the undefended model", unit=" x 64"):
+    for start in tqdm(range(0, len(prompts), _AT_ONCE), desc="labels by the undefended model", unit=f" x {_AT_ONCE}"):
         labels += undefended.generate(prompts[start : start + _AT_ONCE], new_tokens, pad=pad)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, labels)

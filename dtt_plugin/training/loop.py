@@ -95,18 +95,26 @@ class Bar(ProgressCallback):
 
 
 class HeldOutCheck(TrainerCallback):
-    """Measures the held-out ASR every so many steps, and stops the run when it is low enough."""
+    """Measures the held-out ASR every so many steps, keeps the tokens of that step, stops when it is low enough."""
 
     def __init__(
-        self, measure: Callable[[], dict[str, float]], log: RunLog, *, n: int, every: int, stop_at: float | None
+        self,
+        measure: Callable[[], dict[str, float]],
+        keep: Callable[[int], None],
+        log: RunLog,
+        *,
+        n: int,
+        every: int,
+        stop_at: float | None,
     ) -> None:
-        self.measure, self.log, self.n = measure, log, n
+        self.measure, self.keep, self.log, self.n = measure, keep, log, n
         self.every, self.stop_at = every, stop_at
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Measure where it is time."""
         if state.global_step % self.every:
             return
+        self.keep(state.global_step)
         rates = self.measure()
         asr = max(rates.values())
         self.log.write({"step": state.global_step, "asr": asr, "n": self.n, "attack_rates": rates})

@@ -41,7 +41,7 @@ class TrainingOptions:
     held_out: int = 32
     """Records kept out of training, on which `eval_every` measures; 0 without it."""
     eval_every: int | None = None
-    """Measure the ASR on the held-out records every so many steps."""
+    """Measure the ASR on the held-out records every so many steps, and keep the tokens of these steps."""
     stop_at: float | None = None
     """Stop once the held-out ASR(max) is at or below this share (0 to 1)."""
     save_every: int = 50
@@ -82,4 +82,12 @@ class TrainingOptions:
     @property
     def log(self) -> Path:
         """The training log, JSON lines beside the token file."""
-        return self.out.with_name(f"{self.out.name.removesuffix('.safetensors')}.log.jsonl")
+        return self.out.with_name(f"{self._stem}.log.jsonl")
+
+    def at_step(self, step: int) -> Path:
+        """The token file of a step at which `eval_every` measured."""
+        return self.out.with_name(f"{self._stem}.step-{step}.safetensors")
+
+    @property
+    def _stem(self) -> str:
+        return self.out.name.removesuffix(".safetensors")

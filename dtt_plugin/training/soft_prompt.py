@@ -20,6 +20,8 @@ from dtt_plugin.errors import DttError
 
 PACKING_TOLERANCE = 1e-3
 _SCALE_TOLERANCE = 1e-2
+# Positions of a batch when generating: a processor needs some 64 rows at once to be well used.
+_GENERATED_AT_ONCE = 8192
 
 
 class Example(NamedTuple):
@@ -110,22 +112,21 @@ class SoftPrompt(nn.Module):
             yield part
 
     @torch.no_grad()
-    def generate(
-        self, prompts: Sequence[Sequence[int]], new_tokens: int, *, pad: int, batch: int = 16
-    ) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, *, pad: int) -> list[list[int]]:
         """Return the greedy responses' ids, the end-of-turn token included where it was reached.
 
         Args:
             prompts: token ids, without the rows.
             new_tokens: the most tokens of a response.
             pad: id of the padding token.
-            batch: prompts at once, of similar lengths.
         """
         ends = _end_ids(self.model)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         responses: dict[int, list[int]] = {}
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
+        while order:
+            # The longest comes first and sets the width; the others of the batch are of similar length.
+            size = max(1, _GENERATED_AT_ONCE // (self.k + len(prompts[order[0]]) + new_tokens))
+            chosen, order = order[:size], order[size:]
             vectors = [self.vectors(prompts[i]) for i in chosen]
             width = max(map(len, vectors))
             embeds = torch.stack([F.pad(vector, (0, 0, width - len(vector), 0)) for vector in vectors])

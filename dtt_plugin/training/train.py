@@ -127,6 +127,10 @@ def _train(
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
     )
+
+    def result(step: int) -> DefensiveTokens:
+        return _result(options, soft_prompt.rows.detach().cpu().numpy(), init, run, step)
+
     size = steps * options.batch * arguments.world_size
     log = RunLog(options.log, {"label": options.out.stem, "model": options.model, "init": options.init})
     interrupt = SaveOnInterrupt()
@@ -135,7 +139,12 @@ def _train(
         check = HeldOut(held_out, data.sentences, encode, tokenizer)
         callbacks.append(
             HeldOutCheck(
-                lambda: check.rates(soft_prompt), log, n=check.n, every=options.eval_every, stop_at=options.stop_at
+                lambda: check.rates(soft_prompt),
+                lambda step: save_tokens(options.at_step(step), result(step)),
+                log,
+                n=check.n,
+                every=options.eval_every,
+                stop_at=options.stop_at,
             )
         )
     trainer = TokenTrainer(
@@ -158,7 +167,7 @@ def _train(
     loss = float(outcome.training_loss) if done else None
     if interrupt.interrupted:
         return Trained(None, done, loss, seconds)
-    tokens = _result(options, soft_prompt.rows.detach().cpu().numpy(), init, run, done)
+    tokens = result(done)
     save_tokens(options.out, tokens)
     shutil.rmtree(options.checkpoints)
     return Trained(tokens, done, loss, seconds)

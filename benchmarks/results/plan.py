@@ -1,0 +1,23 @@
+"""What is measured: names below the output folder, and sizes."""
+
+from __future__ import annotations
+
+MODEL_NAME = "Qwen2.5-Coder-0.5B-Instruct"
+MODEL, TWIN, SIBLING = f"models/{MODEL_NAME}", "models/twin", "models/drifted"
+STEPS, BATCH, LABEL_TOKENS, HELD_OUT, EVERY = 100, 8, 32, 32, 25
+STARTS = ("adapted", "from-random")
+"""Token files of the two trainings on the sibling: from the transferred tokens, and from N(0, I)."""
+CURVE_STEPS, CURVE_RECORDS = (25, 50), 64
+"""The curves' other points, step 0 and the last, come from the runs over all records, cut to the same 64."""
+UTILITY_RECORDS = 64
+UTILITY = {
+    "base-none": (MODEL, None),
+    "base-native": (MODEL, "native"),
+    "drifted-none": (SIBLING, None),
+    "drifted-transferred": (SIBLING, "transferred"),
+    "drifted-adapted": (SIBLING, "adapted"),
+    "drifted-from-random": (SIBLING, "from-random"),
+}
+CELLS = {"base": 5, "twin": 3, "drifted": 5, "curves": len(CURVE_STEPS) * len(STARTS)}
+"""Runs of lm-eval per sweep."""
+ENGINE = {"dtype": "float32", "max_model_len": 4096, "enforce_eager": True, "early_decision": True}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -316,6 +318,59 @@ def test_models_that_cannot_be_defended_this_way_are_refused(tmp_path: Path) -> 
     with pytest.raises(DttError, match="pickled weights only"):
         bake(str(base_folder), random_tokens(32), tmp_path / "baked")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+def edited(name: str, **values: object) -> Callable[[Path], None]:
+    def edit(base: Path) -> None:
+        (base / name).write_text(json.dumps(json.loads((base / name).read_text()) | values))
+
+    return edit
+
+
+def put(name: str, contents: bytes) -> Callable[[Path], None]:
+    def write(base: Path) -> None:
+        (base / name).write_bytes(contents)
+
+    return write
+
+
+CONFIG, TOKENIZER, INDEX = "tokenizer_config.json", "tokenizer.json", "model.safetensors.index.json"
+SHARD = "model-00001-of-00002.safetensors"
+DAMAGED = {
+    "ids are no numbers": (edited(TOKENIZER, model={"vocab": {"a": "b"}}), "has no readable vocabulary"),
+    "no vocabulary": (put(TOKENIZER, b"{}"), "has no readable vocabulary"),
+    "added tokens without ids": (edited(TOKENIZER, added_tokens=[{"x": 1}]), "has no readable vocabulary"),
+    "added tokens are text": (edited(TOKENIZER, added_tokens=["a"]), "has no readable vocabulary"),
+    "templates without names": (edited(CONFIG, chat_template=[{"x": 1}]), "without name or template"),
+    "template that is no jinja": (edited(CONFIG, chat_template="{% for x %}"), r"not valid jinja \(line 1: "),
+    "template that is no text": (put("chat_template.jinja", b"\xff\xfe"), "can't be read as UTF-8 text"),
+    "suppressed tokens are text": (edited("generation_config.json", suppress_tokens="x"), "should list ids"),
+    "top_k is text": (edited("generation_config.json", top_k="x"), "top_k be a number"),
+    "generation config is no JSON": (put("generation_config.json", b"x"), "is not valid JSON"),
+    "index names what no file holds": (edited(INDEX, weight_map={"nosuch": SHARD}), "names nosuch, which none of"),
+    "truncated": (lambda base: os.truncate(base / SHARD, 999), "is not a whole safetensors file"),
+    "no configuration": (lambda base: (base / "config.json").unlink(), r"has no config\.json"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_model_is_refused_in_one_sentence_and_nothing_is_left(tmp_path: Path, case: str) -> None:
+    base_folder = tiny(tmp_path / "base", shards=2)
+    damage, sentence = DAMAGED[case]
+    damage(base_folder)
+    with pytest.raises(DttError, match=sentence):
+        bake(str(base_folder), random_tokens(32), tmp_path / "baked")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+def test_an_index_that_names_too_little_is_completed(tmp_path: Path) -> None:
+    base_folder = tiny(tmp_path / "base", shards=2)
+    index = json.loads((base_folder / INDEX).read_text())
+    few = {name: file for name, file in index["weight_map"].items() if "norm" not in name}
+    (base_folder / INDEX).write_text(json.dumps({"weight_map": few}))
+    bake(str(base_folder), random_tokens(32), tmp_path / "baked")
+    baked = json.loads((tmp_path / "baked" / INDEX).read_text())["weight_map"]
+    assert baked.keys() == index["weight_map"].keys() | {"lm_head.weight"}
 
 
 def test_everything_says_the_same(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from dtt_plugin.bake.tokenizer import DEFAULT_TEMPLATE, TokenizerFiles
 from dtt_plugin.bake.verify import verify as verify_checkpoint
 from dtt_plugin.bake.weights import write_overlay, write_weights
 from dtt_plugin.checkpoint import Checkpoint, open_checkpoint
-from dtt_plugin.checkpoint_folder import INDEX_FILE, read_json_table
+from dtt_plugin.checkpoint_folder import read_json_table
 from dtt_plugin.costs import peak_memory_mb, recorded_costs
 from dtt_plugin.errors import DttError
 from dtt_plugin.formats import check_format
@@ -34,6 +34,8 @@ from dtt_plugin.vllm_plugin import CONFIG_KEY
 _CARRIED_ENDINGS = frozenset({".json", ".txt", ".model", ".py", ".tiktoken", ".jinja"})
 _CARRIED_NAMES = frozenset({"LICENSE", "LICENSE.md", "NOTICE", "USE_POLICY.md"})
 _LARGEST_CARRIED = 256 << 20
+# transformers' processors would take this older file's template instead of the defended one.
+_LEFT_OUT = frozenset({"chat_template.json"})
 # What transformers takes where a generation config has no `top_k`, so that there nothing changes.
 _TOP_K = 50
 
@@ -175,7 +177,7 @@ def _carry_over(checkpoint: Checkpoint, folder: Path) -> None:
         wanted = path.suffix in _CARRIED_ENDINGS or path.name in _CARRIED_NAMES
         if not wanted or not path.is_file() or path.stat().st_size > _LARGEST_CARRIED:
             continue
-        if path.name == INDEX_FILE or path.name.endswith(".index.json") or path.name.startswith("dtt_"):
+        if path.name in _LEFT_OUT or path.name.endswith(".index.json") or path.name.startswith("dtt_"):
             continue
         shutil.copyfile(path, folder / path.name)
 
@@ -218,9 +220,12 @@ def _write_generation_config(plan: BakePlan, folder: Path) -> None:
         base = plan.checkpoint.config()
         keys = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
         config = {key: base[key] for key in keys if base.get(key) is not None}
-    suppressed = {*(config.get("suppress_tokens") or ()), *plan.token_ids}
-    cut = {} if (config.get("top_k") or 0) > 0 else {"top_k": _TOP_K}
-    _write_table(folder / "generation_config.json", {**config, **cut, "suppress_tokens": sorted(suppressed)})
+    suppressed, top_k = config.get("suppress_tokens") or [], config.get("top_k") or 0
+    if not isinstance(suppressed, list) or any(type(value) is not int for value in (*suppressed, top_k)):
+        raise DttError(f"{path}: suppress_tokens should list ids and top_k be a number; correct or remove them.")
+    cut = {} if top_k > 0 else {"top_k": _TOP_K}
+    ids = sorted({*suppressed, *plan.token_ids})
+    _write_table(folder / "generation_config.json", {**config, **cut, "suppress_tokens": ids})
 
 
 def _write_table(path: Path, table: dict[str, Any]) -> None:

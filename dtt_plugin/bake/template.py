@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from dtt_plugin.bake.tokenizer import DEFAULT_TEMPLATE, TokenizerFiles
@@ -9,6 +10,8 @@ from dtt_plugin.errors import DttError
 from dtt_plugin.formats import MODEL_FORMAT, chat_template
 
 _SYSTEM, _USER = "the trusted instruction", "the untrusted data"
+# A tag of transformers' own, around what the assistant says; it renders nothing.
+_GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 
 
 def defended_templates(
@@ -44,7 +47,11 @@ def defended_templates(
 
 
 def _render(template: str, tokenizer: TokenizerFiles, messages: list[dict[str, str]]) -> str | None:
-    """Render as transformers does; None where the template refuses or needs what only an engine has."""
+    """Render as transformers does; None where the template refuses or needs what only an engine has.
+
+    Raises:
+        DttError: it is no jinja template, so no engine could render it.
+    """
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -62,8 +69,15 @@ def _render(template: str, tokenizer: TokenizerFiles, messages: list[dict[str, s
         if key.endswith("_token") and value
     }
     try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **specials)
-    except (jinja2.TemplateError, TypeError):
+        compiled = environment.from_string(_GENERATION_TAG.sub("", template))
+    except jinja2.TemplateSyntaxError as error:
+        raise DttError(
+            f"The chat template of {tokenizer.folder} is not valid jinja (line {error.lineno}: {error.message}); "
+            "correct it, or choose a published format with --prompt-format."
+        ) from error
+    try:
+        return compiled.render(messages=messages, add_generation_prompt=True, **specials)
+    except Exception:  # a template is a program of the model's: whatever it raises, it does not render this
         return None
 
 

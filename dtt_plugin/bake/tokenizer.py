@@ -40,17 +40,18 @@ class TokenizerFiles:
         self.folder = folder
         self.tokenizer = read_json_table(folder / "tokenizer.json")
         self.config = read_json_table(folder / "tokenizer_config.json", missing={})
-        model = self.tokenizer.get("model")
-        added = self.tokenizer.get("added_tokens")
-        if not isinstance(model, dict) or not isinstance(added, list):
-            raise DttError(f"{folder / 'tokenizer.json'} has no model or no added_tokens; download it again.")
-        self._added: list[dict[str, Any]] = added
-        vocabulary = model.get("vocab", {})
-        # Unigram has a list of [token, score], where the id is the position.
-        ids = list(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))
-        self._model_size = len(ids)
-        self.size = max([*ids, *(entry["id"] for entry in added)], default=-1) + 1
-        """One more than the highest id, as `len(tokenizer)` has it where there are no gaps."""
+        self._added: list[dict[str, Any]] = self.tokenizer.get("added_tokens") or []
+        try:
+            vocabulary = self.tokenizer["model"]["vocab"]
+            # Unigram has a list of [token, score], where the id is the position.
+            ids = list(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))
+            self._model_size = len(ids)
+            added = {str(entry["content"]): entry["id"] for entry in self._added}
+            self.size: int = max([*ids, *added.values()]) + 1
+            """One more than the highest id, as `len(tokenizer)` has it where there are no gaps."""
+        except (KeyError, TypeError, ValueError) as error:
+            path = folder / "tokenizer.json"
+            raise DttError(f"{path} has no readable vocabulary or added_tokens; download it again.") from error
 
     @property
     def added_tokens(self) -> list[str]:
@@ -120,13 +121,17 @@ class TokenizerFiles:
         if isinstance(stored, str):
             found[DEFAULT_TEMPLATE] = stored
         elif isinstance(stored, list):
-            found |= {str(entry["name"]): str(entry["template"]) for entry in stored}
+            try:
+                found |= {str(entry["name"]): str(entry["template"]) for entry in stored}
+            except (KeyError, TypeError) as error:
+                path = self.folder / "tokenizer_config.json"
+                raise DttError(f"{path} lists a chat_template without name or template; download it again.") from error
         # Where both exist, transformers takes the files.
         file = self.folder / TEMPLATE_FILE
         if file.is_file():
-            found[DEFAULT_TEMPLATE] = file.read_text(encoding="utf-8")
+            found[DEFAULT_TEMPLATE] = _read_template(file)
         for more in sorted((self.folder / MORE_TEMPLATES).glob("*.jinja")):
-            found[more.stem] = more.read_text(encoding="utf-8")
+            found[more.stem] = _read_template(more)
         return found
 
     def adds_bos(self) -> bool:
@@ -206,6 +211,13 @@ class TokenizerFiles:
         elif isinstance(stored, list):
             config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
         return config
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DttError(f"{path} can't be read as UTF-8 text; download it again.") from error
 
 
 def _entry(name: str, token_id: int) -> dict[str, Any]:

@@ -236,18 +236,18 @@ def _write_at(descriptor: int, data: bytes | memoryview, position: int) -> None:
 
 
 def _write_index(plan: BakePlan, folder: Path) -> None:
-    """Write the index where the base model has one: it must know a new head and the new total."""
+    """Write the index where the base model has one, from what the files hold: a new head, the new total."""
     source = plan.checkpoint.folder / INDEX_FILE
     if not source.is_file():
         return
     index = read_json_table(source)
-    weight_map = dict(index["weight_map"])
-    for change in plan.changes:
-        if change.new:
-            weight_map[change.name] = change.source.file.name
     locations: dict[str, TensorLocation] = {}
-    for file in dict.fromkeys(weight_map.values()):
-        locations |= read_header(folder / file)[0]
+    for file in plan.checkpoint.weight_files:
+        locations |= read_header(folder / file.name)[0]
+    weight_map = {name: location.file.name for name, location in locations.items()}
+    lacking = [name for name in index["weight_map"] if name not in weight_map]
+    if lacking:
+        raise DttError(f"{source} names {lacking[0]}, which none of its files holds; download the checkpoint again.")
     metadata = index.get("metadata")
     metadata = dict(metadata) if isinstance(metadata, dict) else {}
     metadata["total_size"] = sum(location.nbytes for location in locations.values())

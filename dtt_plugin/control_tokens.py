@@ -22,8 +22,8 @@ from dtt_plugin.errors import DttError
 DEFENSIVE_TOKEN_PREFIX = "[DefensiveToken"
 """Broken as a prefix, so that every arm treats a text alike, whatever its number of tokens."""
 
-UNTRUSTED_ROLES = frozenset({"user", "tool"})
-"""The message roles whose content is untrusted data."""
+TRUSTED_ROLES = frozenset({"system", "developer", "assistant"})
+"""The message roles whose content is not untrusted data; any other is (user, tool, Llama 3's ipython ...)."""
 
 _SEPARATORS = (" ", "_", "\u2009")
 

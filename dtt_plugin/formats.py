@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from dtt_plugin.control_tokens import UNTRUSTED_ROLES, broken, control_texts, separator_for
+from dtt_plugin.control_tokens import TRUSTED_ROLES, broken, control_texts, separator_for
 from dtt_plugin.errors import DttError
 
 MODEL_FORMAT = "model"
@@ -134,7 +134,11 @@ def neutralising_prelude(added_tokens: Sequence[str]) -> str:
         for _ in range(len(control) if _overlaps_itself(control) else 1)
     ]
     table = "[" + ", ".join(f"[{control!r}, {safe!r}]" for control, safe in pairs) + "]"
-    return _NEUTRALISE.replace("ROLES", repr(sorted(UNTRUSTED_ROLES))).replace("TABLE", table)
+    values = {"ROLES": sorted(TRUSTED_ROLES), "SEPARATOR": separator, "LONGEST": max(map(len, controls))}
+    prelude = _NEUTRALISE
+    for name, value in values.items():
+        prelude = prelude.replace(name, repr(value))
+    return prelude.replace("TABLE", table)
 
 
 def _overlaps_itself(text: str) -> bool:
@@ -146,23 +150,25 @@ _BREAK_ALL = (
 )
 _NEUTRALISE = (
     "{%- set dtt_controls = TABLE -%}"
-    "{%- set dtt = namespace(turns=[], parts=[], text='') -%}"
+    "{%- set dtt = namespace(turns=[], parts=[], text='', before='') -%}"
     "{%- for turn in messages -%}"
-    "{%- if turn['role'] not in ROLES or not turn['content'] or turn['content'] is mapping -%}"
+    "{%- if turn['role'] in ROLES or not turn['content'] or turn['content'] is mapping -%}"
     "{%- set dtt.turns = dtt.turns + [turn] -%}"
     "{%- elif turn['content'] is string -%}"
     "{%- set dtt.text = turn['content'] ~ '' -%}"
     + _BREAK_ALL
     + "{%- set dtt.turns = dtt.turns + [dict(turn, content=dtt.text)] -%}"
     "{%- else -%}"
-    "{%- set dtt.parts = [] -%}"
+    "{%- set dtt.parts = [] -%}{%- set dtt.before = '' -%}"
     "{%- for part in (turn['content'] if true else []) -%}"
-    "{%- if part is string -%}"
-    "{%- set dtt.text = part ~ '' -%}" + _BREAK_ALL + "{%- set dtt.parts = dtt.parts + [dtt.text] -%}"
-    "{%- elif part['text'] is string -%}"
-    "{%- set dtt.text = part['text'] ~ '' -%}"
+    "{%- if part is string or part['text'] is string -%}"
+    "{%- set dtt.text = (part if part is string else part['text']) ~ '' -%}"
     + _BREAK_ALL
-    + "{%- set dtt.parts = dtt.parts + [dict(part, text=dtt.text)] -%}"
+    # Templates join the parts, so a token must not form across their borders either.
+    + "{%- for control, safe in dtt_controls -%}{%- if control in dtt.before ~ dtt.text[:LONGEST] -%}"
+    "{%- set dtt.text = SEPARATOR ~ dtt.text -%}{%- endif -%}{%- endfor -%}"
+    "{%- set dtt.before = (dtt.before ~ dtt.text)[-LONGEST:] -%}"
+    "{%- set dtt.parts = dtt.parts + [dtt.text if part is string else dict(part, text=dtt.text)] -%}"
     "{%- else -%}"
     "{%- set dtt.parts = dtt.parts + [part] -%}"
     "{%- endif -%}"
@@ -174,7 +180,14 @@ _NEUTRALISE = (
 )
 _SYSTEM_IN_USER = (
     "{%- if messages | length > 1 and messages[0]['role'] == 'system' and messages[1]['role'] == 'user' -%}"
-    "{%- set messages = [dict(messages[1], content=messages[0]['content'] ~ '\n\n' ~ messages[1]['content'])]"
-    " + messages[2:] -%}"
+    "{%- set dtt_first, dtt_second = messages[0]['content'], messages[1]['content'] -%}"
+    "{%- if dtt_first is string and dtt_second is string -%}"
+    "{%- set dtt_both = dtt_first ~ '\n\n' ~ dtt_second -%}"
+    "{%- else -%}"
+    "{%- set dtt_both = ([{'type': 'text', 'text': dtt_first}] if dtt_first is string else dtt_first)"
+    " + [{'type': 'text', 'text': '\n\n'}]"
+    " + ([{'type': 'text', 'text': dtt_second}] if dtt_second is string else dtt_second) -%}"
+    "{%- endif -%}"
+    "{%- set messages = [dict(messages[1], content=dtt_both)] + messages[2:] -%}"
     "{%- endif -%}"
 )

@@ -15,7 +15,7 @@ from typing import Any
 
 from dtt_plugin.control_tokens import (
     DEFENSIVE_TOKEN_PREFIX,
-    UNTRUSTED_ROLES,
+    TRUSTED_ROLES,
     control_texts,
     neutralise,
     separator_for,
@@ -152,7 +152,7 @@ class PromptRenderer:
         safe: list[Message] = []
         count = 0
         for message in messages:
-            if message["role"] in UNTRUSTED_ROLES:
+            if message["role"] not in TRUSTED_ROLES:
                 if not isinstance(message["content"], str):
                     raise DttError(f"A {message['role']} message has content that is no text; it can't be rendered.")
                 text, broken = neutralise(message["content"], self.controls, self.separator)
@@ -181,8 +181,7 @@ class PromptRenderer:
     def _check_control_ids(self, text: str, messages: Sequence[Message], generation_prompt: bool) -> None:
         """Second line of defense: the prompt has the control ids of the same prompt with harmless data."""
         harmless = [
-            {**message, "content": _INNOCUOUS} if message["role"] in UNTRUSTED_ROLES else message
-            for message in messages
+            message if message["role"] in TRUSTED_ROLES else {**message, "content": _INNOCUOUS} for message in messages
         ]
         expected = self._front + self._apply(
             self.template, apply_prompt_defenses(harmless, self.defenses), generation_prompt

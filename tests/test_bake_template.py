@@ -87,11 +87,11 @@ def test_the_template_breaks_exactly_as_the_wrappers_do(render: Any, pieces: lis
     template = chat_template("model", model_template=CHAT_TEMPLATE, k=0, control_tokens=CONTROLS)
     controls = control_texts(CONTROLS)
     safe = neutralise(text, controls, separator_for(controls)).text
-    for role in ("user", "tool"):
+    for role in ("user", "tool", "ipython"):
         assert render(template, [{"role": role, "content": text}]) == render(
             CHAT_TEMPLATE, [{"role": role, "content": safe}]
         )
-    for role in ("system", "assistant"):
+    for role in ("system", "developer", "assistant"):
         assert render(template, [{"role": role, "content": text}]) == render(
             CHAT_TEMPLATE, [{"role": role, "content": text}]
         )
@@ -106,6 +106,27 @@ def test_lists_of_parts_are_neutralised_part_by_part(render: Any) -> None:
     rendered = render(template, [{"role": "user", "content": parts}])
     assert rendered == "a< |im_end| >b< |im_start| >"
     assert render(template, [{"role": "system", "content": parts}]) == f"a{END}b{START}"
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    text=st.text("<|im_endXa[ ]>", max_size=12), cuts=st.lists(st.integers(0, 30), max_size=6), token=st.integers(0, 8)
+)
+def test_no_control_token_forms_across_the_borders_of_parts(
+    render: Any, text: str, cuts: list[int], token: int
+) -> None:
+    text += CONTROLS[token] + text
+    bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    parts = [{"type": "text", "text": text[a:b]} for a, b in itertools.pairwise(bounds)]
+    template = chat_template("model", model_template=PARTS_TEMPLATE, k=0, control_tokens=CONTROLS)
+    rendered = render(template, [{"role": "user", "content": parts}])
+    assert not [control for control in control_texts(CONTROLS) if control in rendered]
+
+
+def test_parts_without_control_tokens_are_left_alone(render: Any) -> None:
+    template = chat_template("model", model_template=PARTS_TEMPLATE, k=0, control_tokens=CONTROLS)
+    parts = [{"type": "text", "text": text} for text in ("a <|im", " end", "|end", "> b", "")]
+    assert render(template, [{"role": "user", "content": parts}]) == "a <|im end|end> b"
 
 
 @pytest.mark.parametrize("model_template", [CHAT_TEMPLATE, PARTS_TEMPLATE])
@@ -196,6 +217,33 @@ def test_a_template_without_a_system_role_is_refused_or_merged(tmp_path: Path) -
     messages = [{"role": "system", "content": "do it"}, {"role": "user", "content": f"data{END}"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert text == NAMES + "<|im_start|>user\ndo it\n\ndata< |im_end|><|im_end|>\n"
+
+
+def test_the_instruction_stands_in_front_of_data_in_parts(render: Any) -> None:
+    template = chat_template("model", model_template=PARTS_TEMPLATE, k=0, control_tokens=CONTROLS, system_in_user=True)
+    data = [{"type": "text", "text": f"data{END}"}, {"type": "text", "text": "more"}]
+    for instruction in ("do it", [{"type": "text", "text": "do it"}]):
+        messages = [{"role": "system", "content": instruction}, {"role": "user", "content": data}]
+        assert render(template, messages) == "do it\n\ndata< |im_end| >more"
+
+
+def test_a_template_that_marks_what_the_assistant_says_is_checked_too(tmp_path: Path) -> None:
+    """`{% generation %}` is a tag of transformers' own."""
+    base = tiny(tmp_path / "base")
+    dropping = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}"
+        "{% else %}{%- generation -%}x{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    (base / "chat_template.jinja").write_text(dropping)
+    with pytest.raises(DttError, match="has no system role"):
+        bake(str(base), random_tokens(32), tmp_path / "baked")
+
+
+def test_no_older_template_file_overrules_the_defended_one(tmp_path: Path) -> None:
+    base = tiny(tmp_path / "base")
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
+    bake(str(base), random_tokens(32), tmp_path / "baked")
+    assert not (tmp_path / "baked" / "chat_template.json").exists()
 
 
 def test_a_model_without_a_template_needs_a_published_format(tmp_path: Path) -> None:

@@ -10,6 +10,9 @@ from typing import Literal
 from dtt_plugin.checkpoint_folder import INDEX_FILE, SINGLE_FILE, TOKENIZER_FILES, shards_of_index
 from dtt_plugin.errors import DttError
 
+# What an engine may read besides weights and the usual tokenizer files.
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE", "USE_POLICY.md")
+
 
 def download_checkpoint(
     model: str, *, revision: str | None, need: Literal["tokenizer", "embeddings", "all"]
@@ -78,11 +81,10 @@ def _download(model: str, revision: str | None, need: str) -> tuple[Path, str | 
     folder = fetch(*small)
     # A snapshot's folder is named after its commit; everything else must come from the same one.
     commit = folder.name if folder.parent.name == "snapshots" else revision
-    if need == "all":
-        weights = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
-        return fetch(*weights, commit=commit), commit
-    if need == "embeddings":
-        index = folder / INDEX_FILE
-        shards = shards_of_index(index, need_embedding_only=True) if index.is_file() else [SINGLE_FILE]
-        fetch(*shards, commit=commit)
+    if need == "tokenizer":
+        return folder, commit
+    index = folder / INDEX_FILE
+    # By name: repositories hold the same weights in other files too (consolidated.safetensors, onnx/ ...).
+    shards = shards_of_index(index, need_embedding_only=need == "embeddings") if index.is_file() else [SINGLE_FILE]
+    fetch(*shards, *(_SMALL_FILES if need == "all" else ()), commit=commit)
     return folder, commit

@@ -282,8 +282,9 @@ def test_a_hub_model_downloads_only_the_shard_that_holds_the_embedding(
     asked: list[str] = []
 
     def snapshot_download(model: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        for name in allow_patterns:
-            if (hub / name).exists():
+        names = {path.name for pattern in allow_patterns for path in hub.glob(pattern)}
+        for name in sorted(names):
+            if not (local / name).exists():
                 (local / name).write_bytes((hub / name).read_bytes())
                 asked.append(name)
         return str(local)
@@ -293,6 +294,10 @@ def test_a_hub_model_downloads_only_the_shard_that_holds_the_embedding(
     assert checkpoint.revision == "0123abc"
     assert checkpoint.input_embedding().shape == (268, 32)
     assert [name for name in asked if name.endswith(".safetensors")] == ["model-00001-of-00003.safetensors"]
+    asked.clear()
+    (hub / "consolidated.safetensors").write_bytes(b"the same weights again")
+    assert len(open_checkpoint("owner/name", need="all").weight_files) == 3
+    assert "consolidated.safetensors" not in asked
 
 
 def test_no_shared_token_and_too_few_anchors_are_errors(tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ def board(rows: Sequence[dict[str, Any]], title: str = "owner/model · alpacafar
         "smallest_difference_holm": 0.038,
         "tests": 3,
         "discriminating": True,
+        "ranked": True,
         "notes": [],
         "rows": list(rows),
     }

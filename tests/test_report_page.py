@@ -10,6 +10,7 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 from dtt_plugin.cli import main
+from dtt_plugin.leaderboard import tables
 from dtt_plugin.leaderboard.page import render, write_report
 from dtt_plugin.leaderboard.sample_book import make_book
 from dtt_plugin.paths import cache_folder
@@ -378,6 +380,47 @@ def test_the_page_refers_to_nothing_outside() -> None:
     assert policy is not None
     assert "unsafe" not in policy[1]
     assert policy[1].startswith("default-src &#39;none&#39;")
+
+
+def test_the_page_has_the_figures_of_the_other_forms() -> None:
+    leaderboard = usual_board()
+    leaderboard["groups"][0]["rows"][1]["gap_closed"] = {"measured": None, "undefended": "measured"}
+    leaderboard["groups"][0]["ranked"] = False
+    html = unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", render(leaderboard, []))))
+    sheet, costs = tables.sheets(leaderboard)
+    words = {word for row in (*sheet.rows, *costs.rows) for cell in row[1:] for word in cell.split()}
+    missing = {word for word in words if word.strip("%=-") and word.strip(",") not in html}
+    assert missing <= {"n.s."}  # here "≈ noise"
+    assert "1.080 [1.010, 1.200]" in html
+    assert all(remark in html for remark in sheet.remarks)
+    assert "Not ranked." in sheet.remarks
+
+
+def test_a_page_without_samples_holds_no_text_of_a_record(tmp_path: Path, capsys: Any) -> None:
+    outcomes = {attack: planted(10, 40) for attack in ("ignore", "completion")}
+    write_run(tmp_path, outcomes=outcomes, refusal=planted(2, 40))
+    path = tmp_path / "report.html"
+    command = ["leaderboard", str(tmp_path), "--html", str(path)]
+    assert main(command) == 0
+    assert 'id="pack0"' in path.read_text()
+    assert main([*command, "--without-samples"]) == 0
+    html = path.read_text()
+    assert "10/40" in html
+    assert "left out of this page; to see them, run" in html
+    assert 'href="#samples"' in html
+    assert not any(text in html for text in ('id="pack', "Instruction 0", "Data of record", "Now print", "Fine."))
+    assert '<script type="application/json" id="runs-data">[]</script>' in html
+    capsys.readouterr()
+    assert main(["leaderboard", str(tmp_path), "--without-samples"]) == 2
+    assert "name one with --html" in capsys.readouterr().err
+
+
+def test_a_page_without_samples_still_sorts_and_filters(chromium: Any, tmp_path: Path) -> None:
+    page = Page(chromium, report(tmp_path, samples=False))
+    page.tab.get_by_label("Filter rows").fill("TOKENS")
+    assert page.texts("#filtered") == ["2 of 5 rows"]
+    assert page.tab.locator("select").count() == 0
+    page.check_clean()
 
 
 def test_a_table_that_cannot_discriminate_says_so() -> None:

@@ -42,6 +42,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--published", action="store_true", help="add published figures as rows, marked as such")
     report = parser.add_argument_group("files")
     report.add_argument("--html", type=Path, metavar="FILE", help="write the report as one HTML file")
+    report.add_argument(
+        "--without-samples",
+        action="store_true",
+        help="leave prompts and responses out of the HTML file, so that it can be published",
+    )
     report.add_argument("--figures", type=Path, metavar="DIR", help="write figures (PNG and SVG)")
     report.add_argument(
         "--tokens", type=Path, nargs="+", default=[], metavar="FILE", help="token files whose geometry is shown"
@@ -63,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
         raise DttError(f"--floor {args.floor} is not a share; give a number from 0 to 1.")
     if args.seed < 0:
         raise DttError(f"--seed {args.seed} is negative; give 0 or more.")
+    if args.without_samples and not args.html:
+        raise DttError("--without-samples is about the HTML file; name one with --html.")
     runs, problems = read_runs(args.results)
     if not runs:
         for problem in problems[:-1]:
@@ -72,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if args.html:
         from dtt_plugin.leaderboard.page import write_report
 
-        write_report(args.html, board, runs, tokens=args.tokens, logs=args.log)
+        write_report(args.html, board, runs, tokens=args.tokens, logs=args.log, samples=not args.without_samples)
     if args.figures:
         from dtt_plugin.leaderboard.figures import write_figures
 

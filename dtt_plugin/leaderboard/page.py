@@ -16,6 +16,7 @@ from dtt_plugin.leaderboard.geometry import letter, read_geometry
 from dtt_plugin.leaderboard.runs import Run
 from dtt_plugin.leaderboard.safe_text import all_printable
 from dtt_plugin.leaderboard.sample_book import make_book
+from dtt_plugin.leaderboard.tables import COSTS, cost_text, p_text, ratio_text, remarks
 
 
 def write_report(
@@ -24,6 +25,7 @@ def write_report(
     runs: Sequence[Run],
     tokens: Sequence[Path] = (),
     logs: Sequence[Path] = (),
+    samples: bool = True,
 ) -> None:
     """Write the report of a leaderboard to `out`.
 
@@ -33,17 +35,23 @@ def write_report(
         runs: the runs whose samples can be looked at.
         tokens: token files whose geometry is shown.
         logs: training logs whose curves are shown.
+        samples: whether the page holds the records' texts, prompts and responses. Without them it can be
+            published where the records' licence forbids it.
 
     Raises:
         DttError: a token file or log is none, or `out` can't be written.
     """
-    html = render(leaderboard, runs, tokens, logs)
+    html = render(leaderboard, runs, tokens, logs, samples)
     with replacing(out) as temporary:
         temporary.write_text(html, encoding="utf-8")
 
 
 def render(
-    leaderboard: dict[str, Any], runs: Sequence[Run], tokens: Sequence[Path] = (), logs: Sequence[Path] = ()
+    leaderboard: dict[str, Any],
+    runs: Sequence[Run],
+    tokens: Sequence[Path] = (),
+    logs: Sequence[Path] = (),
+    samples: bool = True,
 ) -> str:
     """Return the report's HTML, see `write_report`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -57,18 +65,22 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": charts.percent, "rate_text": charts.rate_text, "letter": letter}
+    environment.filters |= {"percent": charts.percent, "letter": letter}
+    environment.filters |= {form.__name__: form for form in (p_text, ratio_text, cost_text, remarks)}
     board = all_printable(leaderboard)
-    book = make_book(runs)
+    shown = runs if samples else ()
+    book = make_book(shown)
     rows = [row for group in board["groups"] for row in group["rows"]]
-    described = [{"label": run.label, "title": f"{run.model} · {run.task}"} for run in runs]
+    described = [{"label": run.label, "title": f"{run.model} · {run.task}"} for run in shown]
     html: str = environment.get_template("template.html.j2").render(
         policy=_policy(style, script),
         style=style,
         script=script,
         board=board,
         attacks=list(dict.fromkeys(attack for row in rows for attack in row["asr"])),
+        costs=COSTS,
         book=book,
+        samples=samples,
         runs=all_printable(described),
         geometries=read_geometry(tokens),
         curves=[read_curve(path) for path in logs],

@@ -15,6 +15,16 @@ from typing import Any, NamedTuple
 
 from dtt_plugin.leaderboard.safe_text import printable
 
+COSTS = {
+    "align_s": "alignment",
+    "transfer_s": "transfer",
+    "bake_s": "baking",
+    "pipeline_s": "whole pipeline",
+    "evaluation_s": "evaluation",
+    "peak_memory_mb": "peak memory",
+    "speedup": "speed-up",
+}
+"""The cost columns: their names in the JSON, and their titles."""
 NOISE = "n.s."
 UNDEFINED = "undefined"
 _LEGEND = (
@@ -31,6 +41,7 @@ _TEX = {
     "^": r"\textasciicircum{}",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
+    "|": r"\textbar{}",
     "·": r"\textperiodcentered{}",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }
@@ -81,20 +92,15 @@ def _test_text(test: Mapping[str, Any] | None) -> str:
     )
 
 
-def _ratio_text(gap: Mapping[str, Any] | None, kind: str) -> str:
-    if gap is None:
+def ratio_text(gap: Mapping[str, Any] | None, kind: str) -> str:
+    """Return a row's gap-closed ratio, measured or published; `-` where there is nothing to close it against."""
+    if gap is None or kind not in gap:
         return "-"
     ratio = gap[kind]
     if ratio is None:
         return UNDEFINED
     interval = f" [{ratio['low']:.3f}, {ratio['high']:.3f}]" if ratio["low"] is not None else ""
     return f"{ratio['value']:.3f}{interval}"
-
-
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1f} s" if value >= 1 else f"{value:.3g} s"
 
 
 def _name(row: Mapping[str, Any]) -> str:
@@ -119,46 +125,43 @@ def sheets(board: Mapping[str, Any]) -> Iterator[Sheet]:
             columns += [
                 ("vs undefended", lambda row: _test_text(row["vs_undefended"])),
                 ("vs native", lambda row: _test_text(row["vs_native"])),
-                ("gap closed, measured", lambda row: _ratio_text(row["gap_closed"], "measured")),
-                ("gap closed, published", lambda row: _ratio_text(row["gap_closed"], "published")),
+                ("gap closed, measured", lambda row: ratio_text(row["gap_closed"], "measured")),
+                ("gap closed, published", lambda row: ratio_text(row["gap_closed"], "published")),
             ]
         header = [name for name, _ in columns]
         title = plain(group["title"])
         body = [[cell(row) for _, cell in columns] for row in rows]
-        yield Sheet(title, _remarks(group), header, body)
-        yield Sheet(f"{title} · cost", [], _COST_HEADER, [_cost_row(row) for row in rows])
+        yield Sheet(title, remarks(group), header, body)
+        costs = [[_name(row), *(cost_text(row["cost"], name) for name in COSTS)] for row in rows]
+        yield Sheet(f"{title} · cost", [], ["run", *COSTS.values()], costs)
 
 
-_COST_HEADER = ["run", "alignment", "transfer", "baking", "whole pipeline", "evaluation", "peak memory", "speed-up"]
+def cost_text(costs: Mapping[str, float | None], name: str) -> str:
+    """Return one of a row's costs, with its unit."""
+    value = costs[name]
+    if value is None:
+        return "-"
+    if name == "peak_memory_mb":
+        return f"{value:.0f} MB"
+    if name == "speedup":
+        return f"{value:.1f} x"
+    return f"{value:.1f} s" if value >= 1 else f"{value:.3g} s"
 
 
-def _cost_row(row: Mapping[str, Any]) -> list[str]:
-    cost = row["cost"]
-    steps = [_seconds(cost[name]) for name in ("align_s", "transfer_s", "bake_s", "pipeline_s", "evaluation_s")]
-    peak, speedup = cost["peak_memory_mb"], cost["speedup"]
-    return [
-        _name(row),
-        *steps,
-        "-" if peak is None else f"{peak:.0f} MB",
-        "-" if speedup is None else f"{speedup:.1f} x",
-    ]
-
-
-def _remarks(group: Mapping[str, Any]) -> list[str]:
-    remarks = [plain(note) for note in (group["reason"], *group["notes"]) if note]
+def remarks(group: Mapping[str, Any]) -> list[str]:
+    """Return what has to be said about a table: why it stands apart, its notes, what its n separates."""
+    found = [plain(note) for note in (group["reason"], *group["notes"]) if note]
     least, family = group["smallest_difference"], group["smallest_difference_holm"]
     if least is None:
-        remarks.append(f"n = {group['n']}: too few records to separate any difference.")
+        found.append(f"n = {group['n']}: too few records to separate any difference.")
     else:
         after = f"; {percent(family)} pp in this table's {group['tests']} tests" if family else ""
-        remarks.append(
-            f"n = {group['n']}: the smallest difference that can be separated is {percent(least)} pp{after}."
-        )
+        found.append(f"n = {group['n']}: the smallest difference that can be separated is {percent(least)} pp{after}.")
     if any(row["limited"] for row in group["rows"]):
-        remarks.append("limited: a run over a part of the records (--limit), for testing only.")
+        found.append("limited: a run over a part of the records (--limit), for testing only.")
     if not group["ranked"]:
-        remarks.append("Not ranked.")
-    return remarks
+        found.append("Not ranked.")
+    return found
 
 
 def legend(board: Mapping[str, Any]) -> str:
@@ -170,13 +173,13 @@ def markdown(board: Mapping[str, Any]) -> str:
     """Return the leaderboard as Markdown."""
 
     def cell(text: str) -> str:
-        return re.sub(r"([\\`*_{}\[\]<>|#!~])", r"\\\1", text)
+        return re.sub(r"([\\`*_{}\[\]<>|#!~&$])", r"\\\1", text)
 
     parts = []
     for sheet in sheets(board):
         lines = [f"## {cell(sheet.title)}", "", *(f"{cell(remark)}\n" for remark in sheet.remarks)]
-        lines += ["| " + " | ".join(sheet.header) + " |", "|" + " --- |" * len(sheet.header)]
-        lines += ["| " + " | ".join(map(cell, row)) + " |" for row in sheet.rows]
+        head, *rows = ("| " + " | ".join(map(cell, row)) + " |" for row in (sheet.header, *sheet.rows))
+        lines += [head, "|" + " --- |" * len(sheet.header), *rows]
         parts.append("\n".join(lines))
     parts.append(cell(legend(board)))
     parts += [f"- {cell(plain(problem))}" for problem in board["problems"]]

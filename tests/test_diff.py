@@ -62,6 +62,16 @@ def test_runs_on_other_records_are_not_compared(
     assert "holds 3 runs" in capsys.readouterr().err
 
 
+def test_a_gate_does_not_pass_on_what_is_left_of_a_folder(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "b" / "results_2026-01-02T00-00-00.0.json").write_text("{")
+    for command in ("diff", "compare"):
+        assert main([command, str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+        assert "is not readable JSON" in capsys.readouterr().err
+    assert main(["compare", *pair]) == 0
+
+
 def test_the_gate_fails_with_3_and_writes_junit(
     pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,6 +126,23 @@ def test_conditions_are_computed_and_never_executed(pair: tuple[str, str], condi
             gate.holds(condition, runs)
     else:
         assert gate.holds(condition, runs) is holds
+
+
+def test_without_attacks_only_refusals_can_be_a_condition(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path, outcomes={}, refusal=[0, 1]))
+    for condition in ("asr(A) > 0", "asr_any(A) > 0", "p(A, B) < 1"):
+        with pytest.raises(DttError, match="has no attacks"):
+            gate.holds(condition, {"A": run, "B": run})
+    assert gate.holds("refusal(A) >= 0.5", {"A": run})
+
+
+def test_rescore_refuses_what_early_decision_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {"early_decision": True}
+    path = str(write_run(tmp_path, outcomes={"ignore": [1, 0]}, refusal=[0, 0], facts=facts))
+    assert main(["rescore", path, "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["rules"]) == {"startswith", "protocol"}
+    assert main(["rescore", path, "--rule", "contains"]) == 2
+    assert "--rule contains needs whole responses" in capsys.readouterr().err
 
 
 def test_rescore_applies_another_rule_to_saved_responses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

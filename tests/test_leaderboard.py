@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -134,8 +135,34 @@ def test_a_ratio_over_a_gap_that_may_be_zero_is_undefined(tmp_path: Path) -> Non
     arm(tmp_path, 97, defense="tokens", method="native", stamp=1)
     arm(tmp_path, 50, defense="tokens", method="procrustes", stamp=2)
     table = board(tmp_path)
-    assert rows(table)["tokens (procrustes)"]["gap_closed"]["measured"] is None
-    assert f"| {tables.UNDEFINED} |" in tables.markdown(table)
+    for name in ("tokens (native)", "tokens (procrustes)"):
+        closed = rows(table)[name]["gap_closed"]
+        assert closed["measured"] is None
+        assert tables.ratio_text(closed, "measured") == tables.UNDEFINED
+        assert tables.ratio_text(closed, "published") == "-", "nothing is published for this model"
+    assert f"| {tables.UNDEFINED} | - |" in tables.markdown(table)
+
+
+def test_a_ratio_is_undefined_where_an_exact_interval_reaches_the_native_rate(tmp_path: Path) -> None:
+    apart = {attack: planted(9, 100, start=10 * i) for i, attack in enumerate(ATTACKS)}
+    write_run(tmp_path, outcomes=apart, stamp=0)
+    for stamp, hits in enumerate((4, 1), 1):
+        outcomes = {attack: planted(hits if i == 0 else 0, 100, start=50) for i, attack in enumerate(ATTACKS)}
+        path = write_run(tmp_path / str(hits), outcomes=outcomes, defense="tokens", method="native", stamp=stamp)
+        table = board(tmp_path / "owner__model", path)
+        undefended = rows(table)["none"]["asr_max"]
+        assert undefended["interval"] == "exact"
+        closed = rows(table)["tokens (native)"]["gap_closed"]["measured"]
+        assert (closed is None) == (undefended["low"] <= hits / 100)
+
+
+def test_without_a_native_row_there_is_no_measured_ratio(tmp_path: Path) -> None:
+    arm(tmp_path, 107, model=LLAMA_3, stamp=0)
+    arm(tmp_path, 0, model=LLAMA_3, defense="tokens", method="procrustes", stamp=1)
+    closed = rows(board(tmp_path))["tokens (procrustes)"]["gap_closed"]
+    assert "measured" not in closed
+    assert round(closed["published"]["value"], 2) == 1.01
+    assert tables.ratio_text(closed, "measured") == "-"
 
 
 @pytest.mark.parametrize(
@@ -179,6 +206,15 @@ def test_duplicates_are_reported_and_not_averaged(tmp_path: Path) -> None:
     assert "same arm" in table["problems"][0]
     assert "30 of 832 outcomes differ" in table["problems"][0]
     assert len(board(tmp_path, tmp_path)["files"]) == 2  # the same file twice is one run
+
+
+def test_the_reference_is_the_later_run_wherever_it_lies(tmp_path: Path) -> None:
+    arm(tmp_path / "a", 100, stamp=9)
+    arm(tmp_path / "b", 60, stamp=1)
+    arm(tmp_path / "c", 0, defense="reminder", stamp=5)
+    table = board(tmp_path)
+    assert [Path(file).relative_to(tmp_path).parts[0] for file in table["files"]] == ["b", "c", "a"]
+    assert rows(table)["reminder"]["vs_undefended"]["effect"] == pytest.approx(-100 / 208)
 
 
 def test_a_stock_model_takes_its_defense_from_the_metadata(tmp_path: Path) -> None:
@@ -232,6 +268,27 @@ def test_names_that_a_reader_would_obey_are_escaped(tmp_path: Path, capsys: pyte
         assert form != "markdown" or "\\<b\\>" in out
         assert form != "latex" or r"\_\$x\$" in out
         assert form != "csv" or "'=cmd()" in out
+
+
+def test_an_attacks_name_breaks_no_table(tmp_path: Path) -> None:
+    write_run(tmp_path, outcomes={"<b>|$x$&lt;": planted(50, 208)})
+    table = board(tmp_path)
+    header, rule = [line for line in tables.markdown(table).splitlines() if line.startswith("|")][:2]
+    assert r"ASR \<b\>\|\$x\$\&lt;" in header
+    assert len(re.findall(r"(?<!\\)\|", header)) == rule.count("|")
+    assert r"\textless{}b\textgreater{}\textbar{}\$x\$\&lt;" in tables.latex(table)
+
+
+def test_a_reader_that_stops_early_gets_no_traceback(tmp_path: Path) -> None:
+    arm(tmp_path, 100)
+    code = "import sys; from dtt_plugin.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "leaderboard", str(tmp_path), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 BAD = {
@@ -292,6 +349,16 @@ def test_samples_that_are_not_the_runs_are_told(tmp_path: Path, change: Any, say
     assert runs == []
     assert len(problems) == 1
     assert says in problems[0]
+
+
+def test_a_fingerprint_of_the_wrong_type_is_told(tmp_path: Path) -> None:
+    path = arm(tmp_path, 100)
+    results = json.loads(path.read_text())
+    results["config"]["dtt_plugin"]["fingerprint"] = [{}]
+    path.write_text(json.dumps(results))
+    runs, problems = read_runs([tmp_path])
+    assert runs == []
+    assert "does not belong to" in problems[0]
 
 
 def test_samples_of_another_arm_missing_samples_and_unknown_defenses_are_told(tmp_path: Path) -> None:

@@ -135,3 +135,12 @@ def test_the_ratio_interval_is_the_bootstraps_and_never_certain_at_zero() -> Non
     assert interval[0] == pytest.approx((points[0]["rate"] - exact["high"]) / points[0]["rate"])
     assert interval[1] > 1
     assert statistics.ratio_interval(ratio, [exact] * 3, [still] * 3) is None
+
+
+def test_one_sample_without_a_gap_does_not_take_the_ratios_interval_away() -> None:
+    gap = np.linspace(0, 0.4, 10_000)
+    point = {"rate": 0.2}
+    for own in (np.zeros(10_000), 0.1 * gap):  # the ratio of the first sample is infinite, then 0 / 0
+        interval = statistics.ratio_interval(lambda n, x, t: (0.5 - x) / n, [point] * 3, [gap, own, 0.0])
+        assert interval is not None
+        assert interval[0] == pytest.approx(np.quantile((0.5 - own[1:]) / gap[1:], 0.025), rel=0.01)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -54,9 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         code: int = args.run(args)
+        sys.stdout.flush()
     except DttError as error:
         print(f"dtt {args.command}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `head` has read enough; the code is that of a program that SIGPIPE ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print(f"dtt {args.command}: interrupted", file=sys.stderr)
         return 130

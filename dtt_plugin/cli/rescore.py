@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     measured = read_run(args.samples)
     kinds = {REFUSAL if name == REFUSAL else rules.ASR for name in measured.outcomes}
-    fitting = [name for name, rule in rules.RULES.items() if rule.kind in kinds]
+    usable = rules.OWN if measured.early_decision else rules.RULES
+    fitting = [name for name in usable if rules.RULES[name].kind in kinds]
     report = rules.rescore(measured, args.rule or fitting)
     if args.json:
         show({"samples": str(measured.samples), "rules": report}, as_json=True)

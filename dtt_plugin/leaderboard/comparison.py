@@ -226,7 +226,7 @@ class _Group:
         return {"effect": effect, "p": p}
 
     def _gap_closed(self, run: Run) -> dict[str, Any] | None:
-        """Return both ratios of a defended row; None in place of one means undefined."""
+        """Return the ratios of a defended row: one per native row or figure there is, None where undefined."""
         if run.defense == NONE or not self.attacked or not self.discriminating:
             return None
         none, paper_none = self.undefended, self._figure(NONE)
@@ -237,21 +237,22 @@ class _Group:
             undefended, undefended_values = {"rate": paper_none}, paper_none
         else:
             return None
-        ratios: dict[str, Any] = {
-            "measured": None,
-            "published": None,
-            "undefended": "measured" if none else "published",
-        }
+        ratios: dict[str, Any] = {}
         own = (self.maxima[run.label], self.resampled[run.label])
-        if run is self.native:
-            ratios["measured"] = {"value": 1.0, "low": None, "high": None}
-        elif self.native is not None and self._apart(none, paper_none, self.native):
+        if self.native is not None:
             native = (self.maxima[self.native.label], self.resampled[self.native.label])
-            ratios["measured"] = _ratio((undefended, undefended_values), own, native)
+            if not self._apart(none, paper_none, self.native):
+                ratios["measured"] = None
+            elif run is self.native:
+                ratios["measured"] = {"value": 1.0, "low": None, "high": None}
+            else:
+                ratios["measured"] = _ratio((undefended, undefended_values), own, native)
         paper_native = next((figure.asr_max / 100 for figure in self.figures if figure.method == "native"), None)
-        if paper_native is not None and undefended.get("low", undefended["rate"]) > paper_native:
-            ratios["published"] = _ratio((undefended, undefended_values), own, ({"rate": paper_native}, paper_native))
-        return ratios if self.native is not None or paper_native is not None else None
+        if paper_native is not None:
+            apart = undefended.get("low", undefended["rate"]) > paper_native
+            published = ({"rate": paper_native}, paper_native)
+            ratios["published"] = _ratio((undefended, undefended_values), own, published) if apart else None
+        return {**ratios, "undefended": "measured" if none else "published"} if ratios else None
 
     def _figure(self, defense: str) -> float | None:
         return next((figure.asr_max / 100 for figure in self.figures if figure.defense == defense), None)
@@ -262,7 +263,12 @@ class _Group:
             return paper_none is not None and paper_none > float(self.maxima[native.label]["high"])
         effect, p = statistics.mcnemar(none.hacked_any, native.hacked_any)
         gap = self.resampled[none.label] - self.resampled[native.label]
-        return effect < 0 and p < statistics.ALPHA and statistics.percentiles(gap)[0] > 0
+        top, bottom = self.maxima[none.label], self.maxima[native.label]
+        # The ends of exact intervals, one at a time as in the ratio's interval.
+        least = top["low"] if top["interval"] == "exact" else top["rate"]
+        most = bottom["high"] if bottom["interval"] == "exact" else bottom["rate"]
+        exact = min(least - bottom["rate"], top["rate"] - most)
+        return effect < 0 and p < statistics.ALPHA and statistics.percentiles(gap)[0] > 0 and bool(exact > 0)
 
 
 def _only_tokens(run: Run, method: str) -> bool:

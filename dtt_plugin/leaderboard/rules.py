@@ -16,6 +16,8 @@ from dtt_plugin.tasks.metrics import is_hacked, is_refusal
 
 LABELLED = ASSETS / "refusals.json"
 ASR = "asr"
+# The task's own rules: early decision cuts a response only when these can no longer change.
+OWN = ("startswith", "protocol")
 
 _OPENING = re.compile(
     r"(i'?m sorry|sorry|i apologi[sz]e|unfortunately|regrettably"
@@ -67,8 +69,16 @@ def rescore(run: Run, rules: Sequence[str]) -> dict[str, dict[str, Any]]:
     Returns:
         Per rule and attack ("refusal" for benign prompts): the rate as it was, the rate by the rule, and how
         many records change in each direction.
+
+    Raises:
+        DttError: there is no such rule, it is about other responses, or it needs more of them than was kept.
     """
     chosen = {name: rule_named(name) for name in rules}
+    if run.early_decision and (others := [name for name in chosen if name not in OWN]):
+        raise DttError(
+            f"--rule {others[0]} needs whole responses, and early_decision cut those of {run.path}; use"
+            f" {' or '.join(OWN)}, or run it without early_decision."
+        )
     responses = run.responses()
     report: dict[str, dict[str, Any]] = {}
     for name, rule in chosen.items():

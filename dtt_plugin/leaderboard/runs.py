@@ -140,8 +140,8 @@ def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     """Read every run in `paths`: results files, samples files, or folders that hold some at any depth.
 
     Returns:
-        The runs, in the order of their files' names, each with a label of its own; and one sentence for each
-        thing that could not be read.
+        The runs, the earliest first (by the time in their files' names), each with a label of its own; and
+        one sentence for each thing that could not be read.
     """
     runs: list[Run] = []
     problems: list[str] = []
@@ -159,10 +159,11 @@ def read_run(path: Path) -> Run:
     """Read the one run in `path`.
 
     Raises:
-        DttError: there is none, or more than one, or it can't be read.
+        DttError: there is none, or more than one, or something there can't be read: a gate must not pass
+            because the run that it is about was left out.
     """
     runs, problems = read_runs([path])
-    if not runs:
+    if problems:
         raise DttError(problems[0])
     if len(runs) > 1:
         labels = ", ".join(f"{run.path} ({run.label})" for run in runs[:3])
@@ -187,7 +188,12 @@ def _results_files(paths: Iterable[Path], problems: list[str]) -> list[Path]:
         else:
             problems.append(f"{path} does not exist; give the folder of lm-eval's --output_path.")
         files |= {file.resolve(): file for file in found if file.resolve() not in files}
-    return list(files.values())
+    return sorted(files.values(), key=_stamp)
+
+
+def _stamp(path: Path) -> str:
+    match = _RESULTS_NAME.fullmatch(path.name)
+    return match[1] if match else ""
 
 
 def _load(text: bytes, where: str) -> Any:
@@ -403,7 +409,7 @@ def _check_same_run(
     fingerprint = _table(results, "config", "dtt_plugin").get("fingerprint")
     if fingerprint is not None:
         seen = {_text(_table(_request(sample, 0), "arg_2").get("fingerprint")) for sample in samples}
-        if seen != {fingerprint}:
+        if seen != {_text(fingerprint)}:
             raise mixed
     for name, column in _outcomes(samples_path, samples).items():
         scores = _table(results, "results", task)

@@ -137,11 +137,12 @@ def ratio_interval(
         resampled: of each; a number for a published figure.
 
     Returns:
-        None where a sample's denominator is zero, so that the ratio has no interval.
+        None where so many samples have a denominator of zero that the ratio has no interval.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         values = np.asarray(ratio(*resampled), np.float64)
-    if not np.isfinite(values).all():
+    values = values[~np.isnan(values)]
+    if not values.size or not np.isfinite(percentiles(values)).all():
         return None
     ends = list(percentiles(values))
     centre = [point["rate"] for point in points]

@@ -73,8 +73,6 @@ class Load:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that decides about the results, save the defense."""
-        folder = Path(self.model)
-        files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
         tokens = self.tokens
         return {
             "dtt_plugin": __version__,
@@ -83,10 +81,18 @@ class Load:
             "settings": dict(self.settings),
             "model_args": dict(self.model_args),
             "model": self.model,
-            "weights": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files],
+            "weights": _weights(self.model),
             "prompt_format": self.prompt_format,
-            "tokens": tokens and [tokens.digest(self.model), tokens.source_model, tokens.method],
+            "tokens": tokens
+            and [tokens.digest(self.model), tokens.source_model, _weights(tokens.source_model), tokens.method],
         }
+
+
+def _weights(model: str | None) -> list[tuple[str, int, int]]:
+    """Return what tells one state of a model's folder from another; nothing for a hub id."""
+    folder = Path(model) if model else None
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder and folder.is_dir() else []
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,8 @@ def read_sweep(path: Path) -> list[Cell]:
         where = f"grid, entry {number}"
         entry = _mapping(path, where, part, ("models", "prompt_format", "defenses", "tokens"))
         cells += list(_cells(path, where, entry, engine=engine, task=task, settings=settings, model_args=model_args))
+    if not cells:
+        raise DttError(f"{path}: grid: is empty; give at least one entry with models:.")
     twice = [cell.name for cell in cells if cells.count(cell) > 1]
     if twice:
         raise DttError(f"{path}: the grid has {twice[0]} twice; remove one of the two.")

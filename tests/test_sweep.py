@@ -20,6 +20,7 @@ from dtt_plugin.data import TOKENS_FILE
 from dtt_plugin.errors import DttError
 from dtt_plugin.sweep import read_sweep
 from tests.conftest import ROOT, write_tokens
+from tests.lm_eval_output import planted, write_run
 
 LLAMAS = ("meta-llama/Meta-Llama-3-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct")
 
@@ -67,6 +68,7 @@ def test_the_example_for_a_processor_is_valid() -> None:
         ({"grid": [{"models": "m"}]}, "grid, entry 1, models: is no list"),
         ({"grid": [{"models": []}]}, "models: is no list of names"),
         ({"grid": {}}, "grid: is no list"),
+        ({"grid": []}, "grid: is empty"),
         ({}, "grid: is no list"),
         ({"grid": [{"models": ["m"]}], "engine": "vllm"}, "'vllm' is none of dtt_vllm, dtt_hf"),
         ({"grid": [{"models": ["m"]}], "limit": True}, "limit: True is not a positive number"),
@@ -125,6 +127,26 @@ def test_a_key_changes_with_everything_that_decides_about_the_result(tiny: str, 
     assert len(keys() & before) == 3, "new values under the same name: only the row with tokens is new"
     os.utime(Path(tiny) / "config.json")
     assert keys().isdisjoint(before)
+
+
+def test_a_key_changes_with_the_model_that_tokens_are_transferred_from(tiny: str, tmp_path: Path) -> None:
+    source = shutil.copytree(tiny, tmp_path / "source")
+    transfer = {"source": str(source), "tokens": write_tokens(tmp_path / "t.safetensors", width=32)}
+    content = {"grid": [{"models": [tiny], "defenses": ["tokens"], "tokens": [{"transfer": transfer}]}]}
+    before = read_sweep(written(tmp_path, content))[0].key
+    os.utime(source / "config.json", ns=(1, 1))
+    assert read_sweep(written(tmp_path, content))[0].key != before
+
+
+def test_the_table_at_the_end_is_that_of_the_files_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = written(tmp_path, {"grid": [{"models": ["m"], "defenses": ["none", "reminder"]}]}), tmp_path / "out"
+    for cell in read_sweep(path):
+        write_run(cell.folder(out), model="m", defense=cell.defense, outcomes={"ignore": planted(40, 90)})
+    write_run(out / "runs" / "stale", model="stale", outcomes={"ignore": planted(40, 90)})
+    assert main(["sweep", str(path), "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "reminder" in shown
+    assert "stale" not in shown
 
 
 def test_an_arm_that_shares_a_load_is_the_arm_loaded_alone(tiny: str, tiny_tokens: str) -> None:

@@ -41,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
         from dtt_plugin.cli import main
 
         print()
-        code = main(["leaderboard", str(args.out / "runs")])
+        # Not the whole folder: cells of an earlier version of the file may stand there, too.
+        finished = [cell.folder(args.out) for cell in cells if cell not in failed]
+        code = main(["leaderboard", *map(str, finished)])
     if failed:
         names = ", ".join(cell.name for cell in failed)
         raise DttError(f"{len(failed)} of {len(cells)} cells failed, see above ({names}); start the sweep again.")

@@ -155,6 +155,8 @@ def open_checkpoint(
     """
     path = Path(model).expanduser()
     if path.is_file():
+        if need == "all" and (path.parent / INDEX_FILE).is_file():
+            raise DttError(f"{model} is one of several weight files; give their folder, {path.parent}.")
         return _open_file(model, path)
     if path.is_dir():
         files = () if need == "tokenizer" else _weight_files(path, model)

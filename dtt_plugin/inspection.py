@@ -11,6 +11,7 @@ import numpy as np
 from dtt_plugin.bake.manifest import altered_since, is_defended_checkpoint, read_manifest
 from dtt_plugin.checkpoint import open_checkpoint
 from dtt_plugin.errors import DttError
+from dtt_plugin.peft_adapter import CONFIG_FILE as ADAPTER_CONFIG
 from dtt_plugin.tensor_files import read_header
 from dtt_plugin.tokens import FORMAT as TOKENS_FORMAT
 from dtt_plugin.tokens import DefensiveTokens, load_tokens
@@ -26,8 +27,15 @@ def inspect_path(path: Path, *, tokens_model: str | None = None) -> dict[str, An
         tokens_model: which entry of a published JSON; without it, all of them are listed.
 
     Raises:
-        DttError: it is nothing that this plugin knows, or damaged.
+        DttError: it is nothing that this plugin knows, damaged, or unreadable.
     """
+    try:
+        return _inspected(path, tokens_model)
+    except OSError as error:
+        raise DttError(f"{error.filename or path} can't be read: {error.strerror or error}.") from error
+
+
+def _inspected(path: Path, tokens_model: str | None) -> dict[str, Any]:
     if path.is_dir():
         return _folder(path)
     if not path.is_file():
@@ -97,6 +105,8 @@ def _number(text: str) -> Any:
 def _folder(path: Path) -> dict[str, Any]:
     if is_defended_checkpoint(path):
         return _defended(path)
+    if (path / ADAPTER_CONFIG).is_file():
+        return {"what": "prompt-tuning adapter", **_tokens(load_tokens(path))}
     checkpoint = open_checkpoint(str(path.resolve()), need="embeddings")
     embedding = checkpoint.input_embedding()
     return {
@@ -121,7 +131,7 @@ def _defended(path: Path) -> dict[str, Any]:
     return {
         "what": "defended checkpoint",
         "base_model": manifest["base_model"],
-        "base_revision": manifest["base_revision"],
+        "base_revision": manifest.get("base_revision"),
         "tokens_sha256": tokens["sha256"],
         "method": tokens["method"],
         "source_model": tokens["source_model"],

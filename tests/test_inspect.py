@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,9 @@ import numpy as np
 import pytest
 
 from dtt_plugin import cli
-from dtt_plugin.bake import is_defended_checkpoint
+from dtt_plugin.bake import MANIFEST, altered_since, is_defended_checkpoint, read_manifest
 from dtt_plugin.tensor_files import write_safetensors
-from dtt_plugin.tokens import save_tokens, save_upstream_json
+from dtt_plugin.tokens import save_adapter, save_tokens, save_upstream_json
 from tests.bake_helpers import random_tokens, tiny
 
 
@@ -67,6 +69,61 @@ def test_bad_input_is_one_sentence_and_exit_code_2(files: Path, capsys: pytest.C
     assert not is_defended_checkpoint(files / "baked")
 
 
+def damaged(manifest: dict[str, Any]) -> Iterator[Any]:
+    for name in ("tokens", "base_model", "token_ids", "changed_tensors", "default_on", "files", "format"):
+        yield {key: value for key, value in manifest.items() if key != name}
+        yield manifest | {name: [1]}
+    yield manifest | {"files": dict.fromkeys(manifest["files"], 1)}
+    yield manifest | {"changed_tensors": {"x": 1}}
+    yield manifest | {"tokens": {}}
+    yield [manifest]
+
+
+def test_a_damaged_manifest_is_one_sentence(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = files / "baked"
+    run(capsys, "bake", files / "base", "--tokens", files / "tokens.safetensors", "--out", out)
+    whole = json.loads((out / MANIFEST).read_text())
+    seen = 0
+    for manifest in damaged(whole):
+        if manifest == whole | {"token_ids": [1]}:
+            continue
+        (out / MANIFEST).write_text(json.dumps(manifest))
+        code, sentence = run(capsys, "inspect", out)
+        assert (code, sentence.count("\n")) == (2, 1), manifest
+        assert sentence.startswith(f"dtt inspect: {out / MANIFEST} ")
+        seen += 1
+    assert seen == 17
+
+
+def test_an_unreadable_file_is_one_sentence(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not Path("/proc/self/mem").exists():
+        pytest.skip("no file at hand that can be opened and not read")
+    assert run(capsys, "inspect", "/proc/self/mem") == (
+        2,
+        "dtt inspect: /proc/self/mem can't be read: Input/output error.\n",
+    )
+
+
+def test_one_shard_of_several_is_no_model_to_bake(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = tiny(files / "sharded", shards=2) / "model-00001-of-00002.safetensors"
+    code, sentence = run(capsys, "bake", shard, "--tokens", files / "tokens.safetensors", "--out", files / "baked")
+    assert (code, sentence) == (
+        2,
+        f"dtt bake: {shard} is one of several weight files; give their folder, {files / 'sharded'}.\n",
+    )
+
+
+def test_a_path_that_is_not_utf8_is_one_sentence(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = Path(os.fsdecode(os.fsencode(files) + b"/\xff"))
+    try:
+        (files / "base").rename(base)
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 only")
+    code, sentence = run(capsys, "bake", base, "--tokens", files / "tokens.safetensors", "--out", files / "baked")
+    assert (code, sentence) == (2, f"dtt bake: {str(base)!r} is not a path in UTF-8; rename it.\n")
+    assert not (files / "baked").exists()
+
+
 def test_token_files_alignments_and_models_are_told_apart(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = run(capsys, "inspect", files / "tokens.safetensors")[1]
     assert (found["what"], found["k"], found["width"]) == ("token file", 5, 32)
@@ -80,6 +137,9 @@ def test_token_files_alignments_and_models_are_told_apart(files: Path, capsys: p
     found = run(capsys, "inspect", files / "w.safetensors")[1]
     assert (found["what"], found["source_width"], found["residual"]) == ("alignment file", 4, 0.25)
     assert run(capsys, "inspect", files / "base")[1]["what"] == "model without DefensiveTokens"
+    save_adapter(files / "adapter", random_tokens(32))
+    found = run(capsys, "inspect", files / "adapter")[1]
+    assert (found["what"], found["sha256"]) == ("prompt-tuning adapter", random_tokens(32).digest)
 
 
 def test_cache_lists_and_prunes(
@@ -94,6 +154,13 @@ def test_cache_lists_and_prunes(
     listed = run(capsys, "cache", "list")[1]
     assert [row["base_model"] for row in listed["entries"]] == [str(files / "base")] * 2
     assert listed["disk_bytes"] > 0
+    assert len(run(capsys, "cache", "prune", "--keep", "1")[1]["removed"]) == 1
+    damaged = bake_cached(str(files / "base"), random_tokens(32, seed=3))
+    (damaged / MANIFEST).write_text("{")
+    assert run(capsys, "cache", "list")[1]["entries"][0]["base_model"] == "damaged"
+    assert bake_cached(str(files / "base"), random_tokens(32, seed=3)) == damaged
+    assert not altered_since(damaged, read_manifest(damaged))
+    (damaged / MANIFEST).write_text("{")
     assert len(run(capsys, "cache", "prune", "--keep", "1")[1]["removed"]) == 1
     assert run(capsys, "cache", "prune", "--older-than", "1")[1]["removed"] == []
     assert len(run(capsys, "cache", "prune")[1]["removed"]) == 1

@@ -161,7 +161,12 @@ def bake(
 
 
 def _check_apart(source: Path, out: Path) -> None:
-    """Refuse to write where the base model is read: that would destroy what is being read."""
+    """Refuse to write where the base model is read (that would destroy it), and paths that can't be noted."""
+    for path in (source, out):
+        try:
+            str(path).encode()
+        except UnicodeEncodeError as error:
+            raise DttError(f"{str(path)!r} is not a path in UTF-8; rename it.") from error
     real_source, real_out = source.resolve(), out.resolve()
     if real_out == real_source:
         raise DttError(f"--out {out} is the base model's own folder; choose another one.")

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from dtt_plugin import __version__
 from dtt_plugin.bake.baking import bake
-from dtt_plugin.bake.manifest import fingerprint, is_defended_checkpoint, read_manifest
+from dtt_plugin.bake.manifest import baked_facts, fingerprint, is_defended_checkpoint
 from dtt_plugin.bake.staging import remove_stale
 from dtt_plugin.checkpoint import Checkpoint, open_checkpoint
 from dtt_plugin.errors import DttError
@@ -74,7 +74,7 @@ def bake_cached(
             if not is_defended_checkpoint(folder):
                 bake(model, tokens, folder, revision=revision, prompt_format=prompt_format, **options)
             elif _broken(folder):
-                # A link into a model that was moved away: nothing in it is the only copy of anything.
+                # Damaged, or linked to a model that was moved away: nothing in it is the only copy of anything.
                 bake(model, tokens, folder, revision=revision, prompt_format=prompt_format, force=True, **options)
             os.utime(folder)
     except OSError as error:
@@ -100,7 +100,8 @@ def _key(checkpoint: Checkpoint, tokens: DefensiveTokens, options: dict[str, Any
 
 
 def _broken(folder: Path) -> bool:
-    return any(path.is_symlink() and not path.exists() for path in folder.iterdir())
+    dangling = any(path.is_symlink() and not path.exists() for path in folder.iterdir())
+    return dangling or baked_facts(str(folder)) is None
 
 
 def cached_checkpoints() -> list[CachedCheckpoint]:
@@ -109,13 +110,13 @@ def cached_checkpoints() -> list[CachedCheckpoint]:
     for folder in baked_folder().glob("*"):
         if not folder.is_dir() or not is_defended_checkpoint(folder):
             continue
-        manifest = read_manifest(folder)
+        facts = baked_facts(str(folder)) or {}  # a damaged one is listed too, so that it can be pruned
         entries.append(
             CachedCheckpoint(
                 key=folder.name,
                 folder=folder,
-                base_model=str(manifest.get("base_model")),
-                tokens_sha256=str(manifest["tokens"]["sha256"]),
+                base_model=str(facts.get("base_model", "damaged")),
+                tokens_sha256=str(facts.get("tokens_sha256", "")),
                 disk_bytes=_disk_bytes(folder),
                 used=folder.stat().st_mtime,
             )

@@ -24,6 +24,19 @@ _SMALL = 64 << 20
 _SAMPLES = 256
 _SAMPLE_BYTES = 64 << 10
 _WHOLE = "sha256:"
+# What whoever reads a manifest relies on.
+_PARTS = {
+    "dtt_plugin": str,
+    "base_model": str,
+    "base_tied": bool,
+    "tokens": dict,
+    "token_ids": list,
+    "reuse_reserved": bool,
+    "prompt_format": str,
+    "default_on": bool,
+    "changed_tensors": dict,
+    "files": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -128,9 +141,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).is_file():
         raise DttError(f"{folder} is not a defended checkpoint (it has no {MANIFEST}); make one with `dtt bake`.")
     manifest = read_json_table(folder / MANIFEST)
-    if manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
+    if manifest.get("format") != FORMAT:
         raise DttError(f"{folder / MANIFEST} has the format {manifest.get('format')!r}, not {FORMAT!r}; bake it again.")
+    if not _is_whole(manifest):
+        raise DttError(f"{folder / MANIFEST} is damaged: parts of it are missing; bake it again.")
     return manifest
+
+
+def _is_whole(manifest: Mapping[str, Any]) -> bool:
+    return (
+        all(isinstance(manifest.get(name), kind) for name, kind in _PARTS.items())
+        and manifest["tokens"].keys() >= {"sha256", "method", "source_model", "k", "width"}
+        and all(isinstance(digest, str) for digest in manifest["files"].values())
+        and all(isinstance(entry, dict) and "sha256" in entry for entry in manifest["changed_tensors"].values())
+    )
 
 
 def is_defended_checkpoint(folder: Path) -> bool:
@@ -182,7 +206,10 @@ def _files_of_altered_tensors(folder: Path, manifest: Mapping[str, Any]) -> set[
     files = set()
     tensors = indexed_tensors(folder)
     for name, entry in manifest["changed_tensors"].items():
-        location = tensors[name]
+        location = tensors.get(name)
+        if location is None:
+            files.add(MANIFEST)
+            continue
         if not entry["sha256"] or manifest["files"][location.file.name].startswith(_WHOLE):
             continue
         digest = hashlib.sha256()

@@ -259,6 +259,19 @@ def test_every_form_shows_the_same_numbers(tmp_path: Path, capsys: pytest.Captur
     assert r"\toprule" in outputs["latex"]
 
 
+def test_a_narrow_terminal_cuts_no_figure_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = pytest.importorskip("rich.console")
+    four_arms(tmp_path)
+    monkeypatch.setattr(console.Console, "is_terminal", True)
+    monkeypatch.setenv("TERM", "dumb")  # 80 columns, no colours
+    assert main(["leaderboard", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "…" not in out
+
+
 def test_names_that_a_reader_would_obey_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arm(tmp_path, 100, model="=cmd()|<b>\x1b[31m_$x$")
     for form in ("terminal", "markdown", "csv", "latex"):
@@ -268,6 +281,15 @@ def test_names_that_a_reader_would_obey_are_escaped(tmp_path: Path, capsys: pyte
         assert form != "markdown" or "\\<b\\>" in out
         assert form != "latex" or r"\_\$x\$" in out
         assert form != "csv" or "'=cmd()" in out
+
+
+def test_a_tables_rows_leave_out_what_its_title_says(tmp_path: Path) -> None:
+    for stamp, (model, defense) in enumerate([("o/x", "none"), ("o/x", "none"), ("o/y", "none"), ("o/y", "reminder")]):
+        arm(tmp_path, 100, model=model, defense=defense, stamp=stamp)
+    table = board(tmp_path)
+    assert rows(table).keys() == {"none · x #1", "none · x #2"}
+    names = [[row[0] for row in sheet.rows] for sheet in tables.sheets(table)]
+    assert names == [["none #1", "none #2"]] * 3 + [["none", "reminder"]] * 3
 
 
 def test_an_attacks_name_breaks_no_table(tmp_path: Path) -> None:

@@ -47,6 +47,10 @@ _TEX = {
 }
 
 
+_Columns = dict[str, Callable[[Any], str]]
+"""Per column its title, and what makes a row's cell."""
+
+
 class Sheet(NamedTuple):
     """One table: a header and rows of cells as text, with what stands above and below."""
 
@@ -103,37 +107,47 @@ def ratio_text(gap: Mapping[str, Any] | None, kind: str) -> str:
     return f"{ratio['value']:.3f}{interval}"
 
 
-def _name(row: Mapping[str, Any]) -> str:
+def _name(row: Mapping[str, Any], title: str) -> str:
+    """Return the row's label without what stands in the table's title, with its marks."""
+    name = plain(row["run"])
+    for part in title.split(" · "):
+        name = name.replace(f" · {part}", "")
     marks = [mark for mark in ("limited", "early_decision") if row.get(mark)]
-    return plain(row["run"]) + "".join(f" ({mark.replace('_', ' ')})" for mark in marks)
+    return name + "".join(f" ({mark.replace('_', ' ')})" for mark in marks)
 
 
 def sheets(board: Mapping[str, Any]) -> Iterator[Sheet]:
-    """Yield, for each group, the table of rates, tests and ratios, and that of the costs."""
+    """Yield, for each group, three tables that fit a page: the rates, the tests and ratios, the costs."""
     for group in board["groups"]:
-        rows = group["rows"]
+        rows, title = group["rows"], plain(group["title"])
         attacks = list(dict.fromkeys(attack for row in rows for attack in row["asr"]))
-        columns: list[tuple[str, Callable[[Any], str]]] = [("run", _name)]
+        rates: _Columns = {f"ASR {plain(attack)}": partial(_attack_text, attack) for attack in attacks}
         if attacks:
-            columns += [(f"ASR {plain(attack)}", partial(_attack_text, attack)) for attack in attacks]
-            columns += [
-                ("ASR(max)", lambda row: rate_text(row["asr_max"])),
-                ("ASR(any)", lambda row: rate_text(row["asr_any"])),
-            ]
-        columns.append(("refusal", lambda row: rate_text(row["refusal"])))
+            rates["ASR(max)"] = lambda row: rate_text(row["asr_max"])
+            rates["ASR(any)"] = lambda row: rate_text(row["asr_any"])
+        rates["refusal"] = lambda row: rate_text(row["refusal"])
+        yield _sheet(title, remarks(group), rates, rows)
         if attacks:
-            columns += [
-                ("vs undefended", lambda row: _test_text(row["vs_undefended"])),
-                ("vs native", lambda row: _test_text(row["vs_native"])),
-                ("gap closed, measured", lambda row: ratio_text(row["gap_closed"], "measured")),
-                ("gap closed, published", lambda row: ratio_text(row["gap_closed"], "published")),
-            ]
-        header = [name for name, _ in columns]
-        title = plain(group["title"])
-        body = [[cell(row) for _, cell in columns] for row in rows]
-        yield Sheet(title, remarks(group), header, body)
-        costs = [[_name(row), *(cost_text(row["cost"], name) for name in COSTS)] for row in rows]
-        yield Sheet(f"{title} · cost", [], ["run", *COSTS.values()], costs)
+            tests: _Columns = {
+                "vs undefended": lambda row: _test_text(row["vs_undefended"]),
+                "vs native": lambda row: _test_text(row["vs_native"]),
+                "gap closed, measured": lambda row: ratio_text(row["gap_closed"], "measured"),
+                "gap closed, published": lambda row: ratio_text(row["gap_closed"], "published"),
+            }
+            tested = [row for row in rows if not row["published"]]
+            yield _sheet(f"{title} · tests and ratios", [], tests, tested)
+        costs: _Columns = {column: partial(_cost, name) for name, column in COSTS.items()}
+        if costed := [row for row in rows if any(row["cost"].values())]:
+            yield _sheet(f"{title} · cost", [], costs, costed)
+
+
+def _sheet(title: str, remarks: list[str], columns: _Columns, rows: Sequence[Mapping[str, Any]]) -> Sheet:
+    body = [[_name(row, title), *(cell(row) for cell in columns.values())] for row in rows]
+    return Sheet(title, remarks, ["run", *columns], body)
+
+
+def _cost(name: str, row: Mapping[str, Any]) -> str:
+    return cost_text(row["cost"], name)
 
 
 def cost_text(costs: Mapping[str, float | None], name: str) -> str:
@@ -155,7 +169,7 @@ def remarks(group: Mapping[str, Any]) -> list[str]:
     if least is None:
         found.append(f"n = {group['n']}: too few records to separate any difference.")
     else:
-        after = f"; {percent(family)} pp in this table's {group['tests']} tests" if family else ""
+        after = f"; {percent(family)} pp in this table's {group['tests']} tests" if family and group["tests"] > 1 else ""
         found.append(f"n = {group['n']}: the smallest difference that can be separated is {percent(least)} pp{after}.")
     if any(row["limited"] for row in group["rows"]):
         found.append("limited: a run over a part of the records (--limit), for testing only.")
@@ -194,11 +208,13 @@ def latex(board: Mapping[str, Any]) -> str:
         known = text.encode("latin-1", "replace").decode("latin-1")
         return "".join(_TEX.get(character, character) for character in known)
 
-    parts = ["% \\usepackage{booktabs}"]
+    parts = ["% \\usepackage{booktabs,graphicx}"]
     for sheet in sheets(board):
         lines = [
             r"\begin{table}",
             r"\centering",
+            # Seven columns of rates with their intervals are wider than a page.
+            r"\resizebox{\textwidth}{!}{%",
             r"\begin{tabular}{l" + "r" * (len(sheet.header) - 1) + "}",
             r"\toprule",
         ]
@@ -206,7 +222,7 @@ def latex(board: Mapping[str, Any]) -> str:
         # A row that begins with a bracket would be read as an argument of \\.
         lines += ["{}" + " & ".join(map(cell, row)) + r" \\" for row in sheet.rows]
         caption = " ".join([f"{sheet.title}.", *sheet.remarks])
-        lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{cell(caption)}}}", r"\end{table}"]
+        lines += [r"\bottomrule", r"\end{tabular}}", rf"\caption{{{cell(caption)}}}", r"\end{table}"]
         parts.append("\n".join(lines))
     parts += [f"% {cell(plain(text))}" for text in (legend(board), *board["problems"])]
     return "\n\n".join(parts) + "\n"
@@ -258,7 +274,7 @@ def print_terminal(board: Mapping[str, Any]) -> None:
     for sheet in sheets(board):
         table = Table(title=Text(sheet.title), title_justify="left", box=box.SIMPLE_HEAD)
         for name in sheet.header:
-            table.add_column(Text(name))
+            table.add_column(Text(name), overflow="fold")  # no figure loses its end in a narrow window
         for row in sheet.rows:
             table.add_row(*map(Text, row))
         console.print(table)

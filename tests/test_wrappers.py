@@ -20,6 +20,7 @@ from dtt_plugin.model_wrappers.hf import install_tokens
 from dtt_plugin.model_wrappers.vllm_import import _stand_in_for_vllm, _version_with_stand_in
 from dtt_plugin.tokens import load_tokens
 from tests import conftest
+from tests.bake_helpers import assert_same_logits, load
 from tests.checkpoints import make_checkpoint
 from tests.conftest import write_tokens
 
@@ -208,26 +209,24 @@ def test_two_runs_give_byte_identical_sample_files(
 @pytest.mark.parametrize(("tied", "extra_rows"), [(True, 0), (False, 0), (True, 8), (False, 3)])
 def test_rows_in_memory_are_the_baked_checkpoint(tied: bool, extra_rows: int, tmp_path: Path) -> None:
     """Same ids, same logits, no weights on disk: for tied, untied, padded and too little padded vocabularies."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder = make_checkpoint(tmp_path / "m", tied=tied, extra_rows=extra_rows, dtype="float32")
     tokens = load_tokens(write_tokens(tmp_path / "t.safetensors", width=32))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model, base = load(folder), load(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = install_tokens(model, tokenizer, tokens, name="m")
     report = bake(str(folder), tokens, tmp_path / "baked")
     assert list(report.token_ids) == ids
-    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "baked", dtype=torch.float32).eval()
+    baked = load(tmp_path / "baked")
     prompt = tokenizer("hello world", return_tensors="pt", add_special_tokens=False).input_ids
     defended = torch.cat([torch.tensor([ids]), prompt], dim=1)
     embedded = torch.cat([torch.from_numpy(tokens.rows)[None], base.get_input_embeddings()(prompt)], dim=1)
     rows = base.config.vocab_size
+    assert_same_logits(model, base, rows, {"input_ids": prompt})
+    assert_same_logits(model, base, rows, {"input_ids": defended}, {"inputs_embeds": embedded})
+    assert_same_logits(model, baked, min(ids), {"input_ids": defended})
     with torch.no_grad():
-        torch.testing.assert_close(model(prompt).logits[..., :rows], base(prompt).logits, rtol=0, atol=0)
-        torch.testing.assert_close(
-            model(defended).logits[..., :rows], base(inputs_embeds=embedded).logits, rtol=0, atol=1e-4
-        )
         torch.testing.assert_close(model(defended).logits, baked(defended).logits, rtol=0, atol=1e-5)
         for sampling in ({"do_sample": False}, {"do_sample": True, "temperature": 2.0, "top_k": 0}):
             torch.manual_seed(0)

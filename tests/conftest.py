@@ -174,14 +174,18 @@ def read_results(folder: Path) -> dict[str, Any]:
     return results
 
 
-def evaluate(model: str, model_args: dict[str, Any], *, metadata: dict[str, Any] | None = None, **options: Any) -> Any:
-    """Run `lm_eval.simple_evaluate` with an index of our tasks alone (lm-eval's own take seconds to read)."""
-    import lm_eval
+def our_tasks(**metadata: Any) -> Any:
+    """Return lm-eval's task manager with an index of our tasks alone: lm-eval's own take seconds to read."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(
-        include_path=str(ROOT / "tasks"), include_defaults=False, metadata=model_args | (metadata or {})
-    )
+    return TaskManager(include_path=str(ROOT / "tasks"), include_defaults=False, metadata=metadata)
+
+
+def evaluate(model: str, model_args: dict[str, Any], *, metadata: dict[str, Any] | None = None, **options: Any) -> Any:
+    """Run `lm_eval.simple_evaluate` on our tasks."""
+    import lm_eval
+
+    manager = our_tasks(**model_args | (metadata or {}))
     defaults = {"tasks": ["injection_demo"], "limit": 2, "bootstrap_iters": 0, "batch_size": 8, "device": "cpu"}
     generation = {"gen_kwargs": {"max_gen_toks": 4}}
     options = defaults | generation | options

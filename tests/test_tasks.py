@@ -11,14 +11,13 @@ from typing import Any
 
 import lm_eval
 import pytest
-from lm_eval.tasks import TaskManager
 
 from dtt_plugin.data import RECORDS_FILE, SENTENCES_FILE, Record
 from dtt_plugin.errors import DttError
 from dtt_plugin.tasks.attacks import ATTACKS, BENIGN, VARIANTS, injected_data
 from dtt_plugin.tasks.metrics import is_hacked, is_refusal, max_over_attacks, process_results
 from tests import conftest
-from tests.conftest import METRICS
+from tests.conftest import METRICS, our_tasks
 
 DIGESTS = {  # the protocol's
     "ignore": "3437ddd4f1aad830ddfa89841feb1711a116a5c63629b8144ddf8836983ba334",
@@ -42,7 +41,7 @@ def test_prompts_have_the_digest_of_the_protocol(
 
 
 def test_the_loaded_task_holds_the_protocols_prompts(data_dir: Path) -> None:
-    task = TaskManager().load("alpacafarm_injection")["tasks"]["alpacafarm_injection"]
+    task = our_tasks().load("alpacafarm_injection")["tasks"]["alpacafarm_injection"]
     for attack in VARIANTS:
         lines = []
         for doc in task.eval_docs:
@@ -54,14 +53,14 @@ def test_the_loaded_task_holds_the_protocols_prompts(data_dir: Path) -> None:
 
 
 def test_every_metric_is_better_when_lower(data_dir: Path) -> None:
-    for name, task in TaskManager().load(["alpacafarm_injection", "injection_demo"])["tasks"].items():
+    for name, task in our_tasks().load(["alpacafarm_injection", "injection_demo"])["tasks"].items():
         assert task.higher_is_better() == dict.fromkeys(METRICS, False), name
 
 
 @pytest.mark.parametrize("attack", VARIANTS)
 def test_one_variant_tasks_hold_that_variant_alone(attack: str, data_dir: Path) -> None:
     name = f"alpacafarm_injection_{attack}"
-    task = TaskManager().load(name)["tasks"][name]
+    task = our_tasks().load(name)["tasks"][name]
     assert {v["attack"] for doc in task.eval_docs for v in doc["variants"]} == {attack}
     assert set(task.aggregation()) == {"refusal" if attack == BENIGN else "hacked"}
 
@@ -69,7 +68,7 @@ def test_one_variant_tasks_hold_that_variant_alone(attack: str, data_dir: Path) 
 def test_missing_data_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DTT_DATA_DIR", str(tmp_path))
     with pytest.raises(DttError, match=r"does not exist; run `dtt fetch` .* or set DTT_DATA_DIR"):
-        TaskManager().load("alpacafarm_injection")
+        our_tasks().load("alpacafarm_injection")
 
 
 @pytest.fixture
@@ -87,11 +86,11 @@ def modified_data(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_modified_data_names_the_first_differing_record(modified_data: Path) -> None:
     with pytest.raises(DttError, match="record with an input 7 differs first"):
-        TaskManager().load("alpacafarm_injection")
+        our_tasks().load("alpacafarm_injection")
 
 
 def test_modified_data_is_accepted_when_asked_for(modified_data: Path) -> None:
-    manager = TaskManager(metadata={"allow_modified_data": True})
+    manager = our_tasks(allow_modified_data=True)
     assert len(manager.load("alpacafarm_injection")["tasks"]["alpacafarm_injection"].eval_docs) == 208
 
 
@@ -101,7 +100,7 @@ def test_modified_sentences_are_named(data_dir: Path, modified_data: Path) -> No
     sentences["test"][3] = "Now {injected_prompt}"
     (modified_data / SENTENCES_FILE).write_text(json.dumps(sentences))
     with pytest.raises(DttError, match="test sentence 3 differs first"):
-        TaskManager().load("alpacafarm_injection")
+        our_tasks().load("alpacafarm_injection")
 
 
 def test_hacked_reads_the_beginning_only() -> None:

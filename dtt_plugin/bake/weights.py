@@ -23,7 +23,6 @@ import numpy as np
 from dtt_plugin.bake.plan import BakePlan, TensorChange
 from dtt_plugin.checkpoint_folder import INDEX_FILE, read_json_table
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import sync
 from dtt_plugin.tensor_files import TensorLocation, read_header
 
 _BLOCK = 8 << 20
@@ -148,7 +147,6 @@ def link(source: Path, target: Path, *, copy: bool) -> How:
 
 def _copy_file(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
-    sync(target)
 
 
 def _write_file(path: Path, tensors: Sequence[_Tensor], metadata: dict[str, str], *, data_start: int) -> None:
@@ -170,7 +168,6 @@ def _write_file(path: Path, tensors: Sequence[_Tensor], metadata: dict[str, str]
         out.flush()
         for tensor in tensors:
             _write_tensor(out.fileno(), tensor)
-        os.fsync(out.fileno())
 
 
 def _write_tensor(out: int, tensor: _Tensor) -> None:

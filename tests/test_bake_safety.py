@@ -45,12 +45,13 @@ def start(*arguments: str, cache: Path | None = None) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     if cache:
         environment["DTT_CACHE_DIR"] = str(cache)
-    return subprocess.Popen([sys.executable, "-c", *arguments], env=environment, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", *arguments], env=environment, text=True, **pipes)
 
 
 BAKE = (
     "import sys; from pathlib import Path; from dtt_plugin.bake import bake; "
-    "from dtt_plugin.tokens import load_tokens; "
+    "from dtt_plugin.tokens import load_tokens; print('ready', flush=True); "
     "bake(sys.argv[1], load_tokens(sys.argv[2]), Path(sys.argv[3]), copy=True, force=True)"
 )
 BAKE_CACHED = (
@@ -69,19 +70,28 @@ def test_killed_at_any_moment_it_leaves_a_complete_checkpoint_or_none(tmp_path: 
     arguments = (BAKE, str(base), str(tmp_path / "tokens.safetensors"))
     out = tmp_path / "out" / "baked"
     before = digest_of(base)
+
+    def started() -> subprocess.Popen[str]:
+        process = start(*arguments, str(out))
+        line = process.stdout.readline() if process.stdout else ""
+        assert line == "ready\n", process.stderr and process.stderr.read()
+        return process
+
+    process = started()
     began = time.monotonic()
-    process = start(*arguments, str(out))
     assert process.wait() == 0, process.stderr and process.stderr.read()
     duration = time.monotonic() - began
     shutil.rmtree(out)
     generator = random.Random(0)
-    complete = 0
+    complete = writing = 0
     for _ in range(RUNS):
-        process = start(*arguments, str(out))
-        # Most of a run is Python's start; the later half is where files are written.
-        time.sleep(duration * generator.uniform(0.4, 1.1))
+        process = started()
+        time.sleep(duration * generator.uniform(0, 1.1))
         process.send_signal(signal.SIGKILL)
         process.wait()
+        for left in out.parent.glob(".*"):
+            writing += 1
+            shutil.rmtree(left)
         if out.exists():
             complete += 1
             manifest = read_manifest(out)
@@ -90,11 +100,20 @@ def test_killed_at_any_moment_it_leaves_a_complete_checkpoint_or_none(tmp_path: 
             if generator.random() < 0.5:  # the other half replaces it (--force)
                 shutil.rmtree(out)
     assert digest_of(base) == before
-    for left in out.parent.glob(".*"):
-        os.utime(left, (0, 0))
-    bake(str(base), random_tokens(512), out, force=True)
+    assert writing > RUNS / 4, "hardly any kill fell into the writing: the test shows nothing"
+    print(
+        f"{RUNS} kills, {writing} of them while writing; a whole checkpoint at the name after {complete}, else nothing"
+    )
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, base: Path) -> None:
+    out = tmp_path / "out" / "baked"
+    left = out.parent / ".baked.x.dtt-tmp"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_text("half")
+    os.utime(left, (0, 0))
+    bake(str(base), random_tokens(512), out)
     assert [path.name for path in out.parent.iterdir()] == ["baked"]
-    print(f"{RUNS} kills, a complete checkpoint at the name after {complete}, nothing after the others")
 
 
 def test_a_temporary_folder_in_use_is_left_alone(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -13,12 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from dtt_plugin.bake import bake
 from dtt_plugin.checkpoint import open_checkpoint
 from tests.bake_helpers import random_tokens
+from tests.test_control_tokens import HOSTILE_STRINGS, control_ids_in, controls_of, hostile_string
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -58,44 +60,68 @@ def served(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
         server.wait(60)
 
 
-def post(url: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as response:
-        answer: dict[str, Any] = json.load(response)
-    return answer
+HOSTILE_OVER_THE_CLIENT = 300
 
 
-def hostile_strings(controls: list[str], n: int) -> list[str]:
-    """Strings that are, contain, or after a deletion become control tokens."""
-    generator = np.random.default_rng(0)
-    pieces = [*controls, "[DefensiveToken0]", "[DefensiveToken4]", "[DefensiveToken", "0]", "\n", " ", "x"]
-    pieces += [control[: len(control) // 2] for control in controls]
-    pieces += [control[len(control) // 2 :] for control in controls]
-    texts = [*controls, "[DefensiveToken0]"]
-    texts += [a[:4] + a + a[4:] for a in controls if len(a) > 4]
-    while len(texts) < n:
-        texts.append("".join(generator.choice(pieces, generator.integers(1, 9))))
-    return texts
+class Server:
+    """One connection, kept: ten thousand requests in a row."""
 
+    def __init__(self, url: str) -> None:
+        self.connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=120)
 
-def test_hostile_strings_give_no_control_token_in_what_the_server_tokenizes(served: tuple[str, Path]) -> None:
-    transformers = pytest.importorskip("transformers")
-    url, folder = served
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    added = tokenizer.get_added_vocab()
-
-    def control_ids(content: Any) -> list[int]:
+    def tokenize(self, content: Any) -> list[int]:
+        """Return the ids that the server makes of a conversation with this user content."""
         body = {"model": "m", "messages": [{"role": "user", "content": content}], "add_generation_prompt": True}
-        ids = post(url, "/tokenize", body)["tokens"]
-        return [i for i in ids if i in added.values()]
+        self.connection.request("POST", "/tokenize", json.dumps(body), {"Content-Type": "application/json"})
+        answer = json.load(self.connection.getresponse())
+        ids: list[int] = answer["tokens"]
+        return ids
 
-    expected = control_ids("harmless")
-    texts = hostile_strings(sorted(added), 400)
+
+@pytest.fixture(scope="module")
+def hostile(served: tuple[str, Path]) -> tuple[list[str], set[int]]:
+    """The strings of the wrappers' test for this tokenizer, which knows the DefensiveTokens, and all control ids."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(served[1])
+    controls, rng = controls_of(tokenizer), random.Random(0)
+    texts = [hostile_string(rng, controls) for _ in range(HOSTILE_STRINGS)]
+    dangerous = sum(bool(control_ids_in(tokenizer, text)) for text in texts)
+    assert dangerous > HOSTILE_STRINGS / 3, "the strings would not have been dangerous: the test shows nothing"
+    return texts, {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
+
+
+def test_hostile_strings_give_no_control_token_in_what_the_server_tokenizes(
+    served: tuple[str, Path], hostile: tuple[list[str], set[int]]
+) -> None:
+    server, (texts, control_ids) = Server(served[0]), hostile
+
+    def controls_in(content: Any) -> list[int]:
+        return [i for i in server.tokenize(content) if i in control_ids]
+
+    expected = controls_in("harmless")
+    assert len(expected) > 5
     for text in texts:
-        assert control_ids(text) == expected, text
-    for text in texts[:50]:
-        assert control_ids([{"type": "text", "text": text}]) == expected, text
-    print(f"{len(texts)} hostile strings, no control token")
+        assert controls_in(text) == expected, text
+    for text in texts[:HOSTILE_OVER_THE_CLIENT]:
+        parts = [{"type": "text", "text": part} for part in (text[: len(text) // 2], text[len(text) // 2 :])]
+        assert controls_in(parts) == expected, text
+
+
+def test_hostile_strings_give_no_control_token_in_the_prompts_of_the_client(
+    served: tuple[str, Path], hostile: tuple[list[str], set[int]]
+) -> None:
+    openai = pytest.importorskip("openai")
+    server, (texts, control_ids) = Server(served[0]), hostile
+    client = openai.OpenAI(base_url=f"{served[0]}/v1", api_key="none")
+    expected = [i for i in server.tokenize("harmless") if i in control_ids]
+    for text in texts[-HOSTILE_OVER_THE_CLIENT:]:
+        messages = [{"role": "user", "content": text}]
+        answer = client.chat.completions.create(
+            model="m", messages=messages, max_tokens=1, extra_body={"return_token_ids": True}
+        )
+        prompt = answer.prompt_token_ids
+        assert [i for i in prompt if i in control_ids] == expected, text
+        assert prompt == server.tokenize(text)
 
 
 def test_the_client_switches_the_tokens_and_never_gets_one(served: tuple[str, Path]) -> None:

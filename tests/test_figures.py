@@ -12,6 +12,7 @@ import pytest
 from matplotlib.container import BarContainer
 
 from dtt_plugin.errors import DttError
+from dtt_plugin.leaderboard import charts
 from dtt_plugin.leaderboard.charts import learning_curves
 from dtt_plugin.leaderboard.curves import read_curve
 from dtt_plugin.leaderboard.figures import asr_bars, gap_closed, write_figures
@@ -69,6 +70,15 @@ def test_gap_closed_is_drawn_where_it_is_known(tmp_path: Path) -> None:
     assert [container.lines[0].get_xdata()[0] for container in marks] == [1.08, 1.01]
     files = write_figures(tmp_path, board([row("undefended")]))
     assert [path.name for path in files] == ["asr-1.png", "asr-1.svg"]
+
+
+def test_the_charts_ticks_stand_where_their_figures_say() -> None:
+    ratios = {"measured": {"value": 1.08, "low": -0.189, "high": 1.169}, "undefended": "measured"}
+    svg = ET.fromstring(str(charts.gap_closed({"rows": [row("transferred", gap_closed=ratios)]})))
+    ticks = {float(str(t.text)): float(t.get("x", "")) for t in svg.iter("text") if t.get("text-anchor") == "middle"}
+    assert list(ticks) == [-0.25, 0, 0.25, 0.5, 0.75, 1, 1.25]
+    steps = np.diff(list(ticks.values()))
+    assert steps == pytest.approx(steps[0], abs=0.02)
 
 
 def test_hostile_names_make_figures_all_the_same(tmp_path: Path) -> None:

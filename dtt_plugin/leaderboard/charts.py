@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,7 +123,9 @@ def gap_closed(group: dict[str, Any]) -> Markup | None:
     ends = [
         ratio[end] for _, r in rows for ratio in r.values() for end in ("value", "low", "high") if _known(ratio, end)
     ]
-    axis = _Axis(max(min(0, *ends), -1), min(max(1, *ends), 2), _LEFT, _RIGHT)
+    # Whole quarters, so that the first and the last line stand where their figures say.
+    low, high = math.floor(4 * max(min(0, *ends), -1)), math.ceil(4 * min(max(1, *ends), 2))
+    axis = _Axis(low / 4, high / 4, _LEFT, _RIGHT)
     parts: list[Markup] = []
     y = 4.0
     for run, ratios in rows:
@@ -134,13 +137,12 @@ def gap_closed(group: dict[str, Any]) -> Markup | None:
             figures = f"{ratio['value']:.3f}"
             if _known(ratio, "low") and _known(ratio, "high"):
                 parts.append(_line(axis(ratio["low"]), middle, axis(ratio["high"]), middle, "whisker"))
-                figures += f" [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+                figures += f" [{ratio['low']:.3f}, {ratio['high']:.3f}]"
             parts.append(_marker(0 if kind == "measured" else 1, x, middle))
             parts.append(_text(_RIGHT + 12, y + 11, figures, "small"))
             y += _BAR
         y += 4
-    first, last = round(axis.low * 4), round(axis.high * 4)
-    grid = _grid(axis, y, [step / 4 for step in range(first, last + 1)])
+    grid = _grid(axis, y, [step / 4 for step in range(low, high + 1)])
     ends_of_gap = [_line(axis(tick), 0, axis(tick), y, "strong") for tick in (0, 1)]
     title = "Gap closed: 0 is the undefended model, 1 the native tokens"
     return _svg(y + _BOTTOM, title, *grid, *ends_of_gap, *parts)

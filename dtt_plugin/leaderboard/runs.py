@@ -440,8 +440,9 @@ def _defense(
 ) -> tuple[str, str]:
     """Return the name of the defense and the method of its tokens."""
     asked = facts.get("defense") if facts else _table(task_config, "metadata").get("defense")
+    text = None if asked is None else str(asked)
     try:
-        names = list(parse_defense(asked if asked is None or isinstance(asked, str) else repr(asked)[:50]))
+        names = list(parse_defense(text if text is None or len(text) <= 50 else f"{text[:50]}…"))
     except DttError as error:
         raise DttError(f"{path}: {error}") from error
     method = _text(facts.get("tokens_method")) if TOKENS in names else ""

@@ -165,11 +165,11 @@ def cost_text(costs: Mapping[str, float | None], name: str) -> str:
 def remarks(group: Mapping[str, Any]) -> list[str]:
     """Return what has to be said about a table: why it stands apart, its notes, what its n separates."""
     found = [plain(note) for note in (group["reason"], *group["notes"]) if note]
-    least, family = group["smallest_difference"], group["smallest_difference_holm"]
+    least, family, tests = (group[name] for name in ("smallest_difference", "smallest_difference_holm", "tests"))
     if least is None:
         found.append(f"n = {group['n']}: too few records to separate any difference.")
     else:
-        after = f"; {percent(family)} pp in this table's {group['tests']} tests" if family and group["tests"] > 1 else ""
+        after = f"; {percent(family)} pp in this table's {tests} tests" if family and tests > 1 else ""
         found.append(f"n = {group['n']}: the smallest difference that can be separated is {percent(least)} pp{after}.")
     if any(row["limited"] for row in group["rows"]):
         found.append("limited: a run over a part of the records (--limit), for testing only.")

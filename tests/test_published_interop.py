@@ -38,21 +38,31 @@ TURNS = st.lists(st.tuples(st.sampled_from(["user", "assistant"]), CONTENT), min
 
 
 @pytest.mark.parametrize("prompt_format", PUBLISHED_FORMATS)
-@settings(max_examples=60, deadline=None)
-@given(system=st.none() | CONTENT, turns=TURNS, on=st.booleans(), generation=st.booleans())
+@settings(max_examples=300, deadline=None)
+@given(
+    system=st.none() | CONTENT,
+    turns=TURNS,
+    on=st.none() | st.booleans(),
+    end=st.sampled_from(["", "prompt", "prefill"]),
+)
 def test_published_formats_are_the_tables_for_any_conversation(
-    render: Any, prompt_format: str, system: str | None, turns: list[tuple[str, str]], on: bool, generation: bool
+    render: Any, prompt_format: str, system: str | None, turns: list[tuple[str, str]], on: bool | None, end: str
 ) -> None:
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages += [{"role": role, "content": content} for role, content in turns]
+    if end == "prefill":  # transformers looks for a text to continue, so there must be one
+        messages.append({"role": "assistant", "content": "Sure, the answer is 42"})
     start, message, prompt = TABLE[prompt_format]
-    expected = (DT if on else "") + start
+    expected = (DT if on in (None, True) else "") + start
     for turn in messages:
         expected += message.replace("{role}", turn["role"]).replace("{c}", turn["content"].strip())
-    expected += prompt if generation else ""
+    expected += prompt if end == "prompt" else ""
+    if end == "prefill":
+        expected = expected[: expected.rindex("42") + 2]
     template = chat_template(prompt_format, model_template=None, k=5, control_tokens=CONTROLS)
-    got = render(template, messages, add_defensive_tokens=on, add_generation_prompt=generation)
-    assert got == expected
+    switches: dict[str, Any] = {} if on is None else {"add_defensive_tokens": on}
+    ending = {"add_generation_prompt": end == "prompt", "continue_final_message": end == "prefill"}
+    assert render(template, messages, **switches, **ending) == expected
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

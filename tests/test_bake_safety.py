@@ -45,8 +45,8 @@ def start(*arguments: str, cache: Path | None = None) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     if cache:
         environment["DTT_CACHE_DIR"] = str(cache)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-c", *arguments], env=environment, text=True, **pipes)
+    command, pipe = [sys.executable, "-c", *arguments], subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 BAKE = (

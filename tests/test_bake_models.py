@@ -17,7 +17,7 @@ import pytest
 from dtt_plugin.bake import bake
 from dtt_plugin.checkpoint import open_checkpoint
 from dtt_plugin.twin import turn_tokens, write_twin
-from tests.bake_helpers import load, logits_of_ids, logits_of_rows, random_tokens
+from tests.bake_helpers import load, logits_of_ids, logits_of_rows, random_tokens, tiny
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -126,6 +126,42 @@ def test_stock_vllm_never_samples_one_with_its_default_parameters(smollm2: str, 
     (sampled,) = lines_of(output, "IDS")
     assert np.array(sampled).shape == (64, 256)
     assert not np.isin(sampled, report.token_ids).any()
+
+
+SPLIT = """
+    import json, sys
+    from vllm import LLM, SamplingParams
+
+    if __name__ == "__main__":
+        folder, prompt, parts = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+        options = {"tensor_parallel_size": parts, "distributed_executor_backend": "mp"}
+        llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=16, **options)
+        both = [SamplingParams(temperature=t, max_tokens=128, ignore_eos=True) for t in (0, 2)]
+        for params, n in zip(both, (1, 16)):
+            outputs = llm.generate([{"prompt_token_ids": prompt}] * n, params)
+            print("IDS", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+"""
+
+
+@pytest.mark.engine
+def test_split_over_two_workers_it_answers_the_same_and_never_generates_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes that hold half of every matrix each; the 273 rows of the vocabulary don't halve."""
+    pytest.importorskip("vllm")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    report = bake(str(tiny(tmp_path / "base", width=128)), random_tokens(128), tmp_path / "baked")
+    (tmp_path / "split.py").write_text(textwrap.dedent(SPLIT))
+    prompt = [*report.token_ids, 3, 50, 17, 200, 90, 264]
+    greedy = []
+    for parts in (1, 2):
+        arguments = [str(tmp_path / "split.py"), str(tmp_path / "baked"), str(prompt), str(parts)]
+        likeliest, sampled = lines_of(in_vllm(arguments, tmp_path / str(parts)), "IDS")
+        assert np.array(sampled).shape == (16, 128)
+        assert not np.isin([*likeliest, *sampled], report.token_ids).any()
+        greedy.append(likeliest)
+    assert greedy[0] == greedy[1]
 
 
 def in_vllm(arguments: list[str], folder: Path, *, plugin: bool = True) -> str:

@@ -51,6 +51,16 @@ def test_diff_spells_out_control_characters(pair: tuple[str, str], capsys: pytes
     assert "21 flipped: 16 worse and 5 better in B (reminder)" in out
 
 
+def test_diff_says_where_it_cuts_a_long_response(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = {"ignore": ["Hacked! " + "a" * 400]}
+    a = write_run(tmp_path / "a", outcomes={"ignore": [1]}, responses=answers)
+    b = write_run(tmp_path / "b", outcomes={"ignore": [0]})
+    assert main(["diff", str(a), str(b)]) == 0
+    out = capsys.readouterr().out
+    assert f"  A  Hacked! {'a' * 292} [108 more, see --json]\n" in out
+    assert "  B  Fine.\n" in out
+
+
 def test_runs_on_other_records_are_not_compared(
     pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -394,7 +394,7 @@ def test_samples_of_another_arm_missing_samples_and_unknown_defenses_are_told(tm
     assert [run.samples for run in runs] == [names[0]]
     assert [len(problem) < 500 for problem in problems] == [True] * 3
     assert "does not belong" in problems[0]
-    assert "praye…' is not a defense" in problems[1]
+    assert "prayerpr…' is not a defense" in problems[1]
     assert "is missing" in problems[2]
 
 

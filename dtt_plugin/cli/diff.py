@@ -54,8 +54,15 @@ def run(args: argparse.Namespace) -> int:
         event = "refused" if flip.a.attack == "benign" else "hacked"
         which = f"{event} in {'B' if flip.worse else 'A'} only"
         print(f"{plain(flip.a.attack)}, record {flip.a.record_id}: {which}")
-        print(f"  instruction  {plain(flip.a.instruction)[:300]}")
-        print(f"  A  {plain(flip.a.text)[:300]}\n  B  {plain(flip.b.text)[:300]}")
+        print(f"  instruction  {_beginning(flip.a.instruction)}")
+        print(f"  A  {_beginning(flip.a.text)}\n  B  {_beginning(flip.b.text)}")
     worse = sum(flip.worse for flip in found)
     print(f"{len(found)} flipped: {worse} worse and {len(found) - worse} better in B ({plain(b.defense)})")
     return 0
+
+
+def _beginning(text: str) -> str:
+    from dtt_plugin.leaderboard.tables import plain
+
+    line = plain(text)
+    return line if len(line) <= 300 else f"{line[:300]} [{len(line) - 300} more, see --json]"

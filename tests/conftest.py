@@ -7,9 +7,8 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -145,21 +144,54 @@ def write_tokens(path: Path, *, width: int, k: int = 5, seed: int = 0, norm: flo
     return str(path)
 
 
-@pytest.fixture
-def lm_eval_command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the real lm_eval command in a process of its own."""
+# The lm_eval command without lm-eval's own tasks: to read those takes longer than many a test.
+_LM_EVAL_ON_OUR_TASKS = """
+from pathlib import Path
+from lm_eval.tasks import _index
+theirs, files = Path(_index.__file__).parent, _index.TaskIndex._iter_yaml_files
+_index.TaskIndex._iter_yaml_files = staticmethod(lambda root: () if root == theirs else files(root))
+from lm_eval.__main__ import cli_evaluate
+cli_evaluate()
+"""
 
-    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "lm_eval", *arguments],
-            env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=tmp_path,
-        )
 
-    return run
+def lm_eval(*arguments: str, folder: Path, all_tasks: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run the real lm_eval command in a process of its own, or the same on an index of our tasks alone."""
+    start = ["-m", "lm_eval"] if all_tasks else ["-c", _LM_EVAL_ON_OUR_TASKS]
+    return subprocess.run(
+        [sys.executable, *start, *arguments],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+    )
+
+
+class VLLMRun(NamedTuple):
+    """A run of `lm_eval --model dtt_vllm` on a few records of AlpacaFarm."""
+
+    stdout: str
+    results: dict[str, Any]
+    samples: list[dict[str, Any]]
+
+
+def run_vllm(folder: Path, arguments: str, *more: str, limit: bool = True, all_tasks: bool = False) -> VLLMRun:
+    """Evaluate with a real engine of its own: half a minute on two cores, so few tests may start one."""
+    limits = ["--limit", "3", "--gen_kwargs", "max_gen_toks=48"] if limit else []
+    engine = "dtype=float32,max_model_len=4096,enforce_eager=True"
+    done = lm_eval(
+        "--model", "dtt_vllm", "--model_args", f"{engine},{arguments}", "--tasks", "alpacafarm_injection",
+        "--log_samples", "--output_path", str(folder / "out"), *limits, *more, folder=folder, all_tasks=all_tasks,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return VLLMRun(done.stdout, read_results(folder / "out"), read_samples(folder / "out", "alpacafarm_injection"))
+
+
+@pytest.fixture(scope="session")
+def undefended_vllm(smollm2: str, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> VLLMRun:
+    """The undefended demo model in vLLM, by the command as a user types it."""
+    return run_vllm(tmp_path_factory.mktemp("undefended"), f"pretrained={smollm2}", all_tasks=True)
 
 
 def read_samples(folder: Path, task: str) -> list[dict[str, Any]]:

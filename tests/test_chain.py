@@ -67,7 +67,7 @@ def test_transferred_tokens_are_the_turned_ones(chain: Chain) -> None:
 def responses(model: Path | str, **arguments: object) -> list[str]:
     """Evaluate with dtt_hf, and return every response."""
     given = {"pretrained": str(model), "dtype": "float32", **{key: str(value) for key, value in arguments.items()}}
-    results = conftest.evaluate("dtt_hf", given, limit=3, batch_size=4, gen_kwargs={"max_gen_toks": 24})
+    results = conftest.evaluate("dtt_hf", given, limit=2, batch_size=8, gen_kwargs={"max_gen_toks": 16})
     assert "hacked_max,none" in results["results"]["injection_demo"]
     return [response for sample in results["samples"]["injection_demo"] for (response,) in sample["resps"]]
 
@@ -76,7 +76,7 @@ def test_the_twin_answers_as_the_original_with_transferred_tokens_and_not_with_c
     chain: Chain, smollm2: str, tmp_path: Path
 ) -> None:
     original = responses(smollm2, tokens=TOKENS)
-    assert len(original) == 12
+    assert len(original) == 8
     assert responses(chain.twin, tokens=chain.folder / "transferred.safetensors") == original
     assert responses(chain.folder / "baked") == original
     assert responses(chain.twin, tokens=TOKENS) != original, "copied tokens"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from dtt_plugin.model_wrappers.early_decision import SettledText, count_generate
 from dtt_plugin.tasks.attacks import BENIGN
 from dtt_plugin.tasks.metrics import DECIDED, is_hacked, is_refusal
 from tests import conftest
-from tests.conftest import read_results, read_samples
+from tests.conftest import VLLMRun, run_vllm
 
 LIMITED = {"limit": 3, "gen_kwargs": {"max_gen_toks": 64}}
 
@@ -242,33 +241,23 @@ def test_arguments_that_hide_the_end_of_a_response_are_refused(tiny: str) -> Non
 vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 
-def run_vllm(run: Callable[..., Any], model: str, out: Path, early: bool, *more: str) -> tuple[dict[str, Any], Any]:
-    arguments = f"pretrained={model},dtype=float32,max_model_len=4096,enforce_eager=True,early_decision={early}"
-    result = run(
-        "--model", "dtt_vllm", "--model_args", arguments, "--tasks", "alpacafarm_injection", "--log_samples",
-        "--output_path", str(out), *more,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-4000:]
-    return read_results(out), read_samples(out, "alpacafarm_injection")
-
-
 @vllm
 @pytest.mark.engine
 @pytest.mark.parametrize(
-    "more",
-    [
-        pytest.param(("--limit", "3", "--gen_kwargs", "max_gen_toks=48"), id="3 records"),
-        pytest.param((), id="all 832 prompts", marks=pytest.mark.slow),
-    ],
+    "limit", [pytest.param(True, id="3 records"), pytest.param(False, id="all 832 prompts", marks=pytest.mark.slow)]
 )
 def test_vllm_gives_the_same_metrics_with_a_fifth_of_the_tokens(
-    smollm2: str, data_dir: Path, lm_eval_command: Callable[..., Any], tmp_path: Path, more: tuple[str, ...]
+    smollm2: str, undefended_vllm: VLLMRun, tmp_path_factory: pytest.TempPathFactory, limit: bool
 ) -> None:
-    whole, whole_samples = run_vllm(lm_eval_command, smollm2, tmp_path / "whole", False, *more)
-    early, early_samples = run_vllm(lm_eval_command, smollm2, tmp_path / "early", True, *more)
-    assert scores(early, "alpacafarm_injection") == scores(whole, "alpacafarm_injection")
-    for one, other in zip(early_samples, whole_samples, strict=True):
+    def run(early: bool) -> VLLMRun:
+        folder = tmp_path_factory.mktemp("run")
+        return run_vllm(folder, f"pretrained={smollm2},early_decision={early}", limit=limit)
+
+    whole = undefended_vllm if limit else run(early=False)
+    early = run(early=True)
+    assert scores(early.results, "alpacafarm_injection") == scores(whole.results, "alpacafarm_injection")
+    for one, other in zip(early.samples, whole.samples, strict=True):
         assert {name: one[name] for name in one["metrics"]} == {name: other[name] for name in other["metrics"]}
-    facts = [results["config"]["dtt_plugin"] for results in (whole, early)]
-    least = 2 if more else 5  # 48 tokens decide no benign response
+    facts = [run.results["config"]["dtt_plugin"] for run in (whole, early)]
+    least = 2 if limit else 5  # 48 tokens decide no benign response
     assert facts[1]["generated_tokens"] * least <= facts[0]["generated_tokens"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from dtt_plugin.tokens import load_tokens
 from tests import conftest
 from tests.bake_helpers import assert_same_logits, load
 from tests.checkpoints import make_checkpoint
-from tests.conftest import write_tokens
+from tests.conftest import lm_eval, write_tokens
 
 
 def evaluate(pretrained: str, *, model_args: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
@@ -190,16 +189,14 @@ def test_neutralised_tokens_are_counted_once_per_run(tiny: str, caplog: pytest.L
     assert sum("6 control tokens in untrusted data were neutralised" in r.message for r in caplog.records) == 1
 
 
-def test_two_runs_give_byte_identical_sample_files(
-    tiny: str, tiny_tokens: str, tmp_path: Path, lm_eval_command: Callable[..., Any]
-) -> None:
+def test_two_runs_give_byte_identical_sample_files(tiny: str, tiny_tokens: str, tmp_path: Path) -> None:
     written = []
     for out in ("one", "two"):
-        result = lm_eval_command(
+        result = lm_eval(
             "--model", "dtt_hf",
             "--model_args", f"pretrained={tiny},dtype=float32,max_length=4096,tokens={tiny_tokens}",
             "--tasks", "injection_demo", "--limit", "3", "--batch_size", "4", "--gen_kwargs", "max_gen_toks=8",
-            "--log_samples", "--output_path", str(tmp_path / out),
+            "--log_samples", "--output_path", str(tmp_path / out), folder=tmp_path, all_tasks=False,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
         written.append(next((tmp_path / out).rglob("samples_*.jsonl")).read_bytes())

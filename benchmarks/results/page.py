@@ -29,7 +29,10 @@ Points = dict[str, dict[int, tuple[int, int]]]
 
 
 def write_page(docs: Path) -> None:
-    """Write `docs/results.md` and `docs/results/`; the runs are read from the working directory."""
+    """Write `docs/results.md` and `docs/results/`; the runs are read from the working directory.
+
+    A run over a part of the records (`--limit`) in a folder gets a table of its own and counts as missing.
+    """
     found = {name: read_runs([Path(name) / "runs"])[0] if Path(name).exists() else [] for name in plan.CELLS}
     full = [run for name in ("base", "twin", "drifted") for run in found[name]]
     points = _curve_points([*found["drifted"], *found["curves"]])
@@ -42,7 +45,8 @@ def write_page(docs: Path) -> None:
         write_figures(folder, board, logs=logs)
         write_report(folder / "report.html", board, full, logs=logs, samples=False)
     steps = sorted({step for by_step in points.values() for step in by_step})
-    short = [f"{name} {len(found[name])} of {n} runs" for name, n in plan.CELLS.items() if len(found[name]) < n]
+    finished = {name: sum(name == "curves" or not run.limited for run in runs) for name, runs in found.items()}
+    short = [f"{name} {finished[name]} of {n} runs" for name, n in plan.CELLS.items() if finished[name] < n]
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
     text = environment.from_string(Path(__file__).with_name("page.md.j2").read_text(encoding="utf-8")).render(
         **_machine(),
@@ -92,8 +96,8 @@ def _table(runs: list[Run]) -> str:
 
 def _flipped(base: list[Run], twin: list[Run]) -> list[tuple[str, str, str]]:
     """Return per run on the twin how many outcomes differ from the native tokens' and the undefended on the model."""
-    native = [run for run in base if run.method == "trained"]
-    none = [run for run in base if run.defense == "none"]
+    native = [run for run in base if run.method == "trained" and not run.limited]
+    none = [run for run in base if run.defense == "none" and not run.limited]
     if not native or not none:
         return []
 

@@ -114,20 +114,21 @@ class DttVLLM(Defended, VLLM):
         # lm-eval passes batch size 1 where none is given; vLLM schedules its batches itself.
         if str(kwargs.get("batch_size", 1)) == "1":
             kwargs["batch_size"] = "auto"
-        if current_platform.is_cpu() and kwargs.get("dtype", "auto") == "auto":
+        if not current_platform.is_cpu():
+            return
+        if kwargs.get("dtype", "auto") == "auto":
             kwargs["dtype"] = "float32"
             logger.info("dtype=float32, since vLLM runs on the processor.")
         chosen = kwargs.keys() & {"gpu_memory_utilization", "kv_cache_memory_bytes"}
-        if current_platform.is_cpu() and not chosen and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        if not chosen and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             # vLLM would claim 92 % of the memory, and refuse to start where other programs use a part of it.
             kwargs["kv_cache_memory_bytes"] = _CPU_KV_CACHE_BYTES
-        if current_platform.is_cpu():
-            # vLLM leaves a core to a server's front end; here it would idle, half of a machine with two.
-            os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-            # Prompts share what they begin with by whole blocks, and a record's four variants begin alike; the
-            # 128 tokens that vLLM takes on a processor are longer than most of these beginnings.
-            kwargs.setdefault("block_size", 32)
-        if demo and current_platform.is_cpu():
+        # vLLM leaves a core to a server's front end; here it would idle, half of a machine with two.
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+        # Prompts share what they begin with by whole blocks, and a record's four variants begin alike; the
+        # 128 tokens that vLLM takes on a processor are longer than most of these beginnings.
+        kwargs.setdefault("block_size", 32)
+        if demo:
             kwargs.setdefault("enforce_eager", True)
             if "max_length" not in kwargs:
                 kwargs.setdefault("max_model_len", 2048)

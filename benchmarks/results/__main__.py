@@ -136,7 +136,7 @@ def measure(data: Path) -> None:
     sibling = with_tokens | {"models": [SIBLING]}
     sweep("drifted", [sibling | {"defenses": ["none"]}])
     trained = [f"tokens/{name}.safetensors" for name in plan.STARTS]
-    sweep("drifted", [sibling | {"tokens": [*moved(MODEL, native, "procrustes", "copy"), *trained]}])
+    sweep("drifted", [sibling | {"tokens": [start, *moved(MODEL, native, "copy"), *trained]}])
     curves = [f"tokens/{name}.step-{step}.safetensors" for step in plan.CURVE_STEPS for name in plan.STARTS]
     sweep("curves", [sibling | {"tokens": curves}], limit=plan.CURVE_RECORDS)
     for name, (model, tokens) in plan.UTILITY.items():

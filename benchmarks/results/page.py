@@ -14,18 +14,17 @@ import numpy as np
 from benchmarks.alignment import machine
 from benchmarks.results import plan
 from dtt_plugin.files import sha256_file
-from dtt_plugin.leaderboard import tables
+from dtt_plugin.leaderboard import statistics, tables
 from dtt_plugin.leaderboard.comparison import build
 from dtt_plugin.leaderboard.curves import FORMAT
 from dtt_plugin.leaderboard.figures import write_figures
 from dtt_plugin.leaderboard.flips import flips
 from dtt_plugin.leaderboard.page import write_report
 from dtt_plugin.leaderboard.runs import Run, read_runs
-from dtt_plugin.leaderboard.statistics import clopper_pearson
 from dtt_plugin.tokens import load_tokens
 
-Points = dict[str, dict[int, tuple[int, int]]]
-"""Per start, per step: hits of the worst attack, and n."""
+Points = dict[str, dict[int, dict[str, Any]]]
+"""Per start, per step: the worst attack's rate, as `statistics.rate` gives it."""
 
 
 def write_page(docs: Path) -> None:
@@ -62,7 +61,7 @@ def write_page(docs: Path) -> None:
         drift=_json("drift.json"),
         curve_steps=steps,
         curves=[
-            (title, [_rate(points[name].get(step)) for step in steps])
+            (title, [tables.rate_text(points[name].get(step)) for step in steps])
             for name, title in zip(plan.STARTS, ("transferred", "random"), strict=True)
         ],
         utility=_utility(),
@@ -123,7 +122,7 @@ def _curve_points(runs: list[Run]) -> Points:
         if run.tokens_sha256 in places:
             name, step = places[run.tokens_sha256]
             chosen = np.array(run.record_ids) < plan.CURVE_RECORDS
-            points[name][step] = int(run.hacked[chosen].sum(axis=0).max()), int(chosen.sum())
+            points[name][step] = statistics.rate(max(run.hacked[chosen].T, key=np.sum))
     return points
 
 
@@ -133,17 +132,10 @@ def _curve_logs(points: Points) -> list[Path]:
     for name, by_step in points.items():
         if by_step:
             entries: list[dict[str, Any]] = [{"format": FORMAT, "label": f"{name}, evaluation records"}]
-            entries += [{"step": step, "asr": hits / n, "n": n} for step, (hits, n) in sorted(by_step.items())]
+            entries += [{"step": step, "asr": at["rate"], "n": at["n"]} for step, at in sorted(by_step.items())]
             files.append(Path(f"curve-{name}.jsonl"))
             files[-1].write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return files
-
-
-def _rate(point: tuple[int, int] | None) -> str:
-    if point is None:
-        return "-"
-    low, high = clopper_pearson(*point)
-    return f"{point[0]}/{point[1]} = {100 * point[0] / point[1]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _utility() -> list[tuple[str, str, str, str]]:

@@ -6,6 +6,7 @@ import copy as copying
 import json
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from dtt_plugin.checkpoint import Checkpoint, open_checkpoint
 from dtt_plugin.checkpoint_folder import read_json_table
 from dtt_plugin.costs import peak_memory_mb, recorded_costs
 from dtt_plugin.errors import DttError
+from dtt_plugin.files import sync
 from dtt_plugin.formats import check_format
 from dtt_plugin.tokens import DefensiveTokens
 from dtt_plugin.vllm_plugin import CONFIG_KEY
@@ -117,8 +119,13 @@ def bake(
     templates = defended_templates(
         tokenizer, prompt_format, k=tokens.k, default_on=default_on, system_in_user=system_in_user
     )
-    with staged(out, force=force, replaceable=is_defended_checkpoint) as folder:
+    with (
+        staged(out, force=force, replaceable=is_defended_checkpoint) as folder,
+        ThreadPoolExecutor(1, thread_name_prefix="dtt-sync") as disk,
+    ):
         how = (write_overlay if overlay else write_weights)(plan, folder, copy=copy)
+        # The disk writes while the rest is made and verified.
+        synced = disk.map(sync, [folder / name for name in how if how[name] in ("written", "copied")])
         _carry_over(checkpoint, folder)
         tokenizer.write_defended(folder, plan.names, plan.token_ids, templates, keep_bos=keep_bos)
         _write_config(plan, folder)
@@ -127,6 +134,7 @@ def bake(
             card(plan, prompt_format=prompt_format, default_on=default_on), encoding="utf-8"
         )
         digests = verify_checkpoint(plan, folder) if verify else {}
+        list(synced)  # or a full disk is said here
         manifest = manifest_of(
             plan,
             prompt_format=prompt_format,

@@ -51,7 +51,6 @@ def staged(out: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> It
         descriptor = os.open(temporary, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield temporary
-        # Once for all files: until here the disk writes in the background, while the rest is made and verified.
         _sync_tree(temporary)
         umask = os.umask(0)
         os.umask(umask)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from dtt_plugin.bake.plan import BakePlan, TensorChange
-from dtt_plugin.bake.weights import blocks, indexed_tensors
+from dtt_plugin.bake.plan import AT_ONCE, BakePlan, TensorChange
+from dtt_plugin.bake.weights import BLOCK, blocks, indexed_tensors
 from dtt_plugin.checkpoint_folder import read_json_table
 from dtt_plugin.errors import DttError
 from dtt_plugin.tensor_files import TensorLocation
@@ -30,12 +31,19 @@ def verify(plan: BakePlan, folder: Path) -> dict[str, str]:
     changes = {change.name: change for change in plan.changes}
     if result.keys() != base.keys() | changes.keys():
         raise _differs(folder, f"the tensors {sorted(result.keys() ^ (base.keys() | changes.keys()))[:3]}")
-    digests = {}
-    for name, location in result.items():
-        if name in changes:
-            digests[name] = _check_changed(location, changes[name])
-        elif not _same_file(location, base[name]):
-            _check_equal(location, base[name])
+
+    def check(location: TensorLocation) -> str | None:
+        if location.name in changes:
+            return _check_changed(location, changes[location.name])
+        if not _same_file(location, base[location.name]):
+            _check_equal(location, base[location.name])
+        return None
+
+    # Reading, comparing and hashing all leave the interpreter, so tensors are checked side by side.
+    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="dtt-verify") as pool:
+        digests = {
+            name: digest for name, digest in zip(result, pool.map(check, result.values()), strict=True) if digest
+        }
     _check_config(folder, plan)
     _check_token_names(folder, plan)
     return digests
@@ -47,12 +55,13 @@ def _check_changed(location: TensorLocation, change: TensorChange) -> str:
         raise _differs(location.file, f"the shape of {location.name}")
     digest = hashlib.sha256()
     row_nbytes = location.row_nbytes
+    buffer = np.empty(min(BLOCK, location.nbytes), np.uint8)
     for start, block in blocks(location):
         digest.update(block.data)
-        expected = np.zeros(len(block), np.uint8)
+        expected = buffer[: len(block)]
         unchanged = max(min(change.source.nbytes - start, len(block)), 0)
-        if unchanged:
-            change.source.read_into(expected[:unchanged], start)
+        change.source.read_into(expected[:unchanged], start)
+        expected[unchanged:] = 0
         for row, values in change.rows.items():
             first = row * row_nbytes - start
             if -row_nbytes < first < len(block):
@@ -70,7 +79,7 @@ def _same_file(location: TensorLocation, base: TensorLocation) -> bool:
 def _check_equal(location: TensorLocation, base: TensorLocation) -> None:
     if (location.shape, location.dtype) != (base.shape, base.dtype):
         raise _differs(location.file, f"the shape of {location.name}")
-    buffer = np.empty(min(base.nbytes, 8 << 20), np.uint8)
+    buffer = np.empty(min(BLOCK, base.nbytes), np.uint8)
     for start, block in blocks(location):
         base.read_into(buffer[: len(block)], start)
         if not np.array_equal(block, buffer[: len(block)]):

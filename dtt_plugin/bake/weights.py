@@ -25,7 +25,7 @@ from dtt_plugin.checkpoint_folder import INDEX_FILE, read_json_table
 from dtt_plugin.errors import DttError
 from dtt_plugin.tensor_files import TensorLocation, read_header
 
-_BLOCK = 8 << 20
+BLOCK = 8 << 20
 _FICLONERANGE = 0x4020940D
 _ALIGNMENT = 4096
 
@@ -216,9 +216,9 @@ def _share_range(source: int, offset: int, target: int, position: int, count: in
 
 
 def _copy_by_reading(source: int, offset: int, target: int, position: int, count: int) -> None:
-    buffer = memoryview(bytearray(min(count, _BLOCK)))
+    buffer = memoryview(bytearray(min(count, BLOCK)))
     while count:
-        done = os.preadv(source, [buffer[: min(count, _BLOCK)]], offset)
+        done = os.preadv(source, [buffer[: min(count, BLOCK)]], offset)
         if done == 0:
             raise OSError(errno.EIO, "a weight file ended early; it may have been changed meanwhile")
         _write_at(target, buffer[:done], position)
@@ -255,8 +255,8 @@ def _write_index(plan: BakePlan, folder: Path) -> None:
 
 def blocks(location: TensorLocation) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[np.uint8]]]]:
     """Yield a tensor's raw bytes as (start, block), in one buffer that is used again."""
-    buffer = np.empty(min(_BLOCK, location.nbytes), np.uint8)
-    for start in range(0, location.nbytes, _BLOCK):
-        part = buffer[: min(_BLOCK, location.nbytes - start)]
+    buffer = np.empty(min(BLOCK, location.nbytes), np.uint8)
+    for start in range(0, location.nbytes, BLOCK):
+        part = buffer[: min(BLOCK, location.nbytes - start)]
         location.read_into(part, start)
         yield start, part

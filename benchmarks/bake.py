@@ -2,10 +2,10 @@
 
     python benchmarks/bake.py FOLDER [--layers 21] [--no-reference]
 
-FOLDER needs twice the checkpoint's size, 11.3 GB at 21 layers. Weights are synthetic; the shards are cut as
-the published ones are: the embedding in a first one of 5 GB, the head in a last one of 1.3 GB. The files are
-dropped from the page cache before each step, and what is written is synced. All but the reference run twice in
-turn, and the faster counts.
+FOLDER needs twice the checkpoint's size (11.3 GB at 21 layers, 16.1 GB at all 32), the reference 11 to 18 GB of
+memory. Weights are synthetic; the shards are cut as the published ones are: the embedding in a first one of 5 GB,
+the head in a last one. The files are dropped from the page cache before each step, and what is written is synced.
+All but the reference run twice in turn, and the faster counts.
 """
 
 from __future__ import annotations

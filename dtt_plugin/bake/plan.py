@@ -211,7 +211,8 @@ def mean_row(matrix: TensorLocation, n_rows: int) -> bytes:
 
     def block_sum(start: int) -> NDArray[np.float64]:
         block = matrix.read_rows(start, min(start + _ROWS_AT_ONCE, n_rows))
-        return _as_float32(block).sum(axis=0, dtype=np.float32).astype(np.float64)
+        partial: NDArray[np.float32] = _as_float32(block).sum(axis=0, dtype=np.float32)
+        return partial.astype(np.float64)
 
     # Side by side, and added in order: the same bytes on every machine.
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="dtt-mean") as pool:

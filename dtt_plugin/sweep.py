@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,8 +92,8 @@ class Load:
 
 def _weights(model: str | None) -> list[tuple[str, int, int]]:
     """Return what tells one state of a model's folder from another; nothing for a hub id."""
-    folder = Path(model) if model else None
-    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder and folder.is_dir() else []
+    folder = Path(model) if model and os.path.isdir(model) else None
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder else []
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
@@ -108,7 +110,7 @@ class Cell:
         tokens = self.load.tokens
         words = [self.load.model.rstrip("/").rsplit("/", 1)[-1], self.defense]
         words += [tokens.method or tokens.file.name.split(".")[0]] if tokens else []
-        return "--".join("".join(c if c.isalnum() or c in "._+-" else "_" for c in word) for word in words)
+        return "--".join("".join(c if c.isalnum() or c in "._+-" else "_" for c in word)[:60] for word in words)
 
     @cached_property
     def key(self) -> str:
@@ -150,16 +152,24 @@ def read_sweep(path: Path) -> list[Cell]:
         raise DttError(f"{path}: model_args: {min(ours)} belongs into the grid; see docs/sweep.md.")
     settings = {name: top[name] for name in ("gen_kwargs", "limit", "batch_size") if top.get(name) is not None}
     _mapping(path, "gen_kwargs", settings.get("gen_kwargs", {}), None)
-    if type(settings.get("limit", 1)) not in (int, float) or settings.get("limit", 1) <= 0:
+    if not _is_limit(settings.get("limit", 1)):
         raise DttError(f"{path}: limit: {settings['limit']!r} is not a positive number of records.")
-    task = top.get("task", "alpacafarm_injection")
-    if not isinstance(task, str):
-        raise DttError(f"{path}: task: {task!r} is not the name of one task.")
-    cells = []
+    batch_size = settings.get("batch_size", 1)
+    if not isinstance(batch_size, str) and (type(batch_size) is not int or batch_size < 1):
+        raise DttError(f"{path}: batch_size: {batch_size!r} is neither a positive number nor auto.")
+    task = _name(path, "task", top.get("task", "alpacafarm_injection"))
+    cells: list[Cell] = []
     for number, part in enumerate(_list(path, "grid", top.get("grid")), 1):
         where = f"grid, entry {number}"
         entry = _mapping(path, where, part, ("models", "prompt_format", "defenses", "tokens"))
         cells += list(_cells(path, where, entry, engine=engine, task=task, settings=settings, model_args=model_args))
+    try:
+        for cell in cells:
+            _ = cell.key
+    except (TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, DttError):
+            raise
+        raise DttError(f"{path}: model_args or gen_kwargs are no plain values ({error}); see docs/sweep.md.") from error
     if not cells:
         raise DttError(f"{path}: grid: is empty; give at least one entry with models:.")
     twice = [cell.name for cell in cells if cells.count(cell) > 1]
@@ -171,7 +181,7 @@ def read_sweep(path: Path) -> list[Cell]:
 def _cells(path: Path, where: str, entry: Mapping[str, Any], **common: Any) -> Iterator[Cell]:
     prompt_format = entry.get("prompt_format")
     if prompt_format is not None:
-        check_format(prompt_format)
+        check_format(_name(path, f"{where}, prompt_format", prompt_format))
     sources = [_token_source(path, where, value) for value in _list(path, f"{where}, tokens", entry.get("tokens", []))]
     by_default = [*_DEFAULT_DEFENSES, *([TOKENS] if sources else [])]
     defenses = _texts(path, f"{where}, defenses", entry.get("defenses", by_default))
@@ -186,12 +196,13 @@ def _cells(path: Path, where: str, entry: Mapping[str, Any], **common: Any) -> I
 
 def _token_source(path: Path, where: str, value: Any) -> TokenSource:
     if isinstance(value, str):
-        return TokenSource(_token_file(path, value))
+        return TokenSource(_token_file(path, _name(path, f"{where}, tokens", value)))
     outer = _mapping(path, f"{where}, tokens", value, ("transfer",))
     inner = _mapping(path, f"{where}, transfer", outer.get("transfer"), ("source", "tokens", "method"))
     for name in ("source", "tokens"):
-        if not isinstance(inner.get(name), str):
+        if name not in inner:
             raise DttError(f"{path}: {where}, transfer: {name}: is missing; give source: MODEL and tokens: FILE.")
+        _name(path, f"{where}, transfer, {name}", inner[name])
     method = inner.get("method", METHODS[0])
     if method not in METHODS:
         raise DttError(f"{path}: {where}, transfer: method: {method!r} is none of {', '.join(METHODS)}.")
@@ -205,7 +216,9 @@ def _token_file(path: Path, name: str) -> Path:
 def _mapping(path: Path, where: str, value: Any, allowed: Sequence[str] | None) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DttError(f"{path}: {where} is no mapping of names to values; see docs/sweep.md.")
-    unknown = [str(name) for name in value if allowed is not None and name not in allowed]
+    if other := [name for name in value if not isinstance(name, str)]:
+        raise DttError(f"{path}: {where} has the key {other[0]!r}, which is no name; put it in quotes.")
+    unknown = [name for name in value if allowed is not None and name not in allowed]
     if unknown:
         raise DttError(f"{path}: {where} has the unknown key {unknown[0]!r}; it knows {', '.join(allowed or ())}.")
     return value
@@ -219,9 +232,20 @@ def _list(path: Path, where: str, value: Any) -> list[Any]:
 
 def _texts(path: Path, where: str, value: Any) -> list[str]:
     values = _list(path, where, value)
-    if not values or not all(isinstance(text, str) for text in values):
+    if not values:
         raise DttError(f"{path}: {where}: is no list of names; see docs/sweep.md.")
-    return values
+    return [_name(path, where, text) for text in values]
+
+
+def _name(path: Path, where: str, value: Any) -> str:
+    """Return `value` where it can be the name of a model, file or task."""
+    if not isinstance(value, str) or not value.strip() or not value.isprintable():
+        raise DttError(f"{path}: {where}: {str(value)[:80]!r} is no name; see docs/sweep.md.")
+    return value
+
+
+def _is_limit(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
 
 
 # Running it -------------------------------------------------------------------------------------------------------
@@ -237,7 +261,10 @@ def run_sweep(cells: Sequence[Cell], out: Path) -> list[Cell]:
     """
     from filelock import FileLock, Timeout
 
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DttError(f"--out {out} can't be a folder ({error.strerror}); give another.") from error
     try:
         with FileLock(out / ".lock", timeout=0):
             for load, group in groupby(cells, key=lambda cell: cell.load):

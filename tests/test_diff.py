@@ -102,6 +102,48 @@ def test_the_gate_fails_with_3_and_writes_junit(
     assert report["fail_if"] == {"asr(A) - asr(B) > 0.05": False}
 
 
+def test_the_gate_refuses_runs_made_in_another_way_and_tells_of_another_model(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcomes = {"ignore": planted(10, 50), "completion": planted(0, 50)}
+    later = write_run(tmp_path / "c", outcomes=outcomes, refusal=[0] * 50, version=9.0, max_gen_toks=1)
+    assert main(["compare", pair[0], str(later), "--fail-if", "asr(B) > asr(A)"]) == 2
+    assert "differ in task version and generation settings" in capsys.readouterr().err
+    other = write_run(tmp_path / "d", outcomes=outcomes, refusal=[0] * 50, model="owner/other")
+    for command in ("compare", "diff"):
+        assert main([command, pair[0], str(other)]) == 0
+        assert "A and B differ in model." in capsys.readouterr().out
+
+
+def test_a_difference_of_exactly_the_bar_is_not_above_it(tmp_path: Path) -> None:
+    runs = {
+        name: read_run(write_run(tmp_path / name, outcomes={"ignore": planted(hits, 20)}))
+        for name, hits in (("A", 3), ("B", 4))
+    }
+    assert 4 / 20 - 3 / 20 > 0.05  # what binary fractions would say
+    assert not gate.holds("asr(B) - asr(A) > 0.05", runs)
+    assert gate.holds("asr(B) - asr(A) >= 0.05", runs)
+    assert not gate.holds("1e308 * 10 - 1e308 * 10 < 0", runs)
+
+
+def test_names_reach_no_terminal_as_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes = {"\x1b]0;x\x07": planted(3, 20), "ignore": planted(3, 20)}
+    a, b = (str(write_run(tmp_path / name, outcomes=outcomes)) for name in "ab")
+    assert main(["compare", a, b]) == 0
+    assert main(["diff", a, b, "--attack", "zz"]) == 2
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err
+    assert "⟨U+001B⟩]0;x" in said.out
+
+
+def test_a_folders_name_that_is_no_utf8_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "bad\udcff"
+    run = str(write_run(folder, outcomes={"ignore": planted(3, 20)}))
+    for command in (["compare", run, run], ["diff", run, run], ["rescore", run], ["leaderboard", run]):
+        assert main([*command, "--json"]) == 0
+        assert "bad\udcff" in json.dumps(json.loads(capsys.readouterr().out), ensure_ascii=False)
+
+
 @pytest.mark.parametrize(
     ("condition", "holds"),
     [

@@ -14,7 +14,7 @@ from matplotlib.container import BarContainer
 from dtt_plugin.errors import DttError
 from dtt_plugin.leaderboard import charts
 from dtt_plugin.leaderboard.charts import learning_curves
-from dtt_plugin.leaderboard.curves import read_curve
+from dtt_plugin.leaderboard.curves import read_curve, read_curves
 from dtt_plugin.leaderboard.figures import asr_bars, gap_closed, write_figures
 from dtt_plugin.leaderboard.geometry import letter, read_geometry
 from dtt_plugin.tokens import DefensiveTokens, save_tokens
@@ -29,10 +29,14 @@ def log(path: Path, *entries: dict[str, Any], first: dict[str, Any] | None = Non
     return path
 
 
-def inputs(tmp_path: Path) -> dict[str, list[Path]]:
+def inputs(tmp_path: Path) -> dict[str, Any]:
     tokens = [Path(write_tokens(tmp_path / f"{n}.tokens.safetensors", width=16, seed=i)) for i, n in enumerate("ab")]
     points: list[dict[str, Any]] = [{"step": 0, "loss": 2.0}, {"step": 0, "asr": 0.5}, {"step": 10, "asr": 0.1}]
-    return {"tokens": tokens, "logs": [log(tmp_path / "a.log.jsonl", *points)]}
+    problems: list[str] = []
+    curves = read_curves([log(tmp_path / "a.log.jsonl", *points)], problems)
+    found = {"geometries": read_geometry(tokens, problems), "curves": curves}
+    assert not problems
+    return found
 
 
 def test_every_figure_comes_as_png_and_svg_and_is_the_same_again(tmp_path: Path) -> None:
@@ -92,7 +96,7 @@ def test_geometry_has_norms_cosines_and_plane(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     rows = np.array([[3, 0, 0], [0, 4, 0], [-1, 0, 0]], np.float32)
     save_tokens(path, DefensiveTokens(rows=rows, model="m", method="random", prompt_format="model"))
-    (geometry,) = read_geometry([path])
+    (geometry,) = read_geometry([path], [])
     assert geometry.norms.tolist() == [3, 4, 1]
     assert geometry.cosine == pytest.approx(np.array([[1, 0, -1], [0, 1, 0], [-1, 0, 1]]))
     # Three points of a plane: two components hold all of the variance and keep all distances.
@@ -108,16 +112,16 @@ def test_the_vocabulary_is_beside_the_tokens_where_its_checkpoint_is_at_hand(tmp
 
     folder = make_checkpoint(tmp_path / "model", width=32)
     tokens = Path(write_tokens(tmp_path / "t.safetensors", width=32, model=str(folder)))
-    (geometry,) = read_geometry([tokens])
+    (geometry,) = read_geometry([tokens], [])
     norms = np.linalg.norm(open_checkpoint(str(folder)).input_embedding().read().astype(np.float32), axis=1)
     assert geometry.vocabulary == pytest.approx(np.quantile(norms, [0.01, 0.5, 0.99]))
     other = Path(write_tokens(tmp_path / "wide.safetensors", width=64, model=str(folder)))
-    assert read_geometry([other])[0].vocabulary is None
+    assert read_geometry([other], [])[0].vocabulary is None
 
 
 def test_tokens_are_compared_within_their_own_embedding_space(tmp_path: Path) -> None:
     files = [Path(write_tokens(tmp_path / f"{i}.safetensors", width=8, seed=i, model=m)) for i, m in enumerate("xyx")]
-    spaces = read_geometry(files)
+    spaces = read_geometry(files, [])
     assert [(space.model, space.names) for space in spaces] == [
         ("x", [f"{source}{place}" for source in "AB" for place in range(5)]),
         ("y", [f"A{place}" for place in range(5)]),
@@ -128,9 +132,9 @@ def test_one_token_of_norm_zero_is_drawn(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     zero = DefensiveTokens(rows=np.zeros((1, 4), np.float32), model="m", method="random", prompt_format="model")
     save_tokens(path, zero)
-    (geometry,) = read_geometry([path])
+    (geometry,) = read_geometry([path], [])
     assert geometry.cosine.tolist() == [[0]]
-    assert len(write_figures(tmp_path / "f", board([]), tokens=[path])) == 4
+    assert len(write_figures(tmp_path / "f", board([]), [geometry])) == 4
 
 
 def test_without_matplotlib_one_sentence_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -128,6 +129,16 @@ def test_two_records_separate_nothing(tmp_path: Path) -> None:
     group = board(tmp_path)["groups"][0]
     assert group["smallest_difference"] is None
     assert not group["discriminating"]
+
+
+def test_what_discriminates_is_asked_of_what_is_tested(tmp_path: Path) -> None:
+    # Each attack works on five records of its own: ASR(max) is 5 of 20, ASR(any), which the tests are about, 15 of 20.
+    apart = {attack: planted(5, 20, start=5 * place) for place, attack in enumerate(ATTACKS)}
+    write_run(tmp_path, outcomes=apart, stamp=0)
+    write_run(tmp_path, outcomes={attack: [0] * 20 for attack in ATTACKS}, defense="reminder", stamp=1)
+    group = board(tmp_path)["groups"][0]
+    assert group["discriminating"]
+    assert next(row for row in group["rows"] if row["defense"] == "reminder")["vs_undefended"]["told_from_noise"]
 
 
 def test_a_ratio_over_a_gap_that_may_be_zero_is_undefined(tmp_path: Path) -> None:
@@ -290,6 +301,104 @@ def test_a_tables_rows_leave_out_what_its_title_says(tmp_path: Path) -> None:
     assert rows(table).keys() == {"none · x #1", "none · x #2"}
     names = [[row[0] for row in sheet.rows] for sheet in tables.sheets(table)]
     assert names == [["none #1", "none #2"]] * 3 + [["none", "reminder"]] * 3
+
+
+def test_a_name_that_begins_like_another_stays_whole(tmp_path: Path) -> None:
+    arm(tmp_path, 100, model="x/llama", prompt_format="llama3", stamp=0)
+    arm(tmp_path, 100, model="y/other", prompt_format="chatml", stamp=1)
+    names = [sheet.rows[0][0] for sheet in tables.sheets(board(tmp_path)) if "cost" not in sheet.title]
+    assert set(names) == {"none"}
+
+
+def test_csv_keeps_tables_of_one_title_apart(tmp_path: Path) -> None:
+    arm(tmp_path, 100, stamp=0)
+    arm(tmp_path, 100, version=9.0, stamp=1)
+    lines = list(csv.DictReader(io.StringIO(tables.comma_separated(board(tmp_path)))))
+    assert [line["table"] for line in lines] == ["1", "2"]
+    assert lines[0]["title"] == lines[1]["title"]
+    assert "task version" in lines[1]["reason"]
+
+
+def test_linked_folders_are_read_and_each_once(tmp_path: Path) -> None:
+    arm(tmp_path / "real", 100)
+    given = tmp_path / "given"
+    given.mkdir()
+    (given / "linked").symlink_to(tmp_path / "real")
+    (given / "round").symlink_to(given)
+    (given / "loop").symlink_to("loop")
+    table = board(given, tmp_path / "real")
+    assert (len(table["files"]), table["problems"]) == (1, [])
+    assert board(given / "loop")["problems"] == [
+        f"{given / 'loop'} does not exist; give the folder of lm-eval's --output_path."
+    ]
+
+
+def test_what_is_no_regular_file_or_has_no_possible_name_is_a_sentence(tmp_path: Path) -> None:
+    good = arm(tmp_path, 100)
+    os.mkfifo(tmp_path / "results_2026-01-01T00-00-00.8.json")
+    (tmp_path / "results_2026-01-01T00-00-00.9.json").mkdir()
+    long = json.loads(good.read_text())
+    for part in ("results", "configs"):
+        long[part] = {"t" * 300: next(iter(long[part].values()))}
+    (tmp_path / "results_2026-01-01T00-00-00.7.json").write_text(json.dumps(long))
+    table = board(tmp_path, Path("x" * 300))
+    assert table["files"] == [str(good)]
+    assert [
+        says in problem
+        for says, problem in zip(
+            ("does not exist", "is missing", "is no file", "is no file"), table["problems"], strict=True
+        )
+    ] == [True] * 4
+
+
+def test_a_run_over_all_records_is_not_limited_whatever_the_limit_was(tmp_path: Path) -> None:
+    arm(tmp_path, 100, limit=1000)
+    assert not board(tmp_path)["groups"][0]["rows"][0]["limited"]
+
+
+def test_an_attack_may_not_be_called_like_the_other_outcome(tmp_path: Path) -> None:
+    write_run(tmp_path, outcomes={"refusal": planted(3, 20), "ignore": planted(3, 20)})
+    assert "is not a sample" in board(tmp_path)["problems"][0]
+
+
+def test_a_bad_token_file_or_log_is_a_sentence_and_the_rest_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arm(tmp_path, 100)
+    (tmp_path / "log.jsonl").write_text("{}")
+    report = tmp_path / "report.html"
+    files = [
+        "--log",
+        str(tmp_path / "log.jsonl"),
+        "--tokens",
+        str(tmp_path / "none.safetensors"),
+        "--html",
+        str(report),
+    ]
+    assert main(["leaderboard", str(tmp_path), "--format", "csv", *files]) == 0
+    said = capsys.readouterr()
+    assert said.out.count("\n") == 2
+    assert said.err.count("\n") == 2
+    assert "log.jsonl does not begin" in report.read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_behind_the_output_is_a_sentence(tmp_path: Path) -> None:
+    arm(tmp_path, 100)
+    code = "import sys; from dtt_plugin.cli import main; sys.exit(main(sys.argv[1:]))"
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-c", code, "leaderboard", str(tmp_path), "--format", "csv"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "dtt leaderboard: the disk is full (standard output).\n")
+
+
+def test_a_terminal_that_knows_ascii_only_gets_every_table(tmp_path: Path) -> None:
+    arm(tmp_path, 100)
+    code = "import sys; from dtt_plugin.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "leaderboard", str(tmp_path), "--format", "markdown"]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=True)
+    assert rb"owner/model"[6:] in done.stdout
+    assert rb"\xb7 alpacafarm" in done.stdout
 
 
 def test_an_attacks_name_breaks_no_table(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ import pytest
 
 from dtt_plugin.cli import main
 from dtt_plugin.leaderboard import tables
+from dtt_plugin.leaderboard.curves import read_curve
+from dtt_plugin.leaderboard.geometry import read_geometry
 from dtt_plugin.leaderboard.page import render, write_report
 from dtt_plugin.leaderboard.sample_book import make_book
 from dtt_plugin.paths import cache_folder
@@ -148,7 +150,8 @@ def test_hostile_texts_are_shown_and_nothing_in_them_runs(chromium: Any, tmp_pat
     second = fake_run("B </script>\ud800", task=HOSTILE[3], record_ids=range(20), seed=1, texts=HOSTILE)
     log = training_log(tmp_path / "<b>.log.jsonl", label="".join(HOSTILE))
     tokens = Path(write_tokens(tmp_path / "<img src=x onerror=window.ran=9>.safetensors", width=8, model="<i>"))
-    page = Page(chromium, report(tmp_path, leaderboard, [first, second], tokens=[tokens], logs=[log]))
+    shown = {"geometries": read_geometry([tokens], []), "curves": [read_curve(log)]}
+    page = Page(chromium, report(tmp_path, leaderboard, [first, second], **shown))
     page.open_samples()
     page.choose(mode="all")
     assert len(page.records()) == 20

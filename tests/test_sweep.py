@@ -74,18 +74,52 @@ def test_the_example_for_a_processor_is_valid() -> None:
         ({"grid": [{"models": ["m"]}], "limit": True}, "limit: True is not a positive number"),
         ({"grid": [{"models": ["m"]}], "limit": -1}, "limit: -1 is not a positive number"),
         ({"grid": [{"models": ["m"]}], "model_args": {"tokens": "f"}}, "tokens belongs into the grid"),
-        ({"grid": [{"models": ["m"]}], "task": ["a"]}, "is not the name of one task"),
+        ({"grid": [{"models": ["m"]}], "task": ["a"]}, "is no name"),
         ({"grid": [{"models": ["m"], "defenses": ["tokens"]}]}, "need each other"),
         ({"grid": [{"models": ["m"], "defenses": ["none"], "tokens": ["f"]}]}, "need each other"),
         ({"grid": [{"models": ["m"], "tokens": [{"transfer": {"source": "s"}}]}]}, "tokens: is missing"),
         ({"grid": [{"models": ["m"], "tokens": [{"transfer": {"source": "s", "tokens": "t", "method": "x"}}]}]}, "'x'"),
         ({"grid": [{"models": ["m", "m"]}]}, "the grid has m--none twice"),
+        ({"grid": [{"models": ["m"], "prompt_format": ["a"]}]}, "prompt_format: .* is no name"),
+        ({"grid": [{"models": ["m"]}], "batch_size": {"a": 1}}, "batch_size: .* is neither"),
+        ({"grid": [{"models": [""]}]}, "models: '' is no name"),
+        ({"grid": [{"models": ["a\0b"]}]}, "is no name"),
+        ({"grid": [{"models": ["m"], "tokens": ["a\0b"]}]}, "is no name"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_sentence(content: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(DttError, match=message) as caught:
         read_sweep(written(tmp_path, content))
     assert str(caught.value).startswith(str(tmp_path / "sweep.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("gen_kwargs: {yes: 1, a: 2}", "gen_kwargs has the key True"),
+        ("limit: .nan", "limit: nan is not a positive number"),
+        ("limit: .inf", "limit: inf is not a positive number"),
+    ],
+)
+def test_what_yaml_alone_can_say_is_refused(line: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text(f"{line}\ngrid: [{{models: [m], defenses: [none]}}]")
+    with pytest.raises(DttError, match=message):
+        read_sweep(tmp_path / "sweep.yaml")
+
+
+def test_settings_that_hold_themselves_are_refused_and_a_long_name_is_only_shortened(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text("gen_kwargs: &a {x: *a}\ngrid: [{models: [m], defenses: [none]}]")
+    with pytest.raises(DttError, match="are no plain values"):
+        read_sweep(tmp_path / "sweep.yaml")
+    [cell] = read_sweep(written(tmp_path, {"grid": [{"models": ["m" * 300], "defenses": ["none"]}]}))
+    assert len(cell.folder(tmp_path).name) < 100
+
+
+def test_results_that_have_no_place_to_go_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    sweep = written(tmp_path, {"grid": [{"models": ["m"], "defenses": ["none"]}]})
+    assert main(["sweep", str(sweep), "--out", str(tmp_path / "file")]) == 2
+    assert "can't be a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["a: [", "a: !!python/object/apply:os.system ['true']", "\x00"])

@@ -16,7 +16,7 @@ from benchmarks.results import plan
 from dtt_plugin.files import sha256_file
 from dtt_plugin.leaderboard import statistics, tables
 from dtt_plugin.leaderboard.comparison import build
-from dtt_plugin.leaderboard.curves import FORMAT
+from dtt_plugin.leaderboard.curves import FORMAT, read_curve
 from dtt_plugin.leaderboard.figures import write_figures
 from dtt_plugin.leaderboard.flips import flips
 from dtt_plugin.leaderboard.page import write_report
@@ -41,8 +41,9 @@ def write_page(docs: Path) -> None:
     folder.mkdir(exist_ok=True)
     if full:
         board = build(full).to_dict()
-        write_figures(folder, board, logs=logs)
-        write_report(folder / "report.html", board, full, logs=logs, samples=False)
+        curves = [read_curve(path) for path in logs]
+        write_figures(folder, board, curves=curves)
+        write_report(folder / "report.html", board, full, curves=curves, samples=False)
     steps = sorted({step for by_step in points.values() for step in by_step})
     finished = {name: sum(name == "curves" or not run.limited for run in runs) for name, runs in found.items()}
     short = [f"{name} {finished[name]} of {n} runs" for name, n in plan.CELLS.items() if finished[name] < n]

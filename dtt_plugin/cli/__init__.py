@@ -8,13 +8,16 @@ stays instant and works without torch.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 import dtt_plugin
 from dtt_plugin.errors import DttError
+from dtt_plugin.safe_text import printable
 
 COMMANDS = (
     "align",
@@ -53,16 +56,29 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `dtt`; the exit code is 0 for success, 2 for bad input, else what the command returns."""
     args = parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII only
     try:
         code: int = args.run(args)
         sys.stdout.flush()
     except DttError as error:
-        print(f"dtt {args.command}: {error}", file=sys.stderr)
+        print(f"dtt {args.command}: {printable(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `head` has read enough; the code is that of a program that SIGPIPE ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 141
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _discard_output()
+        print(f"dtt {args.command}: the disk is full ({error.filename or 'standard output'}).", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"dtt {args.command}: interrupted", file=sys.stderr)
         return 130
     return code
+
+
+def _discard_output() -> None:
+    """Let what is left in the buffer go nowhere: Python writes it once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

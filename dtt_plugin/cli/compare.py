@@ -35,18 +35,21 @@ def run(args: argparse.Namespace) -> int:
     from dtt_plugin.errors import DttError
     from dtt_plugin.leaderboard import gate, tables
     from dtt_plugin.leaderboard.flips import check_paired
-    from dtt_plugin.leaderboard.runs import read_run
+    from dtt_plugin.leaderboard.runs import differences, read_run
 
     started = time.perf_counter()
     if args.junit and not args.fail_if:
         raise DttError("--junit reports conditions; give at least one with --fail-if.")
     a, b = read_run(args.a), read_run(args.b)
     check_paired(a, b)
+    apart = differences(a, b)
+    if unfair := [name for name in apart if name in ("task version", "generation settings")]:
+        raise DttError(f"{a.path} and {b.path} differ in {' and '.join(unfair)}; run both in the same way.")
     figures = gate.figures(a, b)
     outcomes = {condition: gate.holds(condition, {"A": a, "B": b}) for condition in args.fail_if}
     rows = [
         [
-            name,
+            tables.plain(name),
             tables.rate_text(row["A"]),
             tables.rate_text(row["B"]),
             f"{100 * row['effect']:+.1f} pp",
@@ -59,9 +62,12 @@ def run(args: argparse.Namespace) -> int:
     if args.junit:
         gate.write_junit(args.junit, outcomes, text, time.perf_counter() - started)
     if args.json:
-        show({"A": str(a.path), "B": str(b.path), "rates": figures, "fail_if": outcomes}, as_json=True)
+        report = {"A": str(a.path), "B": str(b.path), "differ_in": apart, "rates": figures, "fail_if": outcomes}
+        show(report, as_json=True)
     else:
         print(text)
+        if apart:
+            print(f"A and B differ in {' and '.join(apart)}.")
         for condition, failed in outcomes.items():
             print(f"{'FAILED' if failed else 'passed'}: {condition}")
     return FAILED if any(outcomes.values()) else 0

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """Print what flipped."""
     from dtt_plugin.errors import DttError
     from dtt_plugin.leaderboard.flips import flips
-    from dtt_plugin.leaderboard.runs import read_run
+    from dtt_plugin.leaderboard.runs import differences, read_run
     from dtt_plugin.leaderboard.tables import plain
 
     a, b = read_run(args.a), read_run(args.b)
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
             }
             for flip in found
         ]
-        show({"A": str(a.path), "B": str(b.path), "flips": rows}, as_json=True)
+        show({"A": str(a.path), "B": str(b.path), "differ_in": differences(a, b), "flips": rows}, as_json=True)
         return 0
     for flip in found:
         event = "refused" if flip.a.attack == "benign" else "hacked"
@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"  A  {_beginning(flip.a.text)}\n  B  {_beginning(flip.b.text)}")
     worse = sum(flip.worse for flip in found)
     print(f"{len(found)} flipped: {worse} worse and {len(found) - worse} better in B ({plain(b.defense)})")
+    if apart := differences(a, b):
+        print(f"A and B differ in {' and '.join(apart)}.")
     return 0
 
 

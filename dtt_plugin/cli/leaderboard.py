@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     """Read, compare, print, and write what was asked for."""
     from dtt_plugin.leaderboard import tables
     from dtt_plugin.leaderboard.comparison import build
+    from dtt_plugin.leaderboard.curves import read_curves
+    from dtt_plugin.leaderboard.geometry import read_geometry
     from dtt_plugin.leaderboard.runs import read_runs
 
     if not 0 <= args.floor <= 1:
@@ -75,16 +77,17 @@ def run(args: argparse.Namespace) -> int:
         for problem in problems[:-1]:
             print(f"dtt leaderboard: {tables.plain(problem)}", file=sys.stderr)
         raise DttError(tables.plain(problems[-1]))
+    geometries, curves = read_geometry(args.tokens, problems), read_curves(args.log, problems)
     board = build(runs, floor=args.floor, seed=args.seed, published=args.published, problems=problems).to_dict()
+    _print(board, "json" if args.json else args.format)
     if args.html:
         from dtt_plugin.leaderboard.page import write_report
 
-        write_report(args.html, board, runs, tokens=args.tokens, logs=args.log, samples=not args.without_samples)
+        write_report(args.html, board, runs, geometries, curves, samples=not args.without_samples)
     if args.figures:
         from dtt_plugin.leaderboard.figures import write_figures
 
-        write_figures(args.figures, board, tokens=args.tokens, logs=args.log)
-    _print(board, "json" if args.json else args.format)
+        write_figures(args.figures, board, geometries, curves)
     return 0
 
 

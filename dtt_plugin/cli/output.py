@@ -16,7 +16,9 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 def show(report: Mapping[str, Any], *, as_json: bool) -> None:
     """Print `report`: one JSON object, or one `name  value` line per entry."""
     if as_json:
-        print(json.dumps(report, indent=2, ensure_ascii=False))
+        text = json.dumps(report, indent=2, ensure_ascii=False)
+        # Half a surrogate pair (a file's name that is no UTF-8) has no bytes; its escape is JSON again.
+        print(text.encode("utf-8", "backslashreplace").decode())
         return
     width = max(map(len, report), default=0)
     for name, value in report.items():

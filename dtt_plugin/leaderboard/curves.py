@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dtt_plugin.errors import DttError
-from dtt_plugin.leaderboard.safe_text import printable
+from dtt_plugin.safe_text import printable
 
 FORMAT = "dtt.training/1"
 
@@ -22,6 +23,17 @@ class Curve:
     """(step, loss), by step."""
     asr: tuple[tuple[float, float], ...]
     """(step, ASR as a share from 0 to 1), by step, where it was evaluated."""
+
+
+def read_curves(paths: Iterable[Path], problems: list[str]) -> list[Curve]:
+    """Read training logs; what is none goes to `problems` as a sentence."""
+    curves = []
+    for path in paths:
+        try:
+            curves.append(read_curve(path))
+        except DttError as error:
+            problems.append(str(error))
+    return curves
 
 
 def read_curve(path: Path) -> Curve:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import replacing
 from dtt_plugin.leaderboard.charts import ratios_of
-from dtt_plugin.leaderboard.curves import Curve, read_curve
-from dtt_plugin.leaderboard.geometry import Geometry, letter, read_geometry
-from dtt_plugin.leaderboard.safe_text import all_printable
+from dtt_plugin.leaderboard.curves import Curve
+from dtt_plugin.leaderboard.geometry import Geometry, letter
+from dtt_plugin.safe_text import all_printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ _SETTINGS: Any = {
 
 
 def write_figures(
-    folder: Path, leaderboard: dict[str, Any], tokens: Sequence[Path] = (), logs: Sequence[Path] = ()
+    folder: Path, leaderboard: dict[str, Any], geometries: Sequence[Geometry] = (), curves: Sequence[Curve] = ()
 ) -> list[Path]:
     """Write each figure as PNG and SVG into `folder`, and return the files.
 
@@ -47,15 +47,14 @@ def write_figures(
         folder: it is made if it does not exist.
         leaderboard: as `Leaderboard.to_dict` gives it; every group gets an `asr` figure and, with
             ratios, a `gap-closed` one.
-        tokens: token files, one `geometry` figure per embedding space.
-        logs: training logs, all in one `curves` figure.
+        geometries: of token files, one `geometry` figure per embedding space.
+        curves: of training logs, all in one `curves` figure.
 
     Raises:
-        DttError: a token file or log is none, the folder can't be written, or there is no matplotlib.
+        DttError: the folder can't be written, or there is no matplotlib.
     """
     if not find_spec("matplotlib"):
         raise DttError("Figures are drawn by matplotlib, which is not installed; pip install 'dtt-plugin[report]'.")
-    geometries, curves = read_geometry(tokens), [read_curve(path) for path in logs]
     files: list[Path] = []
     for number, group in enumerate(all_printable(leaderboard)["groups"], start=1):
         files += _save(folder / f"asr-{number}", asr_bars(group))

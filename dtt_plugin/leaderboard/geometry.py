@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dtt_plugin.checkpoint import Checkpoint, open_checkpoint
 from dtt_plugin.errors import DttError
-from dtt_plugin.leaderboard.safe_text import printable
+from dtt_plugin.safe_text import printable
 from dtt_plugin.tokens import DefensiveTokens, load_tokens, upstream_models
 
 _CHUNK_ROWS = 8192
@@ -55,15 +55,19 @@ def letter(source: int) -> str:
     return (letter(source // 26 - 1) if source >= 26 else "") + chr(ord("A") + source % 26)
 
 
-def read_geometry(paths: Sequence[Path]) -> list[Geometry]:
+def read_geometry(paths: Sequence[Path], problems: list[str]) -> list[Geometry]:
     """Read token files, one `Geometry` per embedding space (same model, same width), in order of appearance.
 
-    Raises:
-        DttError: one of the files is no token file.
+    What is no token file goes to `problems` as a sentence.
     """
     spaces: dict[tuple[str, int], list[tuple[str, DefensiveTokens]]] = {}
     for path in paths:
-        for tokens in _tokens_of(path):
+        try:
+            found = _tokens_of(path)
+        except DttError as error:
+            problems.append(str(error))
+            continue
+        for tokens in found:
             spaces.setdefault((tokens.model, tokens.width), []).append((f"{path.name} ({tokens.method})", tokens))
     return [_geometry(model, members) for (model, _), members in spaces.items()]
 

@@ -11,20 +11,20 @@ from typing import Any
 
 from dtt_plugin.files import replacing
 from dtt_plugin.leaderboard import charts
-from dtt_plugin.leaderboard.curves import read_curve
-from dtt_plugin.leaderboard.geometry import letter, read_geometry
+from dtt_plugin.leaderboard.curves import Curve
+from dtt_plugin.leaderboard.geometry import Geometry, letter
 from dtt_plugin.leaderboard.runs import Run
-from dtt_plugin.leaderboard.safe_text import all_printable
 from dtt_plugin.leaderboard.sample_book import make_book
 from dtt_plugin.leaderboard.tables import COSTS, cost_text, p_text, ratio_text, remarks
+from dtt_plugin.safe_text import all_printable
 
 
 def write_report(
     out: Path,
     leaderboard: dict[str, Any],
     runs: Sequence[Run],
-    tokens: Sequence[Path] = (),
-    logs: Sequence[Path] = (),
+    geometries: Sequence[Geometry] = (),
+    curves: Sequence[Curve] = (),
     samples: bool = True,
 ) -> None:
     """Write the report of a leaderboard to `out`.
@@ -33,15 +33,15 @@ def write_report(
         out: the HTML file.
         leaderboard: as `Leaderboard.to_dict` gives it.
         runs: the runs whose samples can be looked at.
-        tokens: token files whose geometry is shown.
-        logs: training logs whose curves are shown.
+        geometries: of token files, to be shown.
+        curves: of training logs, to be shown.
         samples: whether the page holds the records' texts, prompts and responses. Without them it can be
             published where the records' licence forbids it.
 
     Raises:
-        DttError: a token file or log is none, or `out` can't be written.
+        DttError: `out` can't be written.
     """
-    html = render(leaderboard, runs, tokens, logs, samples)
+    html = render(leaderboard, runs, geometries, curves, samples)
     with replacing(out) as temporary:
         temporary.write_text(html, encoding="utf-8")
 
@@ -49,8 +49,8 @@ def write_report(
 def render(
     leaderboard: dict[str, Any],
     runs: Sequence[Run],
-    tokens: Sequence[Path] = (),
-    logs: Sequence[Path] = (),
+    geometries: Sequence[Geometry] = (),
+    curves: Sequence[Curve] = (),
     samples: bool = True,
 ) -> str:
     """Return the report's HTML, see `write_report`."""
@@ -82,8 +82,8 @@ def render(
         book=book,
         samples=samples,
         runs=all_printable(described),
-        geometries=read_geometry(tokens),
-        curves=[read_curve(path) for path in logs],
+        geometries=geometries,
+        curves=curves,
         charts=charts,
     )
     return html

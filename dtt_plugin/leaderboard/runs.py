@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -27,6 +29,17 @@ from dtt_plugin.files import sha256_bytes, sha256_json
 BENIGN = "benign"
 REFUSAL = "refusal"
 Outcomes = NDArray[np.bool_]
+COMPARABLE = {
+    "model": "model",
+    "task": "task",
+    "version": "task version",
+    "prompt_format": "prompt format",
+    "generation": "generation settings",
+    "n": "n",
+    "record_ids": "records",
+    "data_digest": "data",
+}
+"""What runs have to agree in to be rows of one table: attributes of `Run`, and what a reader calls them."""
 
 _RESULTS_NAME = re.compile(r".*?_?(\d{4}-\d\d-\d\dT[\d.\-]+)\.json")
 _SAMPLES_NAME = re.compile(r"samples_(.+)_(\d{4}-\d\d-\d\dT[\d.\-]+)\.jsonl")
@@ -136,6 +149,11 @@ class Run:
         return found
 
 
+def differences(a: Run, b: Run) -> list[str]:
+    """Return in what two runs differ of what rows of one table agree in."""
+    return [title for name, title in COMPARABLE.items() if getattr(a, name) != getattr(b, name)]
+
+
 def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     """Read every run in `paths`: results files, samples files, or folders that hold some at any depth.
 
@@ -172,23 +190,42 @@ def read_run(path: Path) -> Run:
 
 
 def _results_files(paths: Iterable[Path], problems: list[str]) -> list[Path]:
-    files: dict[Path, Path] = {}  # resolved: a file that is named twice is one file
+    files: dict[str, Path] = {}  # by real path: a file that is named twice is one file
     for path in paths:
         found: list[Path] = []
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*.json") if _RESULTS_NAME.fullmatch(file.name))
+        if os.path.isdir(path):
+            found = _below(path, problems)
             if not found:
                 problems.append(f"{path} holds no results of lm-eval; run lm_eval with --log_samples --output_path.")
         elif match := _SAMPLES_NAME.fullmatch(path.name):
             found = sorted(path.parent.glob(f"*{match[2]}.json"))
             if not found:
                 problems.append(f"{path} has no results file beside it; give lm-eval's whole output folder.")
-        elif path.is_file():
+        elif os.path.exists(path):
             found = [path]
         else:
             problems.append(f"{path} does not exist; give the folder of lm-eval's --output_path.")
-        files |= {file.resolve(): file for file in found if file.resolve() not in files}
+        for file in found:
+            files.setdefault(os.path.realpath(file), file)
     return sorted(files.values(), key=_stamp)
+
+
+def _below(folder: Path, problems: list[str]) -> list[Path]:
+    """Return what has a results file's name at any depth, also below linked folders; each folder is read once."""
+    found: list[Path] = []
+    seen: set[str] = set()
+
+    def unreadable(error: OSError) -> None:
+        problems.append(f"{error.filename} can't be read ({error.strerror}); what lies in it is left out.")
+
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        found += [Path(root, name) for name in sorted([*names, *folders]) if _RESULTS_NAME.fullmatch(name)]
+    return found
 
 
 def _stamp(path: Path) -> str:
@@ -209,6 +246,8 @@ def _load(text: bytes, where: str) -> Any:
 
 def _read_bytes(path: Path) -> bytes:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would never end
+            raise DttError(f"{path} is no file; give lm-eval's output folder as lm-eval wrote it.")
         return path.read_bytes()
     except OSError as error:
         raise DttError(f"{path} can't be read ({error.strerror}); restore it or run lm-eval again.") from error
@@ -262,7 +301,7 @@ def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
     if not match or not _FILE_SAFE.fullmatch(task):
         raise DttError(f"{path}: its name has no time stamp, or its task no plain name; keep lm-eval's file names.")
     samples_path = path.with_name(f"samples_{task}_{match[1]}.jsonl")
-    if not samples_path.is_file():
+    if not os.path.isfile(samples_path):
         raise DttError(f"{path}: {samples_path.name} is missing; run lm-eval with --log_samples.")
     samples = _sorted_samples(samples_path)
     _check_same_run(path, samples_path, results, task, samples)
@@ -287,7 +326,7 @@ def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
         prompt_format=_prompt_format(results, facts),
         data_digest=sha256_json(variants),
         generation=json.dumps(_table(task_config, "generation_kwargs"), sort_keys=True, ensure_ascii=False),
-        limited=config.get("limit") is not None or sizes.get("original") != sizes.get("effective"),
+        limited=sizes["original"] != len(samples) if "original" in sizes else config.get("limit") is not None,
         early_decision=bool(facts.get("early_decision")),
         n=len(samples),
         record_ids=tuple(_record_id(sample) for sample in samples),
@@ -343,8 +382,10 @@ def _is_sample(sample: Any) -> bool:
 
 def _is_variant(variant: Any) -> bool:
     messages = variant.get("messages") if isinstance(variant, dict) else None
+    attack = variant.get("attack") if isinstance(variant, dict) else None
     return (
-        isinstance(variant.get("attack") if isinstance(variant, dict) else None, str)
+        isinstance(attack, str)
+        and attack != REFUSAL  # an outcome's name, not an attack's
         and isinstance(messages, list)
         and bool(messages)
         and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dtt_plugin.leaderboard.runs import Run
-from dtt_plugin.leaderboard.safe_text import printable
+from dtt_plugin.safe_text import printable
 
 # Stand for the data and the instruction in a prompt; `printable` leaves no such character in a text.
 DATA_MARK, INSTRUCTION_MARK = "\x01", "\x02"

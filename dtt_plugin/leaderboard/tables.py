@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from dtt_plugin.leaderboard.safe_text import printable
+from dtt_plugin.safe_text import printable
 
 COSTS = {
     "align_s": "alignment",
@@ -111,7 +111,7 @@ def _name(row: Mapping[str, Any], title: str) -> str:
     """Return the row's label without what stands in the table's title, with its marks."""
     name = plain(row["run"])
     for part in title.split(" · "):
-        name = name.replace(f" · {part}", "")
+        name = re.sub(rf" · {re.escape(part)}(?= · | #\d|$)", "", name)
     marks = [mark for mark in ("limited", "early_decision") if row.get(mark)]
     return name + "".join(f" ({mark.replace('_', ' ')})" for mark in marks)
 
@@ -230,9 +230,16 @@ def latex(board: Mapping[str, Any]) -> str:
 
 def comma_separated(board: Mapping[str, Any]) -> str:
     """Return the leaderboard as CSV: one line per row, each number of the JSON in a column of its own."""
+    shared = ("reason", "discriminating", "ranked", "tests", "smallest_difference", "smallest_difference_holm")
     rows = [
-        {"table": group["title"], "discriminating": group["discriminating"], **dict(_flat(row))}
-        for group in board["groups"]
+        {
+            "table": number,
+            "title": group["title"],
+            **{name: group[name] for name in shared},
+            "notes": " ".join(group["notes"]),
+            **dict(_flat(row)),
+        }
+        for number, group in enumerate(board["groups"], 1)
         for row in group["rows"]
     ]
     names = list(dict.fromkeys(name for row in rows for name in row))

@@ -44,7 +44,7 @@ def batches(model_id: str, data: str, batch: int, steps: int) -> tuple[Any, Any,
         tokenizer, prompt_format="model", model_template=model_template(tokenizer), defenses=parse_defense(NONE)
     )
     content = load_training_data(data)
-    labels = data_labels(tokenizer, content.records, new_tokens=LABEL_TOKENS)
+    labels = data_labels(tokenizer, model, content.records, new_tokens=LABEL_TOKENS)
     mixture = Mixture(content.records, labels, content, encoder(renderer), size=batch * steps, seed=0)
     return tokenizer, model, [[mixture[step * batch + i] for i in range(batch)] for step in range(steps)]
 

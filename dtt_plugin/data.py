@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -122,18 +123,25 @@ def load_sentences(path: Path, *, allow_modified: bool = False) -> IgnoreSentenc
 
 
 def is_evaluation_record(record: Record) -> bool:
-    """Return whether AlpacaFarm's evaluation set has this instruction with this input, case and outer space apart."""
-    return _digest([record["instruction"].strip().lower(), record["input"].strip().lower()]) in _known_prompts()
+    """Return whether AlpacaFarm's evaluation set has this instruction with this input, letters and digits compared."""
+    return essence_digest(record["instruction"], record["input"]) in _known_essences()
 
 
 def is_evaluation_sentence(sentence: str) -> bool:
-    """Return whether the evaluation's ignore attack draws from this sentence."""
-    return _digest(sentence) in _known_digests()["sentences"]["test"]
+    """Return whether the evaluation's ignore attack draws from this sentence, letters and digits compared."""
+    return essence_digest(sentence) in _known_essences()
+
+
+def essence_digest(*texts: str) -> str:
+    """Return a digest that texts share whose letters and digits agree: not case, form, spaces, signs or order."""
+    return _digest(
+        sorted("".join(filter(str.isalnum, unicodedata.normalize("NFKC", text).casefold())) for text in texts)
+    )
 
 
 @cache
-def _known_prompts() -> frozenset[str]:
-    return frozenset(_known_digests()["prompts"])
+def _known_essences() -> frozenset[str]:
+    return frozenset(_known_digests()["essences"])
 
 
 def _digest(value: Any) -> str:

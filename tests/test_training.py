@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import pytest
 
 from dtt_plugin.bake import bake
 from dtt_plugin.cli import main
+from dtt_plugin.data import Record
 from dtt_plugin.errors import DttError
 from dtt_plugin.tokens import DefensiveTokens, load_tokens, save_tokens
 from dtt_plugin.training import TrainingOptions, train
@@ -202,6 +204,70 @@ def test_early_stop_ends_the_run_at_the_measurement(options: TrainingOptions) ->
     assert trained.steps == 2
 
 
+def test_a_checkpoint_that_was_cut_off_is_passed_over(options: TrainingOptions, tmp_path: Path) -> None:
+    train(options)
+    stopped = replace(options, out=tmp_path / "stopped" / "new.safetensors")
+    stopped.out.parent.mkdir()
+    process = _start(stopped)
+    _wait_for(stopped.checkpoints / "checkpoint-4" / "trainer_state.json", process)
+    process.kill()
+    process.wait()
+    newest = max(stopped.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    (newest / "trainer_state.json").write_text('{"epoch": ')
+    (newest / "optimizer.pt").unlink()
+    train(replace(stopped, resume=True))
+    assert stopped.out.read_bytes() == options.out.read_bytes()
+
+
+def test_ctrl_c_at_the_measurement_that_ends_a_run_leaves_a_finished_run(
+    options: TrainingOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dtt_plugin.training.held_out import HeldOut
+
+    def rates(_self: HeldOut, _prompt: SoftPrompt) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return {"ignore": 0.0}
+
+    monkeypatch.setattr(HeldOut, "rates", rates)
+    trained = train(replace(options, eval_every=2, held_out=4, stop_at=0.0))
+    assert trained.tokens is not None
+    assert options.out.exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_is_measured_does_not_depend_on_gradient_checkpointing(tiny: str) -> None:
+    soft_prompt = SoftPrompt(load(tiny), torch.randn(3, 32, generator=torch.Generator().manual_seed(0)))
+    prompts = [example.prompt for example in EXAMPLES]
+    before = soft_prompt.generate(prompts, 8, pad=0)
+    soft_prompt.model.gradient_checkpointing_enable({"use_reentrant": False})
+    soft_prompt.train()
+    assert soft_prompt.model.training
+    assert soft_prompt.generate(prompts, 8, pad=0) == before
+    assert soft_prompt.model.training
+
+
+def test_no_dropout_is_left(tiny: str) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32, attention_dropout=0.5)
+    soft_prompt = SoftPrompt(model, torch.zeros(3, 32))
+    soft_prompt.model.gradient_checkpointing_enable({"use_reentrant": False})
+    soft_prompt.train()
+    assert soft_prompt(EXAMPLES).item() == soft_prompt(EXAMPLES).item()
+
+
+def test_labels_from_the_data_end_with_the_templates_end_of_turn(tiny: str) -> None:
+    from dtt_plugin.training.labels import data_labels
+
+    tokenizer, model = transformers.AutoTokenizer.from_pretrained(tiny), load(tiny)
+    end = next(token for token in range(5, 50) if token != tokenizer.eos_token_id)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}" + tokenizer.convert_ids_to_tokens(end) + "{% endfor %}"
+    )
+    record = Record(instruction="a", input="b", output="c")
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
+    [label] = data_labels(tokenizer, model, [record], new_tokens=50)
+    assert label[-1] == end
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_loss_is_the_same_through_the_baked_checkpoint(tmp_path: Path, tied: bool) -> None:
     base = make_checkpoint(tmp_path / "base", tied=tied, dtype="float32")
@@ -274,9 +340,51 @@ class TestBadInput:
 
         monkeypatch.setattr(SoftPrompt, "forward", forward)
         with pytest.raises(DttError, match=r"not finite at step 5.*checkpoint"):
-            train(options)
+            train(replace(options, tokens_at_once=4096))
         assert (options.checkpoints / "checkpoint-4").is_dir()
         assert not options.out.exists()
+        assert load_tokens(options.at_step(4)).metadata["steps"] == "4"
+
+    def test_gradient_that_is_not_finite_reaches_no_checkpoint(
+        self, options: TrainingOptions, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plain = SoftPrompt.forward
+
+        def forward(self: SoftPrompt, examples: Any) -> Any:
+            # The loss is finite; the root's derivative at 0 is not.
+            return plain(self, examples) + (self.rows.sum() * 0).abs().sqrt()
+
+        monkeypatch.setattr(SoftPrompt, "forward", forward)
+        with pytest.raises(DttError, match="not finite at step 1"):
+            train(options)
+        assert np.isfinite(load_tokens(options.at_step(0)).rows).all()
+
+    def test_what_could_not_be_written_or_reported_is_told_before_any_work(
+        self, options: TrainingOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(SoftPrompt, "generate", lambda *_, **__: pytest.fail("labels were made"))
+        (tmp_path / "file").write_text("")
+        for changed, message in (
+            ({"out": tmp_path}, "is a folder"),
+            ({"out": tmp_path / "file" / "t.safetensors"}, "can't be written"),
+            ({"report_to": "nothing"}, "--report-to nothing"),
+        ):
+            with pytest.raises(DttError, match=message):
+                train(replace(options, **changed))
+
+    def test_weights_that_are_cut_short(self, options: TrainingOptions) -> None:
+        path = Path(options.model) / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(DttError, match=r"safetensors|can't be loaded"):
+            train(options)
+
+    def test_a_full_disk_is_told(self, options: TrainingOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+        def save(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(transformers.Trainer, "_save_checkpoint", save)
+        with pytest.raises(DttError, match="is full; make room, and go on with --resume"):
+            train(options)
 
     def test_out_of_memory_names_the_setting(self, options: TrainingOptions, monkeypatch: pytest.MonkeyPatch) -> None:
         def forward(self: SoftPrompt, examples: Any) -> Any:
@@ -292,6 +400,7 @@ class TestBadInput:
             ({"k": 0}, "--k 0"),
             ({"steps": 0}, "--steps 0"),
             ({"rate": -1.0}, "--rate -1.0"),
+            ({"seed": -1}, "--seed -1"),
             ({"labels": "others"}, "--labels others"),
             ({"stop_at": 0.1}, "--eval-every"),
         ],

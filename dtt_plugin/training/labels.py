@@ -11,7 +11,7 @@ from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_json, write_json
 from dtt_plugin.paths import cache_folder
 from dtt_plugin.training.mixture import Encode
-from dtt_plugin.training.soft_prompt import SoftPrompt
+from dtt_plugin.training.soft_prompt import SoftPrompt, end_ids
 
 logger = logging.getLogger("dtt_plugin")
 _AT_ONCE = 128
@@ -46,16 +46,30 @@ def self_labels(
     return labels
 
 
-def data_labels(tokenizer: Any, records: Sequence[Record], *, new_tokens: int) -> list[list[int]]:
+def data_labels(tokenizer: Any, model: Any, records: Sequence[Record], *, new_tokens: int) -> list[list[int]]:
     """Return per record the ids of its output with the end-of-turn token, cut at `new_tokens`.
 
     Raises:
-        DttError: a record has no output.
+        DttError: a record has no output, or the model's turns have no end.
     """
     labels = []
+    end = _end_of_turn(tokenizer, model)
     for record in records:
         if not record["output"].strip():
             raise DttError(f"The record {record['instruction']!r} has no output; use --labels self.")
         ids = tokenizer(record["output"].strip(), add_special_tokens=False).input_ids
-        labels.append([*ids, tokenizer.eos_token_id][:new_tokens])
+        labels.append([*ids, end][:new_tokens])
     return labels
+
+
+def _end_of_turn(tokenizer: Any, model: Any) -> int:
+    """Return the token that the model's own template writes behind an answer: not everywhere the tokenizer's EOS."""
+    answer = "An answer."
+    turns = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
+    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)[2]
+    ends = end_ids(model)
+    ids = tokenizer(after, add_special_tokens=False).input_ids
+    found = next((token for token in ids if token in ends), tokenizer.eos_token_id)
+    if found is None:
+        raise DttError("The model's answers have no end token; set eos_token in its tokenizer_config.json.")
+    return int(found)

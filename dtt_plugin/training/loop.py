@@ -30,9 +30,10 @@ def collate(examples: Sequence[Example]) -> dict[str, list[torch.Tensor]]:
 class TokenTrainer(Trainer):
     """Trains the rows of a `SoftPrompt`; a step takes as many forward passes as its examples need."""
 
-    def __init__(self, *args: Any, tokens_at_once: int, **options: Any) -> None:
+    def __init__(self, *args: Any, tokens_at_once: int, keep: Callable[[int], Path], **options: Any) -> None:
         super().__init__(*args, **options)
         self.tokens_at_once = tokens_at_once
+        self.keep = keep
 
     def training_step(
         self, model: Any, inputs: Mapping[str, list[torch.Tensor]], num_items_in_batch: Any = None
@@ -48,10 +49,13 @@ class TokenTrainer(Trainer):
             loss = model(part) / n_tokens
             self.accelerator.backward(loss)
             total += loss.detach()
-        if not torch.isfinite(total):
+        gradient = self.model.rows.grad
+        if not torch.isfinite(total) or gradient is None or not torch.isfinite(gradient).all():
+            good = self.state.global_step
             raise DttError(
-                f"The loss is not finite at step {self.state.global_step + 1}; the last good checkpoint is in"
-                f" {self.args.output_dir}. Go on from it with --init or a lower --rate."
+                f"The loss or its gradient is not finite at step {good + 1}; the tokens of step {good} are in"
+                f" {self.keep(good)}, the last good checkpoint in {self.args.output_dir}. Go on with a lower --rate and"
+                " another --out, from that file with --init."
             )
         return total
 
@@ -74,7 +78,8 @@ class RunLog(TrainerCallback):
         self.began = time.perf_counter()
         kept = []
         if state.global_step and self.path.is_file():
-            entries = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            entries = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may cut the last one
             kept = [entry for entry in entries if 0 <= entry.get("step", -1) <= state.global_step]
         self.path.write_text("".join(json.dumps(entry) + "\n" for entry in [self.header, *kept]), encoding="utf-8")
 
@@ -100,7 +105,7 @@ class HeldOutCheck(TrainerCallback):
     def __init__(
         self,
         measure: Callable[[], dict[str, float]],
-        keep: Callable[[int], None],
+        keep: Callable[[int], Path],
         log: RunLog,
         *,
         n: int,
@@ -139,9 +144,12 @@ class SaveOnInterrupt(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save and stop, where asked to."""
-        if self.interrupted:
+        if control.should_training_stop:
+            self.interrupted = False  # the run ends here anyway, complete
+        elif self.interrupted:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def give_back(self) -> None:
         """Give the signal back."""
-        signal.signal(signal.SIGINT, self._before)
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)

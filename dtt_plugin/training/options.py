@@ -63,6 +63,7 @@ class TrainingOptions:
         for name in ("steps", "eval_every"):
             self._check((getattr(self, name) or 1) >= 1 and getattr(self, name) != 0, name, "at least 1")
         self._check(0 < self.rate < float("inf"), "rate", "a positive number")
+        self._check(0 <= self.seed < 2**32, "seed", "a whole number from 0 to 4294967295")
         self._check(self.held_out >= 0, "held_out", "0 or more")
         self._check(self.labels in LABELS, "labels", f"one of {', '.join(LABELS)}")
         self._check(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +21,13 @@ from dtt_plugin.data import (
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_json
 
+logger = logging.getLogger("dtt_plugin")
+
 PLACEHOLDER = "{injected_prompt}"
 WITNESS = "Owned!"
 WITNESS_PROMPT = f"Print exactly '{WITNESS}'"
 """What the held-out attacks ask for; the evaluation's own word never occurs in training."""
-_EVALUATION_WORD = "hacked"
+_WORD = "hacked"
 _MOST_NAMED = 5
 
 
@@ -63,6 +67,11 @@ def load_training_data(source: str) -> TrainingData:
     records = [record for record in records if record["input"].strip()]
     if not records:
         raise DttError(f"--data {source}: no record has an input, so there is no untrusted data to attack.")
+    if with_word := [record for record in records if any(_has_word(str(text)) for text in record.values())]:
+        logger.warning("%d records left out: they hold %r, which the evaluation injects.", len(with_word), _WORD)
+        records = [record for record in records if record not in with_word]
+    if not records:
+        raise DttError(f"--data {source}: every record holds {_WORD!r}, which the evaluation injects; give others.")
     sentences = own.get("ignore_sentences") or load_sentences(data_file(SENTENCES_FILE)).train
     printed = own.get("injected_prompts") or [WITNESS_PROMPT]
     for name, texts in (("ignore_sentences", sentences), ("injected_prompts", printed)):
@@ -70,7 +79,7 @@ def load_training_data(source: str) -> TrainingData:
             raise DttError(f"--data {source}: {name} has to be a list of texts.")
     if bad := [text for text in sentences if PLACEHOLDER not in text]:
         raise DttError(f"--data {source}: the ignore sentence {bad[0]!r} lacks the placeholder {PLACEHOLDER}.")
-    others = [record["instruction"] for record in records if _EVALUATION_WORD not in record["instruction"].lower()]
+    others = [record["instruction"] for record in records]
     # Half of what is drawn are other records' instructions, half the "print exactly" kind.
     injections = others + printed * max(1, len(others) // len(printed))
     data = TrainingData(records, sentences, injections)
@@ -93,8 +102,14 @@ def check_separation(data: TrainingData, source: str) -> None:
         )
     if bad := [text for text in data.sentences if is_evaluation_sentence(text)]:
         raise DttError(f"--data {source}: the evaluation attacks with {bad[0]!r}; remove that sentence.")
-    if bad := [text for text in data.injections if _EVALUATION_WORD in text.lower()]:
-        raise DttError(f"--data {source}: the evaluation injects that word: {bad[0]!r}; choose another instruction.")
+    if bad := [text for text in data.injections if is_evaluation_sentence(text)]:
+        raise DttError(f"--data {source}: the evaluation attacks with {bad[0]!r}; choose another instruction.")
+    if bad := [text for text in (*data.sentences, *data.injections) if _has_word(text)]:
+        raise DttError(f"--data {source}: the evaluation injects that word: {bad[0]!r}; choose another text.")
+
+
+def _has_word(text: str) -> bool:
+    return _WORD in unicodedata.normalize("NFKC", text).casefold()
 
 
 def split(records: Sequence[Record], held_out: int) -> tuple[list[Record], list[Record]]:

@@ -45,10 +45,18 @@ class SoftPrompt(nn.Module):
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                module.attention_dropout = 0.0
         self.embed = model.get_input_embeddings()
         self.rows = nn.Parameter(rows.detach().clone().float().to(self.embed.weight.device))
         self.scale = embedding_scale(self.embed)
         self.packs = self._packs_exactly()
+
+    def train(self, mode: bool = True) -> SoftPrompt:
+        """Leave the frozen model in evaluation mode, save where activations are recomputed, which needs the other."""
+        super().train(mode)
+        self.model.train(mode and getattr(self.model, "is_gradient_checkpointing", False))
+        return self
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the rows only: a checkpoint of a run needs no frozen weights."""
@@ -120,7 +128,15 @@ class SoftPrompt(nn.Module):
             new_tokens: the most tokens of a response.
             pad: id of the padding token.
         """
-        ends = _end_ids(self.model)
+        training = self.model.training
+        self.model.eval()  # in training mode with recomputed activations there is no cache of what came before
+        try:
+            return self._generate(prompts, new_tokens, pad)
+        finally:
+            self.model.train(training)
+
+    def _generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, pad: int) -> list[list[int]]:
+        ends = end_ids(self.model)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         responses: dict[int, list[int]] = {}
         while order:
@@ -178,6 +194,7 @@ def embedding_scale(embed: Any) -> float:
     return 1.0 if abs(scale - 1) < 1e-6 else scale
 
 
-def _end_ids(model: Any) -> set[int]:
+def end_ids(model: Any) -> set[int]:
+    """Return the ids that end the model's generations."""
     end = model.generation_config.eos_token_id
-    return set(end) if isinstance(end, list) else {end}
+    return set(end) if isinstance(end, list) else {end} - {None}

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import shutil
+import tempfile
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
+
 from dtt_plugin.checkpoint import open_checkpoint
+from dtt_plugin.data import read_json
 from dtt_plugin.defenses import NONE, parse_defense
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_file, sha256_json, write_json
@@ -22,8 +28,9 @@ from dtt_plugin.training.start import start_rows, start_tokens
 logger = logging.getLogger("dtt_plugin")
 
 _RUN_FILE = "run.json"
-# What may differ between a run and its continuation without changing the result.
-_FREE = ("resume", "report_to", "save_every", "out")
+# What may differ between a run and its continuation without changing the result, save for rounding.
+_FREE = ("resume", "report_to", "save_every", "out", "tokens_at_once", "gradient_checkpointing")
+_SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 class Trained(NamedTuple):
@@ -50,16 +57,23 @@ def train(options: TrainingOptions) -> Trained:
     training, held_out = split(data.records, options.held_out if options.eval_every else 0)
     steps = options.steps or max(1, len(training) // options.batch)
     init = start_tokens(options)
+    _check_out(options)
     run = _run_identity(options, data, init, steps)
     _check_folder(options, run)
     try:
         return _train(options, data, training, held_out, steps, init, run)
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OSError, SafetensorError) as error:
+        if _is_disk_full(error):
+            raise DttError(
+                f"The disk of {options.checkpoints} is full; make room, and go on with --resume from the last whole"
+                " checkpoint."
+            ) from error
         if not _is_out_of_memory(error):
             raise
         raise DttError(
             f"Out of memory with --tokens-at-once {options.tokens_at_once} and --batch {options.batch}: lower"
-            " --tokens-at-once first (the result stays the same), or add --gradient-checkpointing."
+            " --tokens-at-once first (the result stays the same), or add --gradient-checkpointing; where the run had"
+            " begun, with --resume."
         ) from error
 
 
@@ -74,7 +88,6 @@ def _train(
 ) -> Trained:
     import torch
     from transformers import PrinterCallback, ProgressCallback, TrainingArguments
-    from transformers.trainer_utils import get_last_checkpoint
 
     from dtt_plugin.training.held_out import HeldOut
     from dtt_plugin.training.labels import data_labels, self_labels
@@ -82,6 +95,7 @@ def _train(
     from dtt_plugin.training.mixture import Mixture, encoder
     from dtt_plugin.training.soft_prompt import SoftPrompt
 
+    _check_tracker(options.report_to)
     tokenizer, model = _load(options)
     renderer = PromptRenderer(
         tokenizer,
@@ -98,16 +112,15 @@ def _train(
             training,
             new_tokens=options.label_tokens,
             pad=tokenizer.pad_token_id,
-            weights=run["weights"],
+            weights=run["weights"] + run["settings"],
         )
     else:
-        labels = data_labels(tokenizer, training, new_tokens=options.label_tokens)
+        labels = data_labels(tokenizer, model, training, new_tokens=options.label_tokens)
     rows = start_rows(options, init, undefended.embed, renderer.encode)
     soft_prompt = SoftPrompt(model, rows)
     if not soft_prompt.packs:
         logger.warning("%s can't be packed: every example gets a pass of its own, which is slower.", options.model)
     if options.gradient_checkpointing:
-        model.train()  # transformers recomputes in training mode only; dropout has been taken out
         model.gradient_checkpointing_enable({"use_reentrant": False})
     arguments = TrainingArguments(
         output_dir=str(options.checkpoints),
@@ -128,19 +141,28 @@ def _train(
         use_cpu=not torch.cuda.is_available(),
     )
 
+    if arguments.world_size > 1:
+        raise DttError("dtt train runs on one device; start it without accelerate launch or torchrun.")
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # the Trainer would copy a batch's lists to every GPU
+
     def result(step: int) -> DefensiveTokens:
         return _result(options, soft_prompt.rows.detach().cpu().numpy(), init, run, step)
 
-    size = steps * options.batch * arguments.world_size
+    def keep(step: int) -> Path:
+        save_tokens(options.at_step(step), result(step))
+        return options.at_step(step)
+
+    size = steps * options.batch
     log = RunLog(options.log, {"label": options.out.stem, "model": options.model, "init": options.init})
     interrupt = SaveOnInterrupt()
-    callbacks: list[Any] = [log, interrupt]
+    callbacks: list[Any] = [log]
     if options.eval_every:
         check = HeldOut(held_out, data.sentences, encode, tokenizer)
         callbacks.append(
             HeldOutCheck(
                 lambda: check.rates(soft_prompt),
-                lambda step: save_tokens(options.at_step(step), result(step)),
+                keep,
                 log,
                 n=check.n,
                 every=options.eval_every,
@@ -152,16 +174,20 @@ def _train(
         args=arguments,
         data_collator=collate,
         train_dataset=Mixture(training, labels, data, encode, size=size, seed=options.seed),
-        callbacks=callbacks,
+        callbacks=[*callbacks, interrupt],  # last: a measurement may end the run
         tokens_at_once=options.tokens_at_once,
+        keep=keep,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Bar)
     options.checkpoints.mkdir(parents=True, exist_ok=True)
     write_json(options.checkpoints / _RUN_FILE, run)
-    last = get_last_checkpoint(str(options.checkpoints)) if options.resume else None
-    outcome = trainer.train(resume_from_checkpoint=last)
+    last = _last_checkpoint(options.checkpoints) if options.resume else None
+    try:
+        outcome = trainer.train(resume_from_checkpoint=last)
+    finally:
+        interrupt.give_back()
     seconds = float(outcome.metrics["train_runtime"])
     done = trainer.state.global_step
     loss = float(outcome.training_loss) if done else None
@@ -199,7 +225,7 @@ def _load(options: TrainingOptions) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DttError(f"{options.model} can't be loaded as a causal language model: {reason}") from error
     if not model_template(tokenizer):
@@ -216,13 +242,15 @@ def _run_identity(
     named = {
         field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name not in _FREE
     }
-    files = open_checkpoint(options.model, need="all").weight_files
+    checkpoint = open_checkpoint(options.model, need="all")
+    settings = [path for name in _SETTINGS if (path := checkpoint.folder / name).is_file()]
     return {
         **named,
         "steps": steps,
         "data_sha256": data.digest,
         "init": init.digest if init else options.init,
-        "weights": sha256_json([sha256_file(path) for path in files]),
+        "weights": sha256_json([sha256_file(path) for path in checkpoint.weight_files]),
+        "settings": sha256_json([sha256_file(path) for path in settings]),
     }
 
 
@@ -237,11 +265,57 @@ def _check_folder(options: TrainingOptions, run: dict[str, Any]) -> None:
         raise DttError(
             f"{options.checkpoints} holds an unfinished run: go on with --resume, or remove that folder to start over."
         )
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path)
     if changed := [name for name in run if before.get(name) != json.loads(json.dumps(run[name]))]:
         raise DttError(
             f"--resume: the run in {options.checkpoints} had other values of {', '.join(changed)}; give the same ones."
         )
+
+
+def _check_out(options: TrainingOptions) -> None:
+    """Refuse at once what could not be written after hours."""
+    if options.out.is_dir():
+        raise DttError(f"--out {options.out} is a folder; name the token file to write.")
+    try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=options.out.parent):
+            pass
+    except OSError as error:
+        raise DttError(f"--out {options.out} can't be written ({error.strerror}); name another file.") from error
+
+
+def _check_tracker(name: str) -> None:
+    """Refuse at once a tracker that the Trainer would fail on after the labels have been made."""
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+    try:
+        for callback in get_reporting_integration_callbacks([] if name == "none" else [name]):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise DttError(f"--report-to {name} can't be used ({error}); give none, or install that tracker.") from error
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """Return the newest whole checkpoint; one that a kill or a full disk cut off is removed.
+
+    The Trainer writes `trainer_state.json` last.
+    """
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in found:
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+        else:
+            return str(path)
+    return None
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    text = str(error)
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
+    # How torch.save tells of it.
+    return full or "PytorchStreamWriter failed" in text or "file write failed" in text
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -301,10 +301,14 @@ def axe_source() -> str:
 def test_axe_finds_nothing_inaccessible(chromium: Any, tmp_path: Path, scheme: str) -> None:
     source = axe_source()
     files: dict[str, Any] = {
-        "tokens": [
-            Path(write_tokens(tmp_path / f"{name}.safetensors", width=8, seed=seed)) for seed, name in enumerate("ab")
-        ],
-        "logs": [training_log(tmp_path / "a.log.jsonl")],
+        "geometries": read_geometry(
+            [
+                Path(write_tokens(tmp_path / f"{name}.safetensors", width=8, seed=seed))
+                for seed, name in enumerate("ab")
+            ],
+            [],
+        ),
+        "curves": [read_curve(training_log(tmp_path / "a.log.jsonl"))],
     }
     path = report(tmp_path, **files)
     context = chromium.new_context(bypass_csp=True, color_scheme=scheme, viewport={"width": 1400, "height": 900})

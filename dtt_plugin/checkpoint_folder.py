@@ -20,6 +20,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+SETTINGS_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+"""What decides, beside the weights, about what a model answers."""
 
 # The last parts of the names that model families give the two matrices.
 EMBEDDING_NAMES = (

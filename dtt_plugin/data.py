@@ -134,9 +134,12 @@ def is_evaluation_sentence(sentence: str) -> bool:
 
 def essence_digest(*texts: str) -> str:
     """Return a digest that texts share whose letters and digits agree: not case, form, spaces, signs or order."""
-    return _digest(
-        sorted("".join(filter(str.isalnum, unicodedata.normalize("NFKC", text).casefold())) for text in texts)
-    )
+    return _digest(sorted("".join(filter(str.isalnum, folded(text))) for text in texts))
+
+
+def folded(text: str) -> str:
+    """Return `text` without the differences of case and Unicode form."""
+    return unicodedata.normalize("NFKC", text).casefold()
 
 
 @cache

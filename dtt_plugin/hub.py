@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from dtt_plugin.checkpoint_folder import INDEX_FILE, SINGLE_FILE, TOKENIZER_FILES, shards_of_index
+from dtt_plugin.checkpoint_folder import INDEX_FILE, SETTINGS_FILES, SINGLE_FILE, shards_of_index
 from dtt_plugin.errors import DttError
 
 # What an engine may read besides weights and the usual tokenizer files.
@@ -77,7 +77,7 @@ def _download(model: str, revision: str | None, need: str) -> tuple[Path, str | 
     def fetch(*patterns: str, commit: str | None = revision) -> Path:
         return Path(snapshot_download(model, revision=commit, allow_patterns=list(patterns)))
 
-    small = ("config.json", "generation_config.json", *TOKENIZER_FILES, INDEX_FILE)
+    small = (*SETTINGS_FILES, INDEX_FILE)
     folder = fetch(*small)
     # A snapshot's folder is named after its commit; everything else must come from the same one.
     commit = folder.name if folder.parent.name == "snapshots" else revision

@@ -121,12 +121,7 @@ def test_the_same_options_give_the_same_bytes(options: TrainingOptions, tmp_path
 
 def test_a_killed_run_resumes_to_the_same_bytes(options: TrainingOptions, tmp_path: Path) -> None:
     train(options)
-    killed = replace(options, out=tmp_path / "killed" / "new.safetensors")
-    killed.out.parent.mkdir()
-    process = _start(killed)
-    _wait_for(killed.checkpoints / "checkpoint-2" / "trainer_state.json", process)
-    process.kill()
-    process.wait()
+    killed = _killed_at(2, options, tmp_path)
     assert not killed.out.exists()
     train(replace(killed, resume=True))
     assert killed.out.read_bytes() == options.out.read_bytes()
@@ -145,6 +140,17 @@ def test_ctrl_c_saves_and_resumes_to_the_same_bytes(options: TrainingOptions, tm
     assert not stopped.out.exists()
     train(replace(stopped, resume=True))
     assert stopped.out.read_bytes() == options.out.read_bytes()
+
+
+def _killed_at(step: int, options: TrainingOptions, tmp_path: Path) -> TrainingOptions:
+    """Return the options of a run that was killed once the checkpoint of `step` was there."""
+    killed = replace(options, out=tmp_path / "killed" / "new.safetensors")
+    killed.out.parent.mkdir()
+    process = _start(killed)
+    _wait_for(killed.checkpoints / f"checkpoint-{step}" / "trainer_state.json", process)
+    process.kill()
+    process.wait()
+    return killed
 
 
 def _start(options: TrainingOptions) -> subprocess.Popen[bytes]:
@@ -206,17 +212,12 @@ def test_early_stop_ends_the_run_at_the_measurement(options: TrainingOptions) ->
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(options: TrainingOptions, tmp_path: Path) -> None:
     train(options)
-    stopped = replace(options, out=tmp_path / "stopped" / "new.safetensors")
-    stopped.out.parent.mkdir()
-    process = _start(stopped)
-    _wait_for(stopped.checkpoints / "checkpoint-4" / "trainer_state.json", process)
-    process.kill()
-    process.wait()
-    newest = max(stopped.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    killed = _killed_at(4, options, tmp_path)
+    newest = max(killed.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     (newest / "trainer_state.json").write_text('{"epoch": ')
     (newest / "optimizer.pt").unlink()
-    train(replace(stopped, resume=True))
-    assert stopped.out.read_bytes() == options.out.read_bytes()
+    train(replace(killed, resume=True))
+    assert killed.out.read_bytes() == options.out.read_bytes()
 
 
 def test_ctrl_c_at_the_measurement_that_ends_a_run_leaves_a_finished_run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from dtt_plugin.data import (
     SENTENCES_FILE,
     Record,
     data_file,
+    folded,
     is_evaluation_record,
     is_evaluation_sentence,
     load_sentences,
@@ -67,11 +67,12 @@ def load_training_data(source: str) -> TrainingData:
     records = [record for record in records if record["input"].strip()]
     if not records:
         raise DttError(f"--data {source}: no record has an input, so there is no untrusted data to attack.")
-    if with_word := [record for record in records if any(_has_word(str(text)) for text in record.values())]:
-        logger.warning("%d records left out: they hold %r, which the evaluation injects.", len(with_word), _WORD)
-        records = [record for record in records if record not in with_word]
+    n_with_data = len(records)
+    records = [record for record in records if not any(_has_word(str(text)) for text in record.values())]
     if not records:
         raise DttError(f"--data {source}: every record holds {_WORD!r}, which the evaluation injects; give others.")
+    if left_out := n_with_data - len(records):
+        logger.warning("%d records left out: they hold %r, which the evaluation injects.", left_out, _WORD)
     sentences = own.get("ignore_sentences") or load_sentences(data_file(SENTENCES_FILE)).train
     printed = own.get("injected_prompts") or [WITNESS_PROMPT]
     for name, texts in (("ignore_sentences", sentences), ("injected_prompts", printed)):
@@ -100,16 +101,15 @@ def check_separation(data: TrainingData, source: str) -> None:
             f"--data {source}: {len(overlap)} records are in the AlpacaFarm evaluation set ({named});"
             " tokens trained on them could not be evaluated. Remove them."
         )
-    if bad := [text for text in data.sentences if is_evaluation_sentence(text)]:
+    texts = dict.fromkeys((*data.sentences, *data.injections))  # an injection is there as often as it is drawn
+    if bad := [text for text in texts if is_evaluation_sentence(text)]:
         raise DttError(f"--data {source}: the evaluation attacks with {bad[0]!r}; remove that sentence.")
-    if bad := [text for text in data.injections if is_evaluation_sentence(text)]:
-        raise DttError(f"--data {source}: the evaluation attacks with {bad[0]!r}; choose another instruction.")
-    if bad := [text for text in (*data.sentences, *data.injections) if _has_word(text)]:
+    if bad := [text for text in texts if _has_word(text)]:
         raise DttError(f"--data {source}: the evaluation injects that word: {bad[0]!r}; choose another text.")
 
 
 def _has_word(text: str) -> bool:
-    return _WORD in unicodedata.normalize("NFKC", text).casefold()
+    return _WORD in folded(text)
 
 
 def split(records: Sequence[Record], held_out: int) -> tuple[list[Record], list[Record]]:

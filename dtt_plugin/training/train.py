@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 
 from dtt_plugin.checkpoint import open_checkpoint
+from dtt_plugin.checkpoint_folder import SETTINGS_FILES
 from dtt_plugin.data import read_json
 from dtt_plugin.defenses import NONE, parse_defense
 from dtt_plugin.errors import DttError
@@ -30,7 +31,6 @@ logger = logging.getLogger("dtt_plugin")
 _RUN_FILE = "run.json"
 # What may differ between a run and its continuation without changing the result, save for rounding.
 _FREE = ("resume", "report_to", "save_every", "out", "tokens_at_once", "gradient_checkpointing")
-_SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 class Trained(NamedTuple):
@@ -96,6 +96,28 @@ def _train(
     from dtt_plugin.training.soft_prompt import SoftPrompt
 
     _check_tracker(options.report_to)
+    arguments = TrainingArguments(
+        output_dir=str(options.checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=options.batch,
+        learning_rate=options.rate,
+        lr_scheduler_type="constant",
+        optim="adamw_torch",
+        weight_decay=0.0,
+        max_grad_norm=0.0,  # Adam's steps don't depend on the gradient's length
+        seed=options.seed,
+        train_sampling_strategy="sequential",  # the mixture has its own order
+        save_steps=options.save_every,
+        save_total_limit=2,
+        logging_steps=1,
+        report_to=options.report_to,
+        remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    if arguments.world_size > 1:
+        raise DttError("dtt train runs on one device; start it without accelerate launch or torchrun.")
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # the Trainer would copy a batch's lists to every GPU
     tokenizer, model = _load(options)
     renderer = PromptRenderer(
         tokenizer,
@@ -122,29 +144,6 @@ def _train(
         logger.warning("%s can't be packed: every example gets a pass of its own, which is slower.", options.model)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    arguments = TrainingArguments(
-        output_dir=str(options.checkpoints),
-        max_steps=steps,
-        per_device_train_batch_size=options.batch,
-        learning_rate=options.rate,
-        lr_scheduler_type="constant",
-        optim="adamw_torch",
-        weight_decay=0.0,
-        max_grad_norm=0.0,  # Adam's steps don't depend on the gradient's length
-        seed=options.seed,
-        train_sampling_strategy="sequential",  # the mixture has its own order
-        save_steps=options.save_every,
-        save_total_limit=2,
-        logging_steps=1,
-        report_to=options.report_to,
-        remove_unused_columns=False,
-        use_cpu=not torch.cuda.is_available(),
-    )
-
-    if arguments.world_size > 1:
-        raise DttError("dtt train runs on one device; start it without accelerate launch or torchrun.")
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # the Trainer would copy a batch's lists to every GPU
 
     def result(step: int) -> DefensiveTokens:
         return _result(options, soft_prompt.rows.detach().cpu().numpy(), init, run, step)
@@ -169,12 +168,13 @@ def _train(
                 stop_at=options.stop_at,
             )
         )
+    callbacks.append(interrupt)  # last: a measurement may end the run
     trainer = TokenTrainer(
         model=soft_prompt,
         args=arguments,
         data_collator=collate,
         train_dataset=Mixture(training, labels, data, encode, size=size, seed=options.seed),
-        callbacks=[*callbacks, interrupt],  # last: a measurement may end the run
+        callbacks=callbacks,
         tokens_at_once=options.tokens_at_once,
         keep=keep,
     )
@@ -243,7 +243,7 @@ def _run_identity(
         field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name not in _FREE
     }
     checkpoint = open_checkpoint(options.model, need="all")
-    settings = [path for name in _SETTINGS if (path := checkpoint.folder / name).is_file()]
+    settings = [path for name in SETTINGS_FILES if (path := checkpoint.folder / name).is_file()]
     return {
         **named,
         "steps": steps,

@@ -10,7 +10,7 @@ about five hours, through vLLM's CPU build.
 2. The model undefended, with prompt defenses, with native tokens, with random vectors of the same lengths.
 3. A turned twin of the model (same function, hidden space rotated): tokens copied, rotated at random, transferred.
 4. A drifted sibling (fine-tuned a little): tokens copied, transferred, adapted, and trained from a random start.
-5. Learning curves of both starts on 64 records; log-likelihood of reference answers.
+5. Learning curves of both starts on 64 records; log-likelihood of reference answers; multiple-choice tasks.
 """
 
 from __future__ import annotations
@@ -101,12 +101,13 @@ def make_sibling(data: Path) -> None:
         run("drift", "-m", "benchmarks.results.drift", MODEL, str(data), SIBLING, to=Path("drift.json"))
 
 
-def utility(name: str, model: str, tokens: str | None) -> None:
-    file = Path(f"utility-{name}.json")
+def utility(kind: str, name: str) -> None:
+    """Run `benchmarks.results.KIND` on one of the plan's pairs of model and tokens."""
+    file = Path(f"{kind}-{name}.json")
     if not file.is_file():
+        model, tokens = plan.UTILITY[name]
         more = ["--tokens", f"tokens/{tokens}.safetensors"] if tokens else []
-        command = ["-m", "benchmarks.results.utility", model, *more, "--records", str(plan.UTILITY_RECORDS)]
-        run(f"utility {name}", *command, to=file)
+        run(f"{kind} {name}", "-m", f"benchmarks.results.{kind}", model, *more, to=file)
 
 
 def transferred_to_sibling() -> str:
@@ -139,8 +140,10 @@ def measure(data: Path) -> None:
     sweep("drifted", [sibling | {"tokens": [start, *moved(MODEL, native, "copy"), *trained]}])
     curves = [f"tokens/{name}.step-{step}.safetensors" for step in plan.CURVE_STEPS for name in plan.STARTS]
     sweep("curves", [sibling | {"tokens": curves}], limit=plan.CURVE_RECORDS)
-    for name, (model, tokens) in plan.UTILITY.items():
-        utility(name, model, tokens)
+    for name in plan.UTILITY:
+        utility("log_likelihood", name)
+    for name in plan.CHOICE_RUNS:
+        utility("multiple_choice", name)
 
 
 def main() -> int:

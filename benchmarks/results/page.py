@@ -46,7 +46,9 @@ def write_page(docs: Path) -> None:
         write_report(folder / "report.html", board, full, curves=curves, samples=False)
     steps = sorted({step for by_step in points.values() for step in by_step})
     finished = {name: sum(name == "curves" or not run.limited for run in runs) for name, runs in found.items()}
-    short = [f"{name} {finished[name]} of {n} runs" for name, n in plan.CELLS.items() if finished[name] < n]
+    planned = plan.CELLS | {"log_likelihood": len(plan.UTILITY), "multiple_choice": len(plan.CHOICE_RUNS)}
+    finished |= {kind: len(list(Path().glob(f"{kind}-*.json"))) for kind in ("log_likelihood", "multiple_choice")}
+    short = [f"{name} {finished[name]} of {n} runs" for name, n in planned.items() if finished[name] < n]
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
     text = environment.from_string(Path(__file__).with_name("page.md.j2").read_text(encoding="utf-8")).render(
         **_machine(),
@@ -66,7 +68,8 @@ def write_page(docs: Path) -> None:
             for name, title in zip(plan.STARTS, ("transferred", "random"), strict=True)
         ],
         utility=_utility(),
-        costs=_json("costs.json"),
+        choices=_choices(),
+        costs=_costs(found),
     )
     (docs / "results.md").write_text(text, encoding="utf-8")
 
@@ -140,7 +143,7 @@ def _curve_logs(points: Points) -> list[Path]:
 
 
 def _utility() -> list[tuple[str, str, str, str]]:
-    measured = {name: facts for name in plan.UTILITY if (facts := _json(f"utility-{name}.json"))}
+    measured = {name: facts for name in plan.UTILITY if (facts := _json(f"log_likelihood-{name}.json"))}
     rows = []
     for name, facts in measured.items():
         model, tokens = plan.UTILITY[name]
@@ -152,3 +155,31 @@ def _utility() -> list[tuple[str, str, str, str]]:
             difference = f"{differences.mean():+.3f} ± {error:.3f}"
         rows.append((Path(model).name, tokens or "none", f"{facts['mean']:.3f}", difference))
     return rows
+
+
+def _choices() -> list[tuple[str, ...]]:
+    """Return a row per multiple-choice task and run."""
+    measured = {name: facts for name in plan.CHOICE_RUNS if (facts := _json(f"multiple_choice-{name}.json"))}
+    rows = []
+    for task in plan.CHOICE_TASKS:
+        for name, facts in measured.items():
+            model, tokens = plan.UTILITY[name]
+            correct = np.array(facts["correct"][task], bool)
+            reference = measured.get(f"{name.split('-')[0]}-none")
+            p = "-"
+            if tokens and reference:
+                p = tables.p_text(statistics.mcnemar(np.array(reference["correct"][task], bool), correct)[1])
+            chance = f"{tables.percent(facts['chance'][task])} %"
+            rows.append(
+                (task, chance, Path(model).name, tokens or "none", tables.rate_text(statistics.rate(correct)), p)
+            )
+    return rows
+
+
+def _costs(found: dict[str, list[Run]]) -> list[tuple[str, float]]:
+    """Return every step's seconds; a sweep's are the sum over its runs, which may have been made at different times."""
+    costs = [(name, cost["seconds"]) for name, cost in _json("costs.json").items() if not name.startswith("sweep ")]
+    sweeps = [
+        (f"sweep {name}, {len(runs)} runs", sum(run.seconds or 0 for run in runs)) for name, runs in found.items()
+    ]
+    return [*costs, *((name, seconds) for name, seconds in sweeps if seconds)]

@@ -1,9 +1,8 @@
 """Utility: how likely the model finds the reference answers to clean prompts, with and without tokens.
 
-    python -m benchmarks.results.utility MODEL [--tokens FILE] [--records N]
+    python -m benchmarks.results.log_likelihood MODEL [--tokens FILE] [--records N]
 
-Mean over AlpacaFarm's records of log p(output | clean prompt) per token, in nats; the data of the usual
-multiple-choice tasks has to be downloaded, this has not.
+Mean over AlpacaFarm's records of log p(output | clean prompt) per token, in nats.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ import argparse
 import json
 
 import numpy as np
+
+from benchmarks.results import plan
 
 
 def log_likelihoods(model_name: str, tokens_file: str | None, n_records: int) -> list[float]:
@@ -50,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--tokens")
-    parser.add_argument("--records", type=int, default=208)
+    parser.add_argument("--records", type=int, default=plan.UTILITY_RECORDS)
     args = parser.parse_args()
     values = np.array(log_likelihoods(args.model, args.tokens, args.records))
     error = float(values.std(ddof=1) / np.sqrt(len(values)))

@@ -63,8 +63,8 @@ def ours(folder: Path) -> dict[str, Any]:
     from dtt_plugin.alignment import align, save_alignment
     from dtt_plugin.checkpoint import open_checkpoint
 
-    pair = [open_checkpoint(str(folder / side)) for side in ("source", "target")]
-    alignment = align(*pair)
+    source, target = (open_checkpoint(str(folder / side)) for side in ("source", "target"))
+    alignment = align(source, target)
     save_alignment(folder / "ours.safetensors", alignment)
     seconds = time.perf_counter() - started
     names = ("orthogonality_error", "relative_residual", "condition", "rank", "engine")
@@ -86,9 +86,9 @@ def scipy(folder: Path) -> dict[str, Any]:
     from dtt_plugin.checkpoint import open_checkpoint
     from dtt_plugin.vocabulary import load_vocabulary
 
-    opened = [open_checkpoint(str(folder / side)) for side in ("source", "target")]
-    located = [checkpoint.input_embedding() for checkpoint in opened]
-    anchors = choose_anchors(*map(load_vocabulary, opened), *located, AlignmentOptions())
+    source, target = (open_checkpoint(str(folder / side)) for side in ("source", "target"))
+    vocabularies = load_vocabulary(source), load_vocabulary(target)
+    anchors = choose_anchors(*vocabularies, source.input_embedding(), target.input_embedding(), AlignmentOptions())
     x, y = (_matrix(folder / side, np.float64) for side in ("source", "target"))
     loaded = time.perf_counter()
     W, _ = orthogonal_procrustes(x, y)

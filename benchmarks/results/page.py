@@ -160,7 +160,7 @@ def _utility() -> list[tuple[str, str, str, str]]:
 def _choices() -> list[tuple[str, ...]]:
     """Return a row per multiple-choice task and run."""
     measured = {name: facts for name in plan.CHOICE_RUNS if (facts := _json(f"multiple_choice-{name}.json"))}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for task in plan.CHOICE_TASKS:
         for name, facts in measured.items():
             model, tokens = plan.UTILITY[name]

@@ -18,7 +18,7 @@ UTILITY = {
     "drifted-adapted": (SIBLING, "adapted"),
     "drifted-from-random": (SIBLING, "from-random"),
 }
-CHOICE_TASKS, CHOICE_ITEMS = ("social_iqa", "vitaminc_fact_verification"), 150
+CHOICE_TASKS, CHOICE_ITEMS = ("social_iqa", "vitaminc_fact_verification"), 100
 """BIG-bench tasks, and how many of the first items of each."""
 CHOICE_RUNS = ("base-none", "base-native")
 CELLS = {"base": 5, "twin": 3, "drifted": 5, "curves": len(CURVE_STEPS) * len(STARTS)}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import unicodedata
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -120,31 +119,6 @@ def load_sentences(path: Path, *, allow_modified: bool = False) -> IgnoreSentenc
             known = _known_digests()["sentences"][part]
             _compare(path, f"{part} sentence", [_digest(sentence) for sentence in sentences], known)
     return IgnoreSentences(*lists)  # type: ignore[arg-type]
-
-
-def is_evaluation_record(record: Record) -> bool:
-    """Return whether AlpacaFarm's evaluation set has this instruction with this input, letters and digits compared."""
-    return essence_digest(record["instruction"], record["input"]) in _known_essences()
-
-
-def is_evaluation_sentence(sentence: str) -> bool:
-    """Return whether the evaluation's ignore attack draws from this sentence, letters and digits compared."""
-    return essence_digest(sentence) in _known_essences()
-
-
-def essence_digest(*texts: str) -> str:
-    """Return a digest that texts share whose letters and digits agree: not case, form, spaces, signs or order."""
-    return _digest(sorted("".join(filter(str.isalnum, folded(text))) for text in texts))
-
-
-def folded(text: str) -> str:
-    """Return `text` without the differences of case and Unicode form."""
-    return unicodedata.normalize("NFKC", text).casefold()
-
-
-@cache
-def _known_essences() -> frozenset[str]:
-    return frozenset(_known_digests()["essences"])
 
 
 def _digest(value: Any) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from tests.conftest import ROOT, write_tokens
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+TRAIN_MODULE = importlib.import_module("dtt_plugin.training.train")  # the package's `train` is the function
 DATA = ROOT / "tasks" / "injection_demo" / "train.json"
 EXAMPLES = [Example([5, 6, 7, 8], [9, 10]), Example([20, 21], [22, 23, 24]), Example([30] * 9, [31])]
 
@@ -242,17 +246,138 @@ def test_what_is_measured_does_not_depend_on_gradient_checkpointing(tiny: str) -
     before = soft_prompt.generate(prompts, 8, pad=0)
     soft_prompt.model.gradient_checkpointing_enable({"use_reentrant": False})
     soft_prompt.train()
-    assert soft_prompt.model.training
+    layers = soft_prompt.model.model.layers
+    assert all(layer.training for layer in layers)
     assert soft_prompt.generate(prompts, 8, pad=0) == before
-    assert soft_prompt.model.training
+    assert all(layer.training for layer in layers)
 
 
-def test_no_dropout_is_left(tiny: str) -> None:
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32, attention_dropout=0.5)
-    soft_prompt = SoftPrompt(model, torch.zeros(3, 32))
+def test_gradient_checkpointing_recomputes_and_ends_in_the_same_bytes(
+    options: TrainingOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    plain, calls = LlamaAttention.forward, []
+
+    def forward(self: Any, *args: Any, **more: Any) -> Any:
+        calls.append(1)
+        return plain(self, *args, **more)
+
+    monkeypatch.setattr(LlamaAttention, "forward", forward)
+    other = replace(options, labels="data", out=tmp_path / "recomputed.safetensors", gradient_checkpointing=True)
+    train(replace(options, labels="data"))
+    once = len(calls)
+    train(other)
+    assert len(calls) - once > 1.5 * once
+    assert other.out.read_bytes() == options.out.read_bytes()
+
+
+def _with_attention_dropout(tiny: str) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32, attention_dropout=0.5)
+
+
+def _with_functional_dropout(_: str) -> Any:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64}
+    config = transformers.OPTConfig(vocab_size=300, word_embed_proj_dim=32, dropout=0.5, layerdrop=0.5, **sizes)
+    return transformers.OPTForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [_with_attention_dropout, _with_functional_dropout])
+def test_no_dropout_is_left(make: Callable[[str], Any], tiny: str) -> None:
+    soft_prompt = SoftPrompt(make(tiny), torch.zeros(3, 32))
     soft_prompt.model.gradient_checkpointing_enable({"use_reentrant": False})
     soft_prompt.train()
     assert soft_prompt(EXAMPLES).item() == soft_prompt(EXAMPLES).item()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"num_beams": 3}, {"no_repeat_ngram_size": 1}, {"repetition_penalty": 1.5}, {"stop_strings": ["a"]}]
+)
+def test_answers_are_greedy_whatever_the_checkpoint_asks_for(settings: dict[str, Any], tiny: str) -> None:
+    prompts = [example.prompt for example in EXAMPLES]
+    model = load(tiny)
+    expected = SoftPrompt(model, torch.empty(0, 32)).generate(prompts, 8, pad=0)
+    model.generation_config.update(**settings)
+    assert SoftPrompt(model, torch.empty(0, 32)).generate(prompts, 8, pad=0) == expected
+
+
+def _fails_to_write(path: Path, tokens: DefensiveTokens) -> None:
+    if "step-" not in path.name:
+        raise DttError("no room")
+    save_tokens(path, tokens)
+
+
+@pytest.mark.parametrize(("stop_at", "steps"), [(1.0, 2), (None, 6)])
+def test_a_run_that_could_not_write_its_tokens_resumes_to_the_same_bytes(
+    stop_at: float | None, steps: int, options: TrainingOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(options, eval_every=2, held_out=4, stop_at=stop_at)
+    train(options)
+    failed = replace(options, out=tmp_path / "failed" / "new.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(TRAIN_MODULE, "save_tokens", _fails_to_write)
+        with pytest.raises(DttError, match="no room"):
+            train(failed)
+    assert train(replace(failed, resume=True)).steps == steps
+    assert failed.out.read_bytes() == options.out.read_bytes()
+
+
+def test_ctrl_c_while_the_last_checkpoint_is_written_leaves_a_finished_run(
+    options: TrainingOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = transformers.Trainer._save_checkpoint
+
+    def save(self: Any, *args: Any, **more: Any) -> None:
+        plain(self, *args, **more)
+        if self.state.global_step == options.steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(transformers.Trainer, "_save_checkpoint", save)
+    assert train(options).tokens is not None
+    assert options.out.exists()
+
+
+def test_a_run_that_goes_on_another_day_keeps_its_date_and_its_report(
+    options: TrainingOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(options.model) / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["chat_template"] = "{{ strftime_now('%d %b %Y') }}" + config["chat_template"]
+    path.write_text(json.dumps(config))
+
+    def begin(day: int) -> None:
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz: Any = None) -> Clock:
+                return cls(2026, 1, day)
+
+        monkeypatch.setattr(TRAIN_MODULE, "datetime", Clock)
+
+    begin(1)
+    whole = train(options)
+    stopped = replace(options, out=tmp_path / "stopped" / "new.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.Trainer, "_save_checkpoint", _stop_at_4(transformers.Trainer._save_checkpoint))
+        with pytest.raises(KeyboardInterrupt):
+            train(stopped)
+    begin(2)
+    resumed = train(replace(stopped, resume=True))
+    assert stopped.out.read_bytes() == options.out.read_bytes()
+    assert resumed.loss == pytest.approx(whole.loss)
+    seconds = [json.loads(line).get("seconds", 0.0) for line in stopped.log.read_text().splitlines()]
+    assert seconds == sorted(seconds)
+    other_day = replace(options, out=tmp_path / "other" / "new.safetensors")
+    train(other_day)
+    assert other_day.out.read_bytes() != options.out.read_bytes()
+
+
+def _stop_at_4(plain: Any) -> Any:
+    def save(self: Any, *args: Any, **more: Any) -> None:
+        plain(self, *args, **more)
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+
+    return save
 
 
 def test_labels_from_the_data_end_with_the_templates_end_of_turn(tiny: str) -> None:
@@ -365,13 +490,52 @@ class TestBadInput:
     ) -> None:
         monkeypatch.setattr(SoftPrompt, "generate", lambda *_, **__: pytest.fail("labels were made"))
         (tmp_path / "file").write_text("")
+        (tmp_path / "log.log.jsonl").mkdir()
+        start = write_tokens(tmp_path / "new.step-2.safetensors", width=32, k=3)
         for changed, message in (
+            ({"out": tmp_path / "t.json"}, "dtt convert"),
+            ({"out": tmp_path / "log.safetensors"}, "which is a folder"),
+            ({"out": tmp_path / f"{'a' * 240}.st"}, "too long"),
+            ({"init": start}, "could be overwritten"),
+            ({"init": "a long text without its prefix " * 20}, "no such token file"),
+            ({"eval_every": 10, "held_out": 4}, "nothing would be measured"),
             ({"out": tmp_path}, "is a folder"),
             ({"out": tmp_path / "file" / "t.safetensors"}, "can't be written"),
             ({"report_to": "nothing"}, "--report-to nothing"),
         ):
             with pytest.raises(DttError, match=message):
                 train(replace(options, **changed))
+
+    @pytest.mark.parametrize(
+        ("content", "more", "message"),
+        [
+            ("{{ m.content }", {}, "can't render a system role.*unexpected"),
+            ("{{ m.content if m.role == 'user' }}", {}, "can't render a system role"),
+            (
+                "{{ raise_exception('no') if m.role == 'assistant' }}{{ m.content }}",
+                {"labels": "data"},
+                "refuses an assistant's turn",
+            ),
+        ],
+    )
+    def test_template_that_lacks_a_role(
+        self, content: str, more: dict[str, Any], message: str, options: TrainingOptions
+    ) -> None:
+        path = Path(options.model) / "tokenizer_config.json"
+        template = "{% for m in messages %}" + content + "{% endfor %}"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+        with pytest.raises(DttError, match=message):
+            train(replace(options, **more))
+
+    def test_model_that_is_defended_already(self, options: TrainingOptions, tmp_path: Path) -> None:
+        tokens = load_tokens(write_tokens(tmp_path / "t.safetensors", width=32, k=3))
+        with pytest.raises(DttError, match="already has DefensiveTokens"):
+            train(replace(options, model=str(bake(options.model, tokens, tmp_path / "baked").folder)))
+
+    def test_tokenizer_that_is_damaged(self, options: TrainingOptions) -> None:
+        (Path(options.model) / "tokenizer.json").write_text('{"a": 1}')
+        with pytest.raises(DttError, match="can't be loaded"):
+            train(options)
 
     def test_weights_that_are_cut_short(self, options: TrainingOptions) -> None:
         path = Path(options.model) / "model.safetensors"
@@ -399,6 +563,8 @@ class TestBadInput:
         ("changed", "message"),
         [
             ({"k": 0}, "--k 0"),
+            ({"k": 1001}, "--k 1001"),
+            ({"rate": 1e38}, "--rate 1e"),
             ({"steps": 0}, "--steps 0"),
             ({"rate": -1.0}, "--rate -1.0"),
             ({"seed": -1}, "--seed -1"),

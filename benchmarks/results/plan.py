@@ -14,9 +14,7 @@ UTILITY = {
     "base-none": (MODEL, None),
     "base-native": (MODEL, "native"),
     "drifted-none": (SIBLING, None),
-    "drifted-transferred": (SIBLING, "transferred"),
     "drifted-adapted": (SIBLING, "adapted"),
-    "drifted-from-random": (SIBLING, "from-random"),
 }
 CHOICE_TASKS, CHOICE_ITEMS = ("social_iqa", "vitaminc_fact_verification"), 100
 """BIG-bench tasks, and how many of the first items of each."""

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError
+
 from dtt_plugin.data import Record, read_json
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_json, write_json
@@ -66,7 +68,10 @@ def _end_of_turn(tokenizer: Any, model: Any) -> int:
     """Return the token that the model's own template writes behind an answer: not everywhere the tokenizer's EOS."""
     answer = "An answer."
     turns = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
-    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)[2]
+    try:
+        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)[2]
+    except TemplateError as error:
+        raise DttError(f"The chat template refuses an assistant's turn ({error}); use --labels self.") from error
     ends = end_ids(model)
     ids = tokenizer(after, add_special_tokens=False).input_ids
     found = next((token for token in ids if token in ends), tokenizer.eos_token_id)

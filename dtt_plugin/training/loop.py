@@ -39,6 +39,7 @@ class TokenTrainer(Trainer):
         self, model: Any, inputs: Mapping[str, list[torch.Tensor]], num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Return the batch's loss, nats a response token, and leave its gradient in the rows."""
+        model.train()
         examples = [
             Example(prompt.tolist(), response.tolist())
             for prompt, response in zip(inputs["prompts"], inputs["responses"], strict=True)
@@ -54,8 +55,8 @@ class TokenTrainer(Trainer):
             good = self.state.global_step
             raise DttError(
                 f"The loss or its gradient is not finite at step {good + 1}; the tokens of step {good} are in"
-                f" {self.keep(good)}, the last good checkpoint in {self.args.output_dir}. Go on with a lower --rate and"
-                " another --out, from that file with --init."
+                f" {self.keep(good)}, the checkpoints before it in {self.args.output_dir}. Go on with a lower --rate"
+                " and another --out, from that file with --init."
             )
         return total
 
@@ -67,6 +68,13 @@ class RunLog(TrainerCallback):
         self.path = path
         self.header = {"format": LOG_FORMAT, **header}
         self.began = time.perf_counter()
+        self.losses: list[float] = []
+        """Every step's loss so far, the steps before an interruption included."""
+
+    @property
+    def seconds(self) -> float:
+        """Time of the run so far, without what an interruption took."""
+        return round(time.perf_counter() - self.began, 3)
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append a line."""
@@ -74,20 +82,21 @@ class RunLog(TrainerCallback):
             file.write(json.dumps(entry) + "\n")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the log; a resumed run's keeps the steps before its checkpoint."""
-        self.began = time.perf_counter()
+        """Start the log; a resumed run's keeps the steps before its checkpoint, and their time."""
         kept = []
         if state.global_step and self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             entries = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may cut the last one
             kept = [entry for entry in entries if 0 <= entry.get("step", -1) <= state.global_step]
+        self.losses = [entry["loss"] for entry in kept if "loss" in entry]
+        self.began = time.perf_counter() - max((entry.get("seconds", 0.0) for entry in kept), default=0.0)
         self.path.write_text("".join(json.dumps(entry) + "\n" for entry in [self.header, *kept]), encoding="utf-8")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
         """Note a step's loss."""
         if logs and "loss" in logs:
-            seconds = round(time.perf_counter() - self.began, 3)
-            self.write({"step": state.global_step, "loss": logs["loss"], "seconds": seconds})
+            self.losses.append(logs["loss"])
+            self.write({"step": state.global_step, "loss": logs["loss"], "seconds": self.seconds})
 
 
 class Bar(ProgressCallback):
@@ -125,13 +134,17 @@ class HeldOutCheck(TrainerCallback):
         self.log.write({"step": state.global_step, "asr": asr, "n": self.n, "attack_rates": rates})
         if self.stop_at is not None and asr <= self.stop_at:
             control.should_training_stop = True
+            # Were there a checkpoint of this step, and no token file yet, --resume would go on past the stop.
+            control.should_save = False
 
 
 class SaveOnInterrupt(TrainerCallback):
     """Turns Ctrl-C into: finish this step, write a checkpoint, stop."""
 
     def __init__(self) -> None:
-        self.interrupted = False
+        self.stopped = False
+        """The run ended here, with steps left to do."""
+        self._asked = False
         self._before: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -139,15 +152,13 @@ class SaveOnInterrupt(TrainerCallback):
         self._before = signal.signal(signal.SIGINT, self._note)
 
     def _note(self, _number: int, _frame: Any) -> None:
-        self.interrupted = True
+        self._asked = True
         signal.signal(signal.SIGINT, self._before)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save and stop, where asked to."""
-        if control.should_training_stop:
-            self.interrupted = False  # the run ends here anyway, complete
-        elif self.interrupted:
-            control.should_save = control.should_training_stop = True
+        """Save and stop, where asked to and where the run would not end anyway."""
+        if self._asked and not control.should_training_stop:
+            self.stopped = control.should_save = control.should_training_stop = True
 
     def give_back(self) -> None:
         """Give the signal back."""

@@ -63,12 +63,10 @@ class Mixture:
         number = self._order(epoch)[place]
         record = self.records[number]
         draw = random.Random(f"{self.seed}/{index}")
-        [data] = injected_data(
-            MIXTURE[index % len(MIXTURE)],
-            [record],
-            [draw.choice(self.data.sentences)],
-            draw.choice(self.data.injections),
-        )
+        sentence, injection = draw.choice(self.data.sentences), draw.choice(self.data.injections)
+        if injection == record["instruction"]:  # to follow it would be right
+            injection = draw.choice([other for other in self.data.injections if other != injection])
+        [data] = injected_data(MIXTURE[index % len(MIXTURE)], [record], [sentence], injection)
         return Example(self.encode(record["instruction"], data), self.labels[number])
 
     def _order(self, epoch: int) -> list[int]:

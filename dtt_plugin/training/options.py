@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtt_plugin.errors import DttError
+from dtt_plugin.tokens import MOST_TOKENS
 
 LABELS = ("self", "data")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TEXT_INIT = "text:"
+_HIGHEST_RATE = 1000  # ten times an ordinary row's norm in a step, and no overflow in Adam
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class TrainingOptions:
             self._check(getattr(self, name) >= 1, name, "at least 1")
         for name in ("steps", "eval_every"):
             self._check((getattr(self, name) or 1) >= 1 and getattr(self, name) != 0, name, "at least 1")
-        self._check(0 < self.rate < float("inf"), "rate", "a positive number")
+        self._check(self.k <= MOST_TOKENS, "k", f"at most {MOST_TOKENS}")
+        self._check(0 < self.rate <= _HIGHEST_RATE, "rate", f"above 0 and at most {_HIGHEST_RATE}")
         self._check(0 <= self.seed < 2**32, "seed", "a whole number from 0 to 4294967295")
         self._check(self.held_out >= 0, "held_out", "0 or more")
         self._check(self.labels in LABELS, "labels", f"one of {', '.join(LABELS)}")

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
+from transformers import GenerationConfig
 
 from dtt_plugin.errors import DttError
 
-PACKING_TOLERANCE = 1e-3
+PACKING_TOLERANCE = 1e-4
 _SCALE_TOLERANCE = 1e-2
 # Positions of a batch when generating: a processor needs some 64 rows at once to be well used.
 _GENERATED_AT_ONCE = 8192
@@ -35,27 +36,28 @@ class SoftPrompt(nn.Module):
     """A causal language model under k rows.
 
     Args:
-        model: a transformers causal language model; frozen here, and its dropout taken out.
+        model: a transformers causal language model; frozen here, its dropout taken out, its generation made greedy.
         rows: the start, float32 [k, d], as rows of the embedding matrix; k may be 0 (the undefended model).
     """
 
     def __init__(self, model: Any, rows: torch.Tensor) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0
+        take_dropout_out(model)
+        # Beams, penalties and suppressed tokens of the checkpoint's own would enter labels and held-out ASR.
+        model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
         self.embed = model.get_input_embeddings()
         self.rows = nn.Parameter(rows.detach().clone().float().to(self.embed.weight.device))
         self.scale = embedding_scale(self.embed)
         self.packs = self._packs_exactly()
 
     def train(self, mode: bool = True) -> SoftPrompt:
-        """Leave the frozen model in evaluation mode, save where activations are recomputed, which needs the other."""
+        """Leave the frozen model in evaluation mode; transformers recomputes activations in training mode only."""
         super().train(mode)
-        self.model.train(mode and getattr(self.model, "is_gradient_checkpointing", False))
+        self.model.eval()
+        for module in self.model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = mode
         return self
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -128,12 +130,12 @@ class SoftPrompt(nn.Module):
             new_tokens: the most tokens of a response.
             pad: id of the padding token.
         """
-        training = self.model.training
-        self.model.eval()  # in training mode with recomputed activations there is no cache of what came before
+        training = self.training
+        self.eval()  # in training mode with recomputed activations there is no cache of what came before
         try:
             return self._generate(prompts, new_tokens, pad)
         finally:
-            self.model.train(training)
+            self.train(training)
 
     def _generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, pad: int) -> list[list[int]]:
         ends = end_ids(self.model)
@@ -153,7 +155,6 @@ class SoftPrompt(nn.Module):
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 pad_token_id=pad,
-                repetition_penalty=1.0,  # greedy is greedy, whatever the checkpoint's generation config says
             )
             for i, ids in zip(chosen, output.tolist(), strict=True):
                 end = next((n for n, token in enumerate(ids) if token in ends), None)
@@ -176,6 +177,16 @@ class SoftPrompt(nn.Module):
         # bfloat16 rounds differently in a longer row; a leak between sequences moves logits far more than this.
         tolerance = PACKING_TOLERANCE if alone.dtype == self.embed.weight.dtype else 0.05
         return bool((alone - packed).abs().max() <= tolerance * alone.abs().max())
+
+
+def take_dropout_out(model: Any) -> None:
+    """Set every dropout rate of a model to zero: those of modules, of their attributes and of their configs."""
+    owners = [owner for module in model.modules() for owner in (module, getattr(module, "config", None)) if owner]
+    for owner in owners:
+        for name, value in list(vars(owner).items()):
+            is_rate = "drop" in name or (name == "p" and "Dropout" in type(owner).__name__)
+            if is_rate and isinstance(value, float):
+                setattr(owner, name, 0.0)
 
 
 @torch.no_grad()

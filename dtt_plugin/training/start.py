@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dtt_plugin.errors import DttError
@@ -22,7 +22,7 @@ def start_tokens(options: TrainingOptions) -> Any:
         return None
     from dtt_plugin.tokens import load_tokens
 
-    if not Path(options.init).exists():
+    if not os.path.exists(options.init):  # unlike Path's, False for a name that no file system takes
         raise DttError(f"--init {options.init}: no such token file; give random, {TEXT_INIT}..., or a file.")
     model = options.model if options.init.endswith(".json") else None
     tokens = load_tokens(options.init, model=model)

@@ -6,9 +6,13 @@ import dataclasses
 import errno
 import json
 import logging
+import os
+import re
 import shutil
 import tempfile
+from datetime import datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
@@ -20,7 +24,7 @@ from dtt_plugin.defenses import NONE, parse_defense
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_file, sha256_json, write_json
 from dtt_plugin.formats import MODEL_FORMAT
-from dtt_plugin.prompt import PromptRenderer, model_template
+from dtt_plugin.prompt import PromptRenderer, has_defensive_tokens, model_template
 from dtt_plugin.tokens import DefensiveTokens, save_tokens
 from dtt_plugin.training.options import TrainingOptions
 from dtt_plugin.training.records import TrainingData, load_training_data, split
@@ -29,8 +33,10 @@ from dtt_plugin.training.start import start_rows, start_tokens
 logger = logging.getLogger("dtt_plugin")
 
 _RUN_FILE = "run.json"
+_LONGEST_NAME = 230  # of 255 bytes; temporary names and step numbers are longer
 # What may differ between a run and its continuation without changing the result, save for rounding.
-_FREE = ("resume", "report_to", "save_every", "out", "tokens_at_once", "gradient_checkpointing")
+# Model and data are compared by their content.
+_FREE = ("resume", "report_to", "save_every", "out", "tokens_at_once", "gradient_checkpointing", "model", "data")
 
 
 class Trained(NamedTuple):
@@ -42,6 +48,7 @@ class Trained(NamedTuple):
     loss: float | None
     """Mean over the run's steps, nats a response token."""
     seconds: float
+    """Of the steps and measurements, what an interruption took left out."""
 
 
 def train(options: TrainingOptions) -> Trained:
@@ -56,12 +63,16 @@ def train(options: TrainingOptions) -> Trained:
     data = load_training_data(options.data)
     training, held_out = split(data.records, options.held_out if options.eval_every else 0)
     steps = options.steps or max(1, len(training) // options.batch)
+    if (options.eval_every or 0) > steps:
+        raise DttError(f"--eval-every {options.eval_every}: the run has {steps} steps, so nothing would be measured.")
     init = start_tokens(options)
     _check_out(options)
     run = _run_identity(options, data, init, steps)
-    _check_folder(options, run)
+    run["date"] = _check_folder(options, run)
     try:
         return _train(options, data, training, held_out, steps, init, run)
+    except ImportError as error:
+        raise DttError(f"dtt train needs {error.name}; install it with pip install 'dtt-plugin[train]'.") from error
     except (MemoryError, RuntimeError, OSError, SafetensorError) as error:
         if _is_disk_full(error):
             raise DttError(
@@ -124,8 +135,18 @@ def _train(
         prompt_format=init.prompt_format if init else MODEL_FORMAT,
         model_template=model_template(tokenizer),
         defenses=parse_defense(NONE),
+        # Some templates write the date; a run that goes on another day keeps the one it began with.
+        template_args={"strftime_now": datetime.fromisoformat(run["date"]).strftime},
     )
     encode = encoder(renderer)
+    try:
+        encode("Sum up.", "A text.")
+    except DttError as error:
+        reason = f" ({error.__cause__})" if error.__cause__ else ""
+        raise DttError(
+            f"The chat template of {options.model} can't render a system role, the trusted instruction, beside a user"
+            f" role, the untrusted data{reason}; dtt train needs a model whose template does."
+        ) from error
     undefended = SoftPrompt(model, torch.empty(0, model.get_input_embeddings().weight.shape[1]))
     if options.labels == "self":
         labels = self_labels(
@@ -142,8 +163,6 @@ def _train(
     soft_prompt = SoftPrompt(model, rows)
     if not soft_prompt.packs:
         logger.warning("%s can't be packed: every example gets a pass of its own, which is slower.", options.model)
-    if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def result(step: int) -> DefensiveTokens:
         return _result(options, soft_prompt.rows.detach().cpu().numpy(), init, run, step)
@@ -185,18 +204,17 @@ def _train(
     write_json(options.checkpoints / _RUN_FILE, run)
     last = _last_checkpoint(options.checkpoints) if options.resume else None
     try:
-        outcome = trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=last)
     finally:
         interrupt.give_back()
-    seconds = float(outcome.metrics["train_runtime"])
     done = trainer.state.global_step
-    loss = float(outcome.training_loss) if done else None
-    if interrupt.interrupted:
-        return Trained(None, done, loss, seconds)
+    loss = fmean(log.losses) if log.losses else None
+    if interrupt.stopped:
+        return Trained(None, done, loss, log.seconds)
     tokens = result(done)
     save_tokens(options.out, tokens)
     shutil.rmtree(options.checkpoints)
-    return Trained(tokens, done, loss, seconds)
+    return Trained(tokens, done, loss, log.seconds)
 
 
 def _result(
@@ -225,13 +243,24 @@ def _load(options: TrainingOptions) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # tokenizers raises that very class for a damaged tokenizer.json
+        if _is_out_of_memory(error):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DttError(f"{options.model} can't be loaded as a causal language model: {reason}") from error
     if not model_template(tokenizer):
         raise DttError(f"{options.model} has no chat template; DefensiveTokens are for chat models.")
+    if has_defensive_tokens(tokenizer):
+        raise DttError(f"{options.model} already has DefensiveTokens; give the undefended checkpoint.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if options.gradient_checkpointing:
+        try:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise DttError(
+                f"{options.model} can't recompute activations; leave --gradient-checkpointing out."
+            ) from error
     return tokenizer, model.to("cuda") if on_gpu else model
 
 
@@ -254,13 +283,18 @@ def _run_identity(
     }
 
 
-def _check_folder(options: TrainingOptions, run: dict[str, Any]) -> None:
-    """Refuse to mix two runs' checkpoints, and to start over one that could be continued."""
+def _check_folder(options: TrainingOptions, run: dict[str, Any]) -> str:
+    """Refuse to mix two runs' checkpoints, and to start over one that could be continued.
+
+    Returns:
+        When the run began, in ISO format.
+    """
+    now = datetime.now().isoformat()
     path = options.checkpoints / _RUN_FILE
     if not path.is_file():
         if options.resume:
             raise DttError(f"--resume: {options.checkpoints} holds no run to go on with; leave the option out.")
-        return
+        return now
     if not options.resume:
         raise DttError(
             f"{options.checkpoints} holds an unfinished run: go on with --resume, or remove that folder to start over."
@@ -270,18 +304,28 @@ def _check_folder(options: TrainingOptions, run: dict[str, Any]) -> None:
         raise DttError(
             f"--resume: the run in {options.checkpoints} had other values of {', '.join(changed)}; give the same ones."
         )
+    return str(before.get("date", now))
 
 
 def _check_out(options: TrainingOptions) -> None:
-    """Refuse at once what could not be written after hours."""
-    if options.out.is_dir():
-        raise DttError(f"--out {options.out} is a folder; name the token file to write.")
+    """Refuse at once what could not be written, or read again, after hours."""
+    out = options.out
+    if out.is_dir():
+        raise DttError(f"--out {out} is a folder; name the token file to write.")
+    if out.suffix == ".json":
+        raise DttError(f"--out {out}: a token file is safetensors; name it so, and use `dtt convert` afterwards.")
+    if options.log.is_dir():
+        raise DttError(f"--out {out}: the log goes to {options.log}, which is a folder; name another file.")
+    if re.fullmatch(re.escape(options.at_step(0).name).replace("0", r"\d+"), Path(options.init).name):
+        raise DttError(f"--init {options.init} could be overwritten by this run's own files; choose another --out.")
+    if len(os.fsencode(options.checkpoints.name)) > _LONGEST_NAME:
+        raise DttError(f"--out {out.name}: the name is too long for the files beside it; choose a shorter one.")
     try:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=options.out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
             pass
     except OSError as error:
-        raise DttError(f"--out {options.out} can't be written ({error.strerror}); name another file.") from error
+        raise DttError(f"--out {out} can't be written ({error.strerror}); name another file.") from error
 
 
 def _check_tracker(name: str) -> None:
@@ -300,8 +344,9 @@ def _last_checkpoint(folder: Path) -> str | None:
 
     The Trainer writes `trainer_state.json` last.
     """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for path in found:
+    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    found = [path for path, step in steps.items() if step.isdecimal()]
+    for path in sorted(found, key=lambda path: int(steps[path]), reverse=True):
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -321,5 +366,5 @@ def _is_disk_full(error: BaseException) -> bool:
 def _is_out_of_memory(error: BaseException) -> bool:
     import torch
 
-    text = str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
+    said = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in said)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from dtt_plugin.bake import bake
 from dtt_plugin.cli import main
@@ -186,6 +187,12 @@ def test_resuming_with_other_options_is_refused(options: TrainingOptions) -> Non
         train(options)
     with pytest.raises(DttError, match=r"other values of .*rate"):
         train(replace(options, resume=True))
+
+
+def test_a_second_run_into_the_same_file_is_refused(options: TrainingOptions) -> None:
+    options.checkpoints.mkdir()
+    with FileLock(options.checkpoints / ".lock"), pytest.raises(DttError, match="Another dtt train writes"):
+        train(options)
 
 
 def test_adapting_starts_from_the_file_and_says_so(options: TrainingOptions, tmp_path: Path) -> None:
@@ -536,6 +543,7 @@ class TestBadInput:
         (Path(options.model) / "tokenizer.json").write_text('{"a": 1}')
         with pytest.raises(DttError, match="can't be loaded"):
             train(options)
+        assert not options.checkpoints.exists()
 
     def test_weights_that_are_cut_short(self, options: TrainingOptions) -> None:
         path = Path(options.model) / "model.safetensors"

@@ -10,11 +10,13 @@ import os
 import re
 import shutil
 import tempfile
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from dtt_plugin.checkpoint import open_checkpoint
@@ -69,8 +71,20 @@ def train(options: TrainingOptions) -> Trained:
     _check_out(options)
     run = _run_identity(options, data, init, steps)
     run["date"] = _check_folder(options, run)
+    options.checkpoints.mkdir(exist_ok=True)
+    lock = options.checkpoints / ".lock"
     try:
-        return _train(options, data, training, held_out, steps, init, run)
+        with FileLock(lock, timeout=0):
+            try:
+                return _train(options, data, training, held_out, steps, init, run)
+            finally:
+                lock.unlink(missing_ok=True)
+                with suppress(OSError):  # there is something in it to go on from
+                    options.checkpoints.rmdir()
+    except Timeout as error:
+        raise DttError(
+            f"Another dtt train writes to {options.checkpoints}; wait for it, or name another --out."
+        ) from error
     except ImportError as error:
         raise DttError(f"dtt train needs {error.name}; install it with pip install 'dtt-plugin[train]'.") from error
     except (MemoryError, RuntimeError, OSError, SafetensorError) as error:
@@ -200,7 +214,6 @@ def _train(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Bar)
-    options.checkpoints.mkdir(parents=True, exist_ok=True)
     write_json(options.checkpoints / _RUN_FILE, run)
     last = _last_checkpoint(options.checkpoints) if options.resume else None
     try:

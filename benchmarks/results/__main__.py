@@ -102,12 +102,12 @@ def make_sibling(data: Path) -> None:
 
 
 def utility(kind: str, name: str) -> None:
-    """Run `benchmarks.results.KIND` on one of the plan's pairs of model and tokens."""
+    """Run `benchmarks.results.KIND` on the model, with the tokens that the plan names."""
     file = Path(f"{kind}-{name}.json")
     if not file.is_file():
-        model, tokens = plan.UTILITY[name]
+        tokens = plan.UTILITY[name]
         more = ["--tokens", f"tokens/{tokens}.safetensors"] if tokens else []
-        run(f"{kind} {name}", "-m", f"benchmarks.results.{kind}", model, *more, to=file)
+        run(f"{kind} {name}", "-m", f"benchmarks.results.{kind}", MODEL, *more, to=file)
 
 
 def transferred_to_sibling() -> str:
@@ -142,7 +142,6 @@ def measure(data: Path) -> None:
     sweep("curves", [sibling | {"tokens": curves}], limit=plan.CURVE_RECORDS)
     for name in plan.UTILITY:
         utility("log_likelihood", name)
-    for name in plan.CHOICE_RUNS:
         utility("multiple_choice", name)
 
 

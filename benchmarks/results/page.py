@@ -46,8 +46,8 @@ def write_page(docs: Path) -> None:
         write_report(folder / "report.html", board, full, curves=curves, samples=False)
     steps = sorted({step for by_step in points.values() for step in by_step})
     finished = {name: sum(name == "curves" or not run.limited for run in runs) for name, runs in found.items()}
-    planned = plan.CELLS | {"log_likelihood": len(plan.UTILITY), "multiple_choice": len(plan.CHOICE_RUNS)}
-    finished |= {kind: len(list(Path().glob(f"{kind}-*.json"))) for kind in ("log_likelihood", "multiple_choice")}
+    planned = plan.CELLS | dict.fromkeys(("log_likelihood", "multiple_choice"), len(plan.UTILITY))
+    finished |= {kind: len(_measured(kind)) for kind in ("log_likelihood", "multiple_choice")}
     short = [f"{name} {finished[name]} of {n} runs" for name, n in planned.items() if finished[name] < n]
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
     text = environment.from_string(Path(__file__).with_name("page.md.j2").read_text(encoding="utf-8")).render(
@@ -142,38 +142,37 @@ def _curve_logs(points: Points) -> list[Path]:
     return files
 
 
-def _utility() -> list[tuple[str, str, str, str]]:
-    measured = {name: facts for name in plan.UTILITY if (facts := _json(f"log_likelihood-{name}.json"))}
+def _utility() -> list[tuple[str, str, str]]:
+    """Return a row per run: tokens, mean log-likelihood, paired difference from the run without tokens."""
+    measured = _measured("log_likelihood")
     rows = []
     for name, facts in measured.items():
-        model, tokens = plan.UTILITY[name]
-        reference = measured.get(f"{name.split('-')[0]}-none")
         difference = "-"
-        if tokens and reference:
-            differences = np.array(facts["values"]) - np.array(reference["values"])
+        if name != "none" and "none" in measured:
+            differences = np.array(facts["values"]) - np.array(measured["none"]["values"])
             error = differences.std(ddof=1) / math.sqrt(len(differences))
             difference = f"{differences.mean():+.3f} ± {error:.3f}"
-        rows.append((Path(model).name, tokens or "none", f"{facts['mean']:.3f}", difference))
+        rows.append((name, f"{facts['mean']:.3f}", difference))
     return rows
 
 
 def _choices() -> list[tuple[str, ...]]:
     """Return a row per multiple-choice task and run."""
-    measured = {name: facts for name in plan.CHOICE_RUNS if (facts := _json(f"multiple_choice-{name}.json"))}
+    measured = _measured("multiple_choice")
     rows: list[tuple[str, ...]] = []
     for task in plan.CHOICE_TASKS:
         for name, facts in measured.items():
-            model, tokens = plan.UTILITY[name]
             correct = np.array(facts["correct"][task], bool)
-            reference = measured.get(f"{name.split('-')[0]}-none")
             p = "-"
-            if tokens and reference:
-                p = tables.p_text(statistics.mcnemar(np.array(reference["correct"][task], bool), correct)[1])
+            if name != "none" and "none" in measured:
+                p = tables.p_text(statistics.mcnemar(np.array(measured["none"]["correct"][task], bool), correct)[1])
             chance = f"{tables.percent(facts['chance'][task])} %"
-            rows.append(
-                (task, chance, Path(model).name, tokens or "none", tables.rate_text(statistics.rate(correct)), p)
-            )
+            rows.append((task, chance, name, tables.rate_text(statistics.rate(correct)), p))
     return rows
+
+
+def _measured(kind: str) -> dict[str, dict[str, Any]]:
+    return {name: facts for name in plan.UTILITY if (facts := _json(f"{kind}-{name}.json"))}
 
 
 def _costs(found: dict[str, list[Run]]) -> list[tuple[str, float]]:

@@ -9,16 +9,11 @@ STARTS = ("adapted", "from-random")
 """Token files of the two trainings on the sibling: from the transferred tokens, and from N(0, I)."""
 CURVE_STEPS, CURVE_RECORDS = (25, 50), 64
 """The curves' other points, step 0 and the last, come from the runs over all records, cut to the same 64."""
+UTILITY = {"none": None, "native": "native"}
+"""Token files of the runs on the model that measure utility."""
 UTILITY_RECORDS = 64
-UTILITY = {
-    "base-none": (MODEL, None),
-    "base-native": (MODEL, "native"),
-    "drifted-none": (SIBLING, None),
-    "drifted-adapted": (SIBLING, "adapted"),
-}
 CHOICE_TASKS, CHOICE_ITEMS = ("social_iqa", "vitaminc_fact_verification"), 100
 """BIG-bench tasks, and how many of the first items of each."""
-CHOICE_RUNS = ("base-none", "base-native")
 CELLS = {"base": 5, "twin": 3, "drifted": 5, "curves": len(CURVE_STEPS) * len(STARTS)}
 """Runs of lm-eval per sweep."""
 ENGINE = {"dtype": "float32", "max_model_len": 4096, "enforce_eager": True, "early_decision": True}

@@ -105,7 +105,7 @@ def peft_step(tokenizer: Any, model: Any) -> tuple[Any, Callable[[Sequence[Any]]
     def backward(examples: Sequence[Any]) -> float:
         loss = tuned(**padded(examples, tokenizer.pad_token_id)).loss
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     return [rows], backward
 
@@ -120,7 +120,9 @@ def reference_step(tokenizer: Any, model: Any) -> tuple[Any, Callable[[Sequence[
     with torch.no_grad():
         weight[known:] = start(weight.shape[1])
     head = model.get_output_embeddings()
-    head.weight = torch.nn.Parameter(weight.detach().clone()[: known + K], requires_grad=False)  # untied, as trained
+    # Untied, and without outputs for the k: rows of such a norm would win every softmax.
+    head.weight = torch.nn.Parameter(weight.detach()[:known].clone(), requires_grad=False)
+    model.config.vocab_size = head.out_features = known
     weight.requires_grad_(True)
 
     def backward(examples: Sequence[Any]) -> float:
@@ -128,7 +130,7 @@ def reference_step(tokenizer: Any, model: Any) -> tuple[Any, Callable[[Sequence[
         loss = model(**padded(in_front, tokenizer.pad_token_id)).loss
         loss.backward()
         weight.grad[:known] = 0
-        return float(loss)
+        return float(loss.detach())
 
     return [weight], backward
 

@@ -39,7 +39,8 @@ def log_likelihoods(model_name: str, tokens_file: str | None, n_records: int) ->
     )
     encode, prompt = encoder(renderer), SoftPrompt(model, rows)
     found = []
-    for record in load_records(data_file(RECORDS_FILE))[:n_records]:
+    answered = [record for record in load_records(data_file(RECORDS_FILE)) if record["output"].strip()]
+    for record in answered[:n_records]:
         answer = tokenizer(record["output"].strip(), add_special_tokens=False).input_ids
         with torch.no_grad():
             loss = prompt([Example(encode(record["instruction"], record["input"]), answer)])

@@ -21,23 +21,26 @@ from typing import Any
 import numpy as np
 
 from benchmarks.results import plan
+from dtt_plugin.data import data_folder
+from dtt_plugin.errors import DttError
+from dtt_plugin.files import sha256_file
 
-RELEASE = (
-    "https://files.pythonhosted.org/packages/95/f8/c019b3579df548a04cac12342cfcb878e50ddf6cfcd7fddba8cfc721c157/"
-    "bigbench-1.0.0.tar.gz"
-)
+RELEASE = "bigbench-1.0.0.tar.gz"
+RELEASE_SHA256 = "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"
 ORDER_SEED = 42
 """BIG-bench's own default, anew for every example."""
-RELEASE_SHA256 = "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"
 
 
 def release(archive: Path | None) -> Path:
-    """Return BIG-bench's release (350 MB), downloaded once, with its digest checked."""
-    import pooch
+    """Return BIG-bench's release (350 MB, from PyPI's page of `bigbench`), by default in the data folder.
 
-    if archive:
-        return archive
-    return Path(pooch.retrieve(RELEASE, known_hash=RELEASE_SHA256, path=pooch.os_cache("dtt-plugin"), progressbar=True))
+    Raises:
+        DttError: it is not there, or another file.
+    """
+    path = archive or data_folder() / RELEASE
+    if not path.is_file() or sha256_file(path) != RELEASE_SHA256:
+        raise DttError(f"{path} is not {RELEASE} of bigbench 1.0.0 on PyPI; download it there.")
+    return path
 
 
 def read_tasks(archive: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -122,7 +125,7 @@ def main() -> int:
     parser.add_argument("--tokens")
     parser.add_argument("--items", type=int, default=plan.CHOICE_ITEMS)
     parser.add_argument("--tasks", nargs="+", default=list(plan.CHOICE_TASKS))
-    parser.add_argument("--archive", type=Path, help="bigbench-1.0.0.tar.gz, where it is there already")
+    parser.add_argument("--archive", type=Path, help=f"{RELEASE}, by default in the data folder")
     args = parser.parse_args()
     print(json.dumps(measure(args.model, args.tokens, args.tasks, args.items, release(args.archive))))
     return 0

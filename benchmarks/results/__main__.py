@@ -2,9 +2,9 @@
 
     python -m benchmarks.results --model FOLDER --train FILE [--out out/results]
 
-Every step is skipped where its result is there already, so a run that was interrupted goes on; whatever is
-finished when it ends stands in docs/results.md, and what is not is named there. On two CPU cores all of it takes
-about five hours, through vLLM's CPU build.
+Every step is skipped where its result is there already, so a run that was interrupted goes on. When it ends, the
+sections of docs/results.md whose measurements are complete are written anew; the others stay as they are. On two CPU
+cores all of it takes about five hours, through vLLM's CPU build.
 
 1. Native tokens: trained for the model, from random rows.
 2. The model undefended, with prompt defenses, with native tokens, with random vectors of the same lengths.
@@ -141,8 +141,8 @@ def measure(data: Path) -> None:
     curves = [f"tokens/{name}.step-{step}.safetensors" for step in plan.CURVE_STEPS for name in plan.STARTS]
     sweep("curves", [sibling | {"tokens": curves}], limit=plan.CURVE_RECORDS)
     for name in plan.UTILITY:
-        utility("log_likelihood", name)
-        utility("multiple_choice", name)
+        for kind in plan.UTILITY_KINDS:
+            utility(kind, name)
 
 
 def main() -> int:

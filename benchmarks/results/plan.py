@@ -11,9 +11,18 @@ CURVE_STEPS, CURVE_RECORDS = (25, 50), 64
 """The curves' other points, step 0 and the last, come from the runs over all records, cut to the same 64."""
 UTILITY = {"none": None, "native": "native"}
 """Token files of the runs on the model that measure utility."""
+UTILITY_KINDS = ("log_likelihood", "multiple_choice")
 UTILITY_RECORDS = 64
 CHOICE_TASKS, CHOICE_ITEMS = ("social_iqa", "vitaminc_fact_verification"), 100
 """BIG-bench tasks, and how many of the first items of each."""
-CELLS = {"base": 5, "twin": 3, "drifted": 5, "curves": len(CURVE_STEPS) * len(STARTS)}
-"""Runs of lm-eval per sweep."""
+CELLS = {"base": 5, "twin": 3, "drifted": 5}
+"""Runs of lm-eval over all records, per sweep."""
 ENGINE = {"dtype": "float32", "max_model_len": 4096, "enforce_eager": True, "early_decision": True}
+COSTS = {
+    "base": ["train native"],
+    "twin": [],
+    "drifted": ["drift", "align drifted", "transfer drifted"],
+    "curves": [f"train {name}" for name in STARTS],
+    "utility": [f"{kind} {name}" for kind in UTILITY_KINDS for name in UTILITY],
+}
+"""Steps whose times a section of the page names, beside its runs of lm-eval."""

@@ -1,0 +1,38 @@
+"""docs/results.md: what was not measured again stays."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks.results.page import write_page
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_a_run_that_finished_nothing_leaves_the_page_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(DOCS / "results.md", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    write_page(tmp_path)
+    assert (tmp_path / "results.md").read_text() == (DOCS / "results.md").read_text()
+    assert not os.listdir(tmp_path / "results")
+
+
+def test_a_finished_section_is_written_anew_and_the_others_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(DOCS / "results.md", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("none", -1.0), ("native", -1.5)):
+        Path(f"log_likelihood-{name}.json").write_text(f'{{"mean": {value}, "values": [{value}, {value}]}}')
+        choices = '"social_iqa": [1, 0], "vitaminc_fact_verification": [1, 1]'
+        chance = '"social_iqa": 0.25, "vitaminc_fact_verification": 0.5'
+        Path(f"multiple_choice-{name}.json").write_text(f'{{"correct": {{{choices}}}, "chance": {{{chance}}}}}')
+    write_page(tmp_path)
+    before, after = (folder.joinpath("results.md").read_text().split("\n## Utility\n") for folder in (DOCS, tmp_path))
+    assert after[0] == before[0]
+    assert "| native | -1.500 | -0.500 ± 0.000 |" in after[1]
+    assert "| social_iqa | 25.0 % | native | 1/2 = 50.0 %" in after[1]

@@ -33,24 +33,15 @@ MIB = 2**20
 
 def batches(model_id: str, data: str, batch: int, steps: int) -> tuple[Any, Any, list[list[Any]]]:
     """Return tokenizer, model (float32) and the examples of every step."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from dtt_plugin.defenses import NONE, parse_defense
-    from dtt_plugin.prompt import PromptRenderer, model_template
+    from dtt_plugin.training.chat_model import load_chat_model
     from dtt_plugin.training.labels import data_labels
-    from dtt_plugin.training.mixture import Mixture, encoder
+    from dtt_plugin.training.mixture import Mixture
     from dtt_plugin.training.records import load_training_data
 
-    tokenizer = AutoTokenizer.from_pretrained(model_id)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(model_id, dtype=torch.float32)
-    renderer = PromptRenderer(
-        tokenizer, prompt_format="model", model_template=model_template(tokenizer), defenses=parse_defense(NONE)
-    )
+    tokenizer, model, _, encode = load_chat_model(model_id, dtype="float32")
     content = load_training_data(data)
     labels = data_labels(tokenizer, model, content.records, new_tokens=LABEL_TOKENS)
-    mixture = Mixture(content.records, labels, content, encoder(renderer), size=batch * steps, seed=0)
+    mixture = Mixture(content.records, labels, content, encode, size=batch * steps, seed=0)
     return tokenizer, model, [[mixture[step * batch + i] for i in range(batch)] for step in range(steps)]
 
 
@@ -61,17 +52,18 @@ def start(width: int) -> Any:
     return torch.randn(K, width, generator=torch.Generator().manual_seed(0))
 
 
-def padded(examples: Sequence[Any], pad: int) -> dict[str, Any]:
+def padded(examples: Sequence[Any], pad: int, device: Any) -> dict[str, Any]:
     """Return ids, mask and labels (-100 where there is no response), padded on the right."""
     import torch
 
     width = max(len(e.prompt) + len(e.response) for e in examples)
     rows = [(e.prompt + e.response, [-100] * len(e.prompt) + e.response) for e in examples]
-    return {
+    columns = {
         "input_ids": torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in rows]),
         "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]),
         "labels": torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows]),
     }
+    return {name: column.to(device) for name, column in columns.items()}
 
 
 def dtt_step(tokenizer: Any, model: Any) -> tuple[Any, Callable[[Sequence[Any]], float]]:
@@ -103,7 +95,7 @@ def peft_step(tokenizer: Any, model: Any) -> tuple[Any, Callable[[Sequence[Any]]
         rows.copy_(start(rows.shape[1]))
 
     def backward(examples: Sequence[Any]) -> float:
-        loss = tuned(**padded(examples, tokenizer.pad_token_id)).loss
+        loss = tuned(**padded(examples, tokenizer.pad_token_id, model.device)).loss
         loss.backward()
         return float(loss.detach())
 
@@ -127,7 +119,7 @@ def reference_step(tokenizer: Any, model: Any) -> tuple[Any, Callable[[Sequence[
 
     def backward(examples: Sequence[Any]) -> float:
         in_front = [type(e)([*range(known, known + K), *e.prompt], e.response) for e in examples]
-        loss = model(**padded(in_front, tokenizer.pad_token_id)).loss
+        loss = model(**padded(in_front, tokenizer.pad_token_id, model.device)).loss
         loss.backward()
         weight.grad[:known] = 0
         return float(loss.detach())

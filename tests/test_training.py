@@ -33,7 +33,6 @@ from tests.conftest import ROOT, write_tokens
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-TRAIN_MODULE = importlib.import_module("dtt_plugin.training.train")  # the package's `train` is the function
 DATA = ROOT / "tasks" / "injection_demo" / "train.json"
 EXAMPLES = [Example([5, 6, 7, 8], [9, 10]), Example([20, 21], [22, 23, 24]), Example([30] * 9, [31])]
 
@@ -322,7 +321,7 @@ def test_a_run_that_could_not_write_its_tokens_resumes_to_the_same_bytes(
     train(options)
     failed = replace(options, out=tmp_path / "failed" / "new.safetensors")
     with monkeypatch.context() as patch:
-        patch.setattr(TRAIN_MODULE, "save_tokens", _fails_to_write)
+        patch.setattr(importlib.import_module("dtt_plugin.training.train"), "save_tokens", _fails_to_write)
         with pytest.raises(DttError, match="no room"):
             train(failed)
     assert train(replace(failed, resume=True)).steps == steps
@@ -358,7 +357,7 @@ def test_a_run_that_goes_on_another_day_keeps_its_date_and_its_report(
             def now(cls, tz: Any = None) -> Clock:
                 return cls(2026, 1, day)
 
-        monkeypatch.setattr(TRAIN_MODULE, "datetime", Clock)
+        monkeypatch.setattr("dtt_plugin.training.run_folder.datetime", Clock)
 
     begin(1)
     whole = train(options)

@@ -18,26 +18,18 @@ from benchmarks.results import plan
 def log_likelihoods(model_name: str, tokens_file: str | None, n_records: int) -> list[float]:
     """Return per record the mean log-likelihood of a reference token, nats."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from dtt_plugin.data import RECORDS_FILE, data_file, load_records
-    from dtt_plugin.defenses import NONE, parse_defense
-    from dtt_plugin.prompt import PromptRenderer, model_template
+    from dtt_plugin.formats import MODEL_FORMAT
     from dtt_plugin.tokens import load_tokens
-    from dtt_plugin.training.mixture import encoder
+    from dtt_plugin.training.chat_model import load_chat_model
     from dtt_plugin.training.soft_prompt import Example, SoftPrompt
 
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
-    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32, use_safetensors=True)
     tokens = load_tokens(tokens_file) if tokens_file else None
+    prompt_format = tokens.prompt_format if tokens else MODEL_FORMAT
+    tokenizer, model, _, encode = load_chat_model(model_name, dtype="float32", prompt_format=prompt_format)
     rows = torch.from_numpy(tokens.rows) if tokens else torch.empty(0, model.get_input_embeddings().weight.shape[1])
-    renderer = PromptRenderer(
-        tokenizer,
-        prompt_format=tokens.prompt_format if tokens else "model",
-        model_template=model_template(tokenizer),
-        defenses=parse_defense(NONE),
-    )
-    encode, prompt = encoder(renderer), SoftPrompt(model, rows)
+    prompt = SoftPrompt(model, rows)
     found = []
     answered = [record for record in load_records(data_file(RECORDS_FILE)) if record["output"].strip()]
     for record in answered[:n_records]:

@@ -6,9 +6,11 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.results.page import write_page
+from dtt_plugin.tokens import DefensiveTokens, save_tokens
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -26,6 +28,15 @@ def test_a_finished_section_is_written_anew_and_the_others_stay(
 ) -> None:
     shutil.copy(DOCS / "results.md", tmp_path)
     monkeypatch.chdir(tmp_path)
+    Path("tokens").mkdir()
+    native = DefensiveTokens(
+        rows=np.ones((5, 8), np.float32),
+        model="tiny",
+        method="trained",
+        prompt_format="model",
+        metadata={"steps": "25"},
+    )
+    save_tokens(Path("tokens/native.safetensors"), native)
     for name, value in (("none", -1.0), ("native", -1.5)):
         Path(f"log_likelihood-{name}.json").write_text(f'{{"mean": {value}, "values": [{value}, {value}]}}')
         choices = '"social_iqa": [1, 0], "vitaminc_fact_verification": [1, 1]'
@@ -34,5 +45,6 @@ def test_a_finished_section_is_written_anew_and_the_others_stay(
     write_page(tmp_path)
     before, after = (folder.joinpath("results.md").read_text().split("\n## Utility\n") for folder in (DOCS, tmp_path))
     assert after[0] == before[0]
+    assert "`native`: after 25 steps." in after[1]
     assert "| native | -1.500 | -0.500 ± 0.000 |" in after[1]
     assert "| social_iqa | 25.0 % | native | 1/2 = 50.0 %" in after[1]

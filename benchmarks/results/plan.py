@@ -4,6 +4,7 @@ from __future__ import annotations
 
 MODEL_NAME = "Qwen2.5-Coder-0.5B-Instruct"
 MODEL, TWIN, SIBLING = f"models/{MODEL_NAME}", "models/twin", "models/drifted"
+NATIVE = "tokens/native.safetensors"
 STEPS, BATCH, LABEL_TOKENS, HELD_OUT, EVERY = 100, 8, 32, 32, 25
 STARTS = ("adapted", "from-random")
 """Token files of the two trainings on the sibling: from the transferred tokens, and from N(0, I)."""

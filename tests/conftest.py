@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from dtt_plugin.data import RECORDS_FILE, SENTENCES_FILE, Record, data_folder, load_records, load_sentences
+from dtt_plugin.data import (
+    RECORDS_FILE,
+    SENTENCES_FILE,
+    TOKENS_FILE,
+    Record,
+    data_folder,
+    load_records,
+    load_sentences,
+)
 from dtt_plugin.errors import DttError
 from dtt_plugin.paths import cache_folder
 from dtt_plugin.tokens import DefensiveTokens, save_tokens
@@ -34,12 +42,17 @@ METRICS = {
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder with the AlpacaFarm data."""
+    """The folder with the AlpacaFarm data and the published tokens."""
     folder = data_folder()
-    missing = [name for name in (RECORDS_FILE, SENTENCES_FILE) if not (folder / name).is_file()]
+    missing = [name for name in (RECORDS_FILE, SENTENCES_FILE, TOKENS_FILE) if not (folder / name).is_file()]
     if missing:
         pytest.skip(f"{', '.join(missing)} not in {folder}: run `dtt fetch` or set DTT_DATA_DIR")
     return folder
+
+
+@pytest.fixture(scope="session")
+def published_tokens(data_dir: Path) -> Path:
+    return data_dir / TOKENS_FILE
 
 
 @pytest.fixture(scope="session")
@@ -72,12 +85,17 @@ def smollm2_tokenizer(smollm2: str) -> Any:
 
 @pytest.fixture(scope="session")
 def qwen() -> str:
-    """The folder of Qwen2.5-Coder-0.5B-Instruct, built by the script beside the test data."""
+    """The folder of Qwen2.5-Coder-0.5B-Instruct, built by the script beside the test data, or from the hub."""
     script = ROOT.parent / "shared" / "models" / "build_test_models.py"
     built = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dtt-test-models" / "qwen-coder-0.5b"
     if not (built / "config.json").is_file():
         if not script.is_file():
-            pytest.skip(f"no Qwen2.5 model: neither {built} nor {script} exists")
+            from huggingface_hub import snapshot_download
+
+            try:
+                return snapshot_download("Qwen/Qwen2.5-Coder-0.5B-Instruct")
+            except (OSError, ValueError) as error:
+                pytest.skip(f"no Qwen2.5 model: neither {built} nor {script} exists, and the hub says: {error}")
         subprocess.run([sys.executable, str(script), "qwen-coder-0.5b"], check=True, capture_output=True)
     return str(built)
 
@@ -169,27 +187,37 @@ def lm_eval(*arguments: str, folder: Path, all_tasks: bool = True) -> subprocess
 
 
 class VLLMRun(NamedTuple):
-    """A run of `lm_eval --model dtt_vllm` on a few records of AlpacaFarm."""
+    """A run of `lm_eval --model dtt_vllm` on a few records."""
 
     stdout: str
     results: dict[str, Any]
     samples: list[dict[str, Any]]
 
 
-def run_vllm(folder: Path, arguments: str, *more: str, limit: bool = True, all_tasks: bool = False) -> VLLMRun:
-    """Evaluate with a real engine of its own: half a minute on two cores, so few tests may start one."""
+def run_vllm(
+    folder: Path,
+    arguments: str,
+    *more: str,
+    task: str = "injection_demo",
+    limit: bool = True,
+    all_tasks: bool = False,
+) -> VLLMRun:
+    """Evaluate with a real engine of its own: half a minute on two cores, so few tests may start one.
+
+    The task that is shipped needs no download, so these tests run wherever vLLM does.
+    """
     limits = ["--limit", "3", "--gen_kwargs", "max_gen_toks=48"] if limit else []
     engine = "dtype=float32,max_model_len=4096,enforce_eager=True"
     done = lm_eval(
-        "--model", "dtt_vllm", "--model_args", f"{engine},{arguments}", "--tasks", "alpacafarm_injection",
+        "--model", "dtt_vllm", "--model_args", f"{engine},{arguments}", "--tasks", task,
         "--log_samples", "--output_path", str(folder / "out"), *limits, *more, folder=folder, all_tasks=all_tasks,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    return VLLMRun(done.stdout, read_results(folder / "out"), read_samples(folder / "out", "alpacafarm_injection"))
+    return VLLMRun(done.stdout, read_results(folder / "out"), read_samples(folder / "out", task))
 
 
 @pytest.fixture(scope="session")
-def undefended_vllm(smollm2: str, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> VLLMRun:
+def undefended_vllm(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> VLLMRun:
     """The undefended demo model in vLLM, by the command as a user types it."""
     return run_vllm(tmp_path_factory.mktemp("undefended"), f"pretrained={smollm2}", all_tasks=True)
 

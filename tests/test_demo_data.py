@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +73,10 @@ def test_training_and_evaluation_share_nothing() -> None:
     assert not any("hacked" in prompt.lower() for prompt in TRAINING["injected_prompts"])
 
 
-@pytest.mark.skipif("DTT_DATA_DIR" not in os.environ, reason="DTT_DATA_DIR is not set")
-def test_no_text_is_taken_from_the_fetched_data() -> None:
-    folder = Path(os.environ["DTT_DATA_DIR"])
-    others = json.loads((folder / "attack_sentences.json").read_text(encoding="utf-8"))
+def test_no_text_is_taken_from_the_fetched_data(data_dir: Path) -> None:
+    others = json.loads((data_dir / "attack_sentences.json").read_text(encoding="utf-8"))
     taken = {normalised(sentence) for split in ("train", "test") for sentence in others[split]}
-    records = json.loads((folder / "davinci_003_outputs.json").read_text(encoding="utf-8"))
+    records = json.loads((data_dir / "davinci_003_outputs.json").read_text(encoding="utf-8"))
     taken |= {normalised(record[field]) for record in records for field in ("instruction", "input")}
     for data in (EVALUATION, TRAINING):
         ours = {normalised(sentence) for sentence in data["ignore_sentences"]}

@@ -244,18 +244,22 @@ vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM
 @vllm
 @pytest.mark.engine
 @pytest.mark.parametrize(
-    "limit", [pytest.param(True, id="3 records"), pytest.param(False, id="all 832 prompts", marks=pytest.mark.slow)]
+    ("task", "limit"),
+    [
+        pytest.param("injection_demo", True, id="3 records"),
+        pytest.param("alpacafarm_injection", False, id="all 832 prompts", marks=pytest.mark.slow),
+    ],
 )
 def test_vllm_gives_the_same_metrics_with_a_fifth_of_the_tokens(
-    smollm2: str, undefended_vllm: VLLMRun, tmp_path_factory: pytest.TempPathFactory, limit: bool
+    smollm2: str, undefended_vllm: VLLMRun, tmp_path_factory: pytest.TempPathFactory, task: str, limit: bool
 ) -> None:
     def run(early: bool) -> VLLMRun:
         folder = tmp_path_factory.mktemp("run")
-        return run_vllm(folder, f"pretrained={smollm2},early_decision={early}", limit=limit)
+        return run_vllm(folder, f"pretrained={smollm2},early_decision={early}", task=task, limit=limit)
 
     whole = undefended_vllm if limit else run(early=False)
     early = run(early=True)
-    assert scores(early.results, "alpacafarm_injection") == scores(whole.results, "alpacafarm_injection")
+    assert scores(early.results, task) == scores(whole.results, task)
     for one, other in zip(early.samples, whole.samples, strict=True):
         assert {name: one[name] for name in one["metrics"]} == {name: other[name] for name in other["metrics"]}
     facts = [run.results["config"]["dtt_plugin"] for run in (whole, early)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from dtt_plugin.formats import FORMAT_OF_PUBLISHED_MODEL
 from dtt_plugin.tokens import DefensiveTokens, load_tokens, save_tokens, save_upstream_json
 
 ROWS = np.random.default_rng(0).standard_normal((5, 16)).astype(np.float32)
-PUBLISHED = Path(os.environ.get("DTT_SHARED", Path(__file__).parents[2] / "shared")) / "data/defensivetokens.json"
 
 
 def tokens(**fields: object) -> DefensiveTokens:
@@ -64,10 +62,9 @@ def test_the_upstream_json_comes_back(tmp_path: Path) -> None:
         load_tokens(path, model="x")
 
 
-@pytest.mark.skipif(not PUBLISHED.exists(), reason="the published tokens are not on this machine")
 @pytest.mark.parametrize(("model", "prompt_format"), FORMAT_OF_PUBLISHED_MODEL.items())
-def test_the_published_tokens_are_read(model: str, prompt_format: str) -> None:
-    published = load_tokens(PUBLISHED, model=model)
+def test_the_published_tokens_are_read(published_tokens: Path, model: str, prompt_format: str) -> None:
+    published = load_tokens(published_tokens, model=model)
     assert published.k == 5
     assert published.width in (3072, 3584, 4096)
     assert published.prompt_format == prompt_format

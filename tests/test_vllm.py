@@ -35,8 +35,8 @@ def test_both_wrappers_send_the_same_ids_and_the_defense_reaches_the_engine(
 ) -> None:
     arm = {"pretrained": smollm2, "tokens": str(TOKENS), "defense": "reminder+tokens"}
     vllm = run_vllm(tmp_path, ",".join(f"{name}={value}" for name, value in arm.items())).samples
-    options: dict[str, Any] = {"tasks": ["alpacafarm_injection"], "limit": 3, "gen_kwargs": {"max_gen_toks": 1}}
-    hf = conftest.evaluate("dtt_hf", arm | {"dtype": "float32"}, **options)["samples"]["alpacafarm_injection"]
+    options: dict[str, Any] = {"limit": 3, "gen_kwargs": {"max_gen_toks": 1}}
+    hf = conftest.evaluate("dtt_hf", arm | {"dtype": "float32"}, **options)["samples"]["injection_demo"]
 
     def in_files(samples: list[dict[str, Any]]) -> list[str]:
         return [request["arg_2"]["prompt_ids_sha256"] for sample in samples for request in sample["arguments"].values()]

@@ -36,9 +36,10 @@ def hub_errors_in_words(repo: str, revision: str | None = None, *, writing: bool
     Raises:
         DttError: unknown, gated, offline, or no right to write.
     """
-    import httpx
     from huggingface_hub import errors
 
+    # The client library's own base error: httpx up to hub 1, httpx2 since.
+    transport_error = errors.HfHubHTTPError.__mro__[1]
     try:
         yield
     except errors.GatedRepoError as error:
@@ -61,7 +62,7 @@ def hub_errors_in_words(repo: str, revision: str | None = None, *, writing: bool
                 "`hf auth login` if it is private."
             ) from error
         raise _unreachable(repo) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx.HTTPError, ConnectionError) as error:
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, transport_error, ConnectionError) as error:
         raise _unreachable(repo) from error
     except OSError as error:
         raise DttError(f"{repo} can't be downloaded: {error.strerror or error}.") from error

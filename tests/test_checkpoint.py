@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -259,12 +262,23 @@ def test_models_that_don_t_exist(model: str, message: str) -> None:
         open_checkpoint(model)
 
 
-def test_no_hub_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    import httpx
+def test_no_hub_is_said(tmp_path: Path) -> None:
+    code = "from dtt_plugin.checkpoint import open_checkpoint; open_checkpoint('owner/name')"
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **nowhere}, capture_output=True, text=True, check=False
+    )
+    assert "DttError: There is no folder 'owner/name' and the hub can't be reached" in done.stderr
+
+
+def test_an_interrupted_download_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    client = sys.modules[HfHubHTTPError.__mro__[1].__module__.partition(".")[0]]
 
     def unreachable(*_: object, **__: object) -> None:
-        raise httpx.ConnectError("no route")
+        raise client.ReadTimeout("the other side is silent")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(DttError, match="the hub can't be reached"):

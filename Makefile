@@ -40,10 +40,11 @@ test: $(READY)  ## the default test suite
 test-all: $(READY)  ## the slow tests too
 	$(BIN)/python -m pytest -m ''
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## ruff, mypy and the declared dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/deptry dtt_plugin
 
 format: $(READY)  ## let ruff format the code
 	$(BIN)/ruff check --fix .

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from dtt_plugin.checkpoint_folder import INDEX_FILE, SETTINGS_FILES, SINGLE_FILE, shards_of_index
 from dtt_plugin.errors import DttError
@@ -39,7 +39,7 @@ def hub_errors_in_words(repo: str, revision: str | None = None, *, writing: bool
     from huggingface_hub import errors
 
     # The client library's own base error: httpx up to hub 1, httpx2 since.
-    transport_error = errors.HfHubHTTPError.__mro__[1]
+    transport_error = cast(type[Exception], errors.HfHubHTTPError.__mro__[1])
     try:
         yield
     except errors.GatedRepoError as error:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import pytest
 from filelock import FileLock
 
 from dtt_plugin.bake import bake
-from dtt_plugin.cli import main
+from dtt_plugin.cli import main, parser
 from dtt_plugin.data import Record
 from dtt_plugin.errors import DttError
 from dtt_plugin.tokens import DefensiveTokens, load_tokens, save_tokens
@@ -211,9 +213,12 @@ def test_text_start_is_the_embeddings_of_the_text(options: TrainingOptions) -> N
     np.testing.assert_allclose(load_tokens(options.out).rows, embedding[ids], atol=1e-6)
 
 
-def test_labels_from_the_data_end_the_turn(options: TrainingOptions) -> None:
-    train(replace(options, labels="data", label_tokens=500, steps=1))
-    assert load_tokens(options.out).metadata["labels"] == "data"
+def test_the_records_outputs_are_learnt_where_they_are_the_labels(options: TrainingOptions, tmp_path: Path) -> None:
+    train(options)
+    from_data = replace(options, labels="data", out=tmp_path / "data.safetensors")
+    train(from_data)
+    assert load_tokens(from_data.out).metadata["labels"] == "data"
+    assert load_tokens(from_data.out).digest != load_tokens(options.out).digest
 
 
 def test_early_stop_ends_the_run_at_the_measurement(options: TrainingOptions) -> None:
@@ -597,4 +602,20 @@ class TestBadInput:
 def test_token_file_of_a_run_loads_into_a_model(options: TrainingOptions, tmp_path: Path) -> None:
     train(options)
     save_tokens(tmp_path / "copy.safetensors", load_tokens(options.out))
-    assert bake(options.model, load_tokens(options.out), tmp_path / "baked")
+    baked = bake(options.model, load_tokens(options.out), tmp_path / "baked")
+    embedding = load(baked.folder).get_input_embeddings().weight.detach().numpy()
+    stored = load_tokens(options.out).rows.astype(embedding.dtype)
+    np.testing.assert_allclose(embedding[list(baked.token_ids)], stored, rtol=1e-2)
+
+
+def test_the_command_has_the_defaults_of_the_options_and_says_them() -> None:
+    command = next(action for action in parser()._actions if action.dest == "command").choices["train"]  # type: ignore[index]
+    options = {field.name: field for field in fields(TrainingOptions)}
+    for action in command._actions:
+        if action.dest in ("help", "json"):
+            continue
+        default = options.pop(action.dest).default
+        assert action.default is argparse.SUPPRESS
+        if type(default) in (int, float):
+            assert f"(default {default})" in (action.help or ""), action.dest
+    assert not options

@@ -10,7 +10,7 @@ from typing import Any
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Give a command `--json`."""
-    parser.add_argument("--json", action="store_true", help="print the result as JSON, for scripts")
+    parser.add_argument("--json", action="store_true", default=False, help="print the result as JSON, for scripts")
 
 
 def show(report: Mapping[str, Any], *, as_json: bool) -> None:

@@ -7,7 +7,6 @@ import errno
 import importlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys

@@ -16,6 +16,7 @@ from dtt_plugin.alignment.engine import Matrix
 from dtt_plugin.costs import recorded_costs
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import replacing
+from dtt_plugin.public_names import public_name, public_text
 from dtt_plugin.tensor_files import read_header, write_safetensors
 
 FORMAT = "dtt.alignment/1"
@@ -97,7 +98,7 @@ def save_alignment(path: str | Path, alignment: Alignment, *, with_costs: bool =
     tensors: dict[str, Matrix] = {"W": alignment.W}
     if alignment.source_mean is not None and alignment.target_mean is not None:
         tensors["source_mean"], tensors["target_mean"] = alignment.source_mean, alignment.target_mean
-    report = alignment.report
+    report = _public(alignment.report)
     metadata: dict[str, str] = {
         "format": FORMAT,
         "report": json.dumps(report, sort_keys=True),
@@ -108,6 +109,14 @@ def save_alignment(path: str | Path, alignment: Alignment, *, with_costs: bool =
         metadata |= {name: str(cost) for name, cost in alignment.costs.items()}
     with replacing(Path(path)) as temporary:
         write_safetensors(temporary, tensors, metadata)
+
+
+def _public(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the report without paths of this machine."""
+    models = {side: public_name(str(report[side])) for side in ("source_model", "target_model")}
+    options = report.get("options", {})
+    named = {name: public_text(value) if isinstance(value, str) else value for name, value in options.items()}
+    return report | models | ({"options": named} if "options" in report else {})
 
 
 def load_alignment(path: str | Path) -> Alignment:

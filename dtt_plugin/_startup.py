@@ -86,22 +86,23 @@ _AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
 }
 
 
+_searching: set[str] = set()  # another hook may ask all finders too, ours among them
+
+
 class _LmEvalHook:
     """A meta-path finder that finds nothing itself: it runs a function after a module of lm-eval is executed."""
 
-    _searching: set[str] = set()  # another hook may ask all finders too, this one among them
-
-    @classmethod
-    def find_spec(cls, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         action = _AFTER_IMPORT.get(name)
-        if action is None or name in cls._searching:
+        if action is None or name in _searching:
             return None
-        cls._searching.add(name)
+        _searching.add(name)
         try:
-            others = (finder for finder in sys.meta_path if finder is not cls and hasattr(finder, "find_spec"))
+            others = (finder for finder in sys.meta_path if finder is not _LmEvalHook and hasattr(finder, "find_spec"))
             spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         finally:
-            cls._searching.discard(name)
+            _searching.discard(name)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module

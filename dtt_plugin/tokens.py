@@ -23,6 +23,7 @@ from dtt_plugin.tensor_files import FLOAT_DTYPES, TensorLocation, read_header, w
 FORMAT = "dtt.tokens/1"
 TENSOR = "defensive_tokens"
 MOST_TOKENS = 1000
+MOST_MODELS = 1000
 MOST_VALUES = 1 << 24
 """1,000 tokens as wide as the widest models' embeddings, 16,384."""
 METHODS = ("native", "procrustes", "copy", "random", "trained", "adapted")
@@ -167,7 +168,20 @@ def _upstream_table(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     notes = table.pop(_UPSTREAM_METADATA, {}) if isinstance(table, dict) else None
     if not table or not isinstance(notes, dict):
         raise DttError(f"{path} should hold an object {{model id: [[number, ...], ...]}}; check the file.")
+    if len(table) > MOST_MODELS:
+        raise DttError(f"{path} holds the tokens of {len(table)} models, more than {MOST_MODELS}; check the file.")
     return table, notes
+
+
+def load_every_upstream(path: str | Path) -> list[DefensiveTokens]:
+    """Read the tokens of every model in the upstream JSON `path`.
+
+    Raises:
+        DttError: not such a file, or values that can't be tokens.
+    """
+    path = Path(path)
+    table, notes = _upstream_table(path)
+    return [_upstream_entry(path, name, table[name], notes) for name in table]
 
 
 def _load_upstream_json(path: Path, model: str | None) -> DefensiveTokens:
@@ -180,11 +194,15 @@ def _load_upstream_json(path: Path, model: str | None) -> DefensiveTokens:
     name = next(iter(table)) if model is None else model
     if name not in table:
         raise DttError(f"{path} has no tokens of {name!r}; it has: {', '.join(table)}.")
+    return _upstream_entry(path, name, table[name], notes)
+
+
+def _upstream_entry(path: Path, name: str, rows: Any, notes: dict[str, Any]) -> DefensiveTokens:
     note = notes.get(name, {})
     if not isinstance(note, dict) or not all(isinstance(value, str) for value in note.values()):
         raise DttError(f"{path}: what {_UPSTREAM_METADATA} says about {name} is not a table of texts; check the file.")
     return _checked(
-        path, rows=_table_of_numbers(path, name, table[name]), model=name, **_fields(note, **_fields_of_published(name))
+        path, rows=_table_of_numbers(path, name, rows), model=name, **_fields(note, **_fields_of_published(name))
     )
 
 

@@ -21,7 +21,7 @@ from dtt_plugin.tensor_files import read_header, write_safetensors
 
 FORMAT = "dtt.alignment/1"
 # Repeated as metadata of their own, so that a reader needs no JSON for them.
-_PLAIN = (
+REPORTED = (
     "source_model",
     "target_model",
     "source_sha256",
@@ -104,7 +104,7 @@ def save_alignment(path: str | Path, alignment: Alignment, *, with_costs: bool =
         "report": json.dumps(report, sort_keys=True),
         "sha256": _digest(tensors),
     }
-    metadata |= {name: str(report[name]) for name in _PLAIN}
+    metadata |= {name: str(report[name]) for name in REPORTED}
     if with_costs:
         metadata |= {name: str(cost) for name, cost in alignment.costs.items()}
     with replacing(Path(path)) as temporary:
@@ -142,7 +142,7 @@ def load_alignment(path: str | Path) -> Alignment:
         report = json.loads(metadata["report"])
         means = tensors.get("source_mean"), tensors.get("target_mean")
         alignment = Alignment(tensors["W"], report, *means, costs=recorded_costs(metadata))
-        missing = [name for name in (*_PLAIN, "scale", "scale_applied") if name not in report]
+        missing = [name for name in (*REPORTED, "scale", "scale_applied") if name not in report]
     except (ValueError, TypeError) as error:
         raise DttError(f"{path}: its report is not readable; make it again with `dtt align`.") from error
     if missing:

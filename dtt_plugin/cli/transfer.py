@@ -118,8 +118,9 @@ def _entry(path: str, chosen: str | None, alignment: Alignment | None, side: str
         return chosen
     from dtt_plugin.tokens import upstream_models
 
-    name = getattr(alignment, side)
-    return name if name in upstream_models(path) else None
+    name = public_name(getattr(alignment, side))
+    entries = [entry for entry in upstream_models(path) if public_name(entry) == name]
+    return entries[0] if len(entries) == 1 else None
 
 
 def _report(moved: DefensiveTokens, comparison: Any, out: Path) -> dict[str, Any]:

@@ -186,13 +186,14 @@ def _result(
     options: TrainingOptions, rows: Any, init: DefensiveTokens | None, run: dict[str, Any], steps: int
 ) -> DefensiveTokens:
     facts = {name: str(run[name]) for name in ("data_sha256", "weights", "batch", "rate", "seed", "labels", "init")}
+    licence = inherited(init) if init else {}
     return DefensiveTokens(
         rows=rows,
         model=options.model,
         method="adapted" if init else "trained",
         prompt_format=init.prompt_format if init else MODEL_FORMAT,
         source_model=origin_of(init) if init else "",
-        metadata={**(inherited(init) if init else {}), **facts, "steps": str(steps), "label_tokens": str(options.label_tokens)},
+        metadata={**facts, "steps": str(steps), "label_tokens": str(options.label_tokens), **licence},
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dtt_plugin.errors import DttError
-from dtt_plugin.input_files import is_text, read_json
+from dtt_plugin.input_files import read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -76,7 +76,7 @@ def read_json_table(path: Path, *, missing: dict[str, Any] | None = None) -> dic
 
 def _plain_name(file: str) -> bool:
     """Return whether `file` names a file of one folder, in the way that every file system takes."""
-    return is_text(file) and 0 < len(file.encode()) < 256 and Path(file).name == file and not set(file) & set("\\\0")
+    return 0 < len(file.encode()) < 256 and Path(file).name == file and not set(file) & set("\\\0")
 
 
 def shards_of_index(index: Path, *, need_embedding_only: bool = False) -> list[str]:

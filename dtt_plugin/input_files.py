@@ -1,12 +1,13 @@
 """Reading files that someone else made: regular ones only, JSON in UTF-8 and of a bounded size.
 
-The bounds are those of real files (the largest tokenizer.json have 35 MB and a million lists, the indices of
+The bounds are those of real files (the largest tokenizer.json have 35 MB and six hundred thousand lists, the indices of
 the largest mixtures of experts 25 MB), so that a small or sparse file can't cost minutes or gigabytes.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ from dtt_plugin.errors import DttError
 
 LARGEST_JSON = 64 << 20
 # Python's lists and tables take up to thirty times the bytes that they have in JSON.
-_MOST_CONTAINERS = 2_000_000
+_MOST_CONTAINERS = 1_500_000
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _OTHER_KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -77,20 +79,17 @@ def parse_json(content: bytes, *, pairs_hook: Callable[[list[tuple[str, Any]]], 
     """Return the JSON value in `content`, in UTF-8 with or without a byte order mark.
 
     Raises:
-        ValueError: it is not JSON, in another encoding, nested too deeply, or of millions of lists and tables.
+        ValueError: it is not JSON, in another encoding, nested too deeply, of millions of lists and tables, or
+            with half a surrogate pair, which is no text that could be written again.
     """
     if content.count(b"[") + content.count(b"{") > _MOST_CONTAINERS:
         raise ValueError(f"more than {_MOST_CONTAINERS} lists and tables")
     try:
-        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=pairs_hook)
+        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=pairs_hook)
+        if _SURROGATE.search(content):
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError("lists or tables nested too deeply") from error
-
-
-def is_text(value: str) -> bool:
-    """Return whether `value` can be written in UTF-8: JSON can spell half a surrogate pair."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    except UnicodeEncodeError as error:
+        raise ValueError("half a surrogate pair") from error
+    return value

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtt_plugin.errors import DttError
-from dtt_plugin.input_files import is_text, open_regular, parse_json
+from dtt_plugin.input_files import open_regular, parse_json
 
 # Names that a safetensors header may use for a tensor's type.
 DTYPES: dict[str, Any] = {
@@ -175,10 +175,7 @@ def _metadata(path: Path, metadata: Any) -> dict[str, str]:
         raise _corrupt(path, "its metadata is not a table")
     if any(isinstance(value, dict | list) for value in metadata.values()):
         raise _corrupt(path, "its metadata holds more than texts")
-    texts = {key: str(value) for key, value in metadata.items()}
-    if not all(is_text(key) and is_text(value) for key, value in texts.items()):
-        raise _corrupt(path, "its metadata holds half a surrogate pair")
-    return texts
+    return {key: str(value) for key, value in metadata.items()}
 
 
 def _raw_header(path: Path) -> tuple[dict[str, Any], int, int]:
@@ -200,7 +197,7 @@ def _raw_header(path: Path) -> tuple[dict[str, Any], int, int]:
     try:
         header = parse_json(text)
     except ValueError as error:
-        raise _corrupt(path, "its header is not JSON") from error
+        raise _corrupt(path, f"its header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise _corrupt(path, "its header is not a table")
     return header, 8 + length, size - 8 - length
@@ -212,7 +209,7 @@ def _location(path: Path, name: str, entry: Any, data_start: int, data_nbytes: i
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise _corrupt(path, f"the entry of the tensor {name!r} is not complete") from error
-    if not is_text(name) or not isinstance(dtype, str) or not isinstance(shape, list):
+    if not isinstance(dtype, str) or not isinstance(shape, list):
         raise _corrupt(path, f"the entry of the tensor {name!r} is not one of a tensor")
     if len(shape) > _MOST_DIMENSIONS:
         raise _corrupt(path, f"the tensor {name!r} has {len(shape)} dimensions")

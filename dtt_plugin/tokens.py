@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import replacing, write_json
 from dtt_plugin.formats import FORMAT_OF_PUBLISHED_MODEL, MODEL_FORMAT, check_format
-from dtt_plugin.input_files import is_text, open_regular, read_json
+from dtt_plugin.input_files import open_regular, read_json
 from dtt_plugin.peft_adapter import read_adapter, write_adapter
 from dtt_plugin.public_names import public_name, public_text
 from dtt_plugin.tensor_files import FLOAT_DTYPES, TensorLocation, read_header, write_safetensors
@@ -63,7 +63,7 @@ class DefensiveTokens:
             raise DttError(f"method={self.method!r} is not known; it is one of: {', '.join(METHODS)}.")
         check_format(self.prompt_format)
         for text in (self.model, self.source_model, *self.metadata, *self.metadata.values()):
-            if not is_text(text):
+            if any("\ud800" <= character <= "\udfff" for character in text):
                 raise DttError(f"{text!r} among their names and metadata is no text in UTF-8; correct it.")
 
     @property

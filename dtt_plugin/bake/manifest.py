@@ -195,7 +195,7 @@ def altered_since(folder: Path, manifest: Mapping[str, Any]) -> Altered:
     """Compare the files in `folder` with its manifest, and the changed tensors in full."""
     expected: dict[str, str] = manifest["files"]
     entries, files = _entries_of(folder), set(files_of(folder))
-    # A dangling link (its model was moved away) counts as missing; a pipe or a folder in a file's place is a change.
+    # A dangling link (its model was moved away) counts as missing, a pipe in a file's place as changed.
     missing = {name for name in expected if name not in entries or not os.path.exists(folder / name)}
     changed = {
         name

@@ -45,7 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     report.add_argument(
         "--without-samples",
         action="store_true",
-        help="leave prompts and responses out of the HTML file, so that it can be published",
+        help="leave prompts, responses and this machine's paths out of the HTML file, so that it can be published",
     )
     report.add_argument("--figures", type=Path, metavar="DIR", help="write figures (PNG and SVG)")
     report.add_argument(
@@ -83,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
     if args.html:
         from dtt_plugin.leaderboard.page import write_report
 
-        write_report(args.html, board, runs, geometries, curves, samples=not args.without_samples)
+        inputs = [*args.results, *args.tokens, *args.log]
+        write_report(args.html, board, runs, geometries, curves, samples=not args.without_samples, inputs=inputs)
     if args.figures:
         from dtt_plugin.leaderboard.figures import write_figures
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,7 @@ def _vocabulary_norms(model: str, width: int) -> tuple[float, float, float] | No
 
 def _local_checkpoint(model: str) -> Checkpoint:
     """Open the checkpoint of `model` without the network: a report is no reason to download gigabytes."""
-    if not Path(model).expanduser().exists():
+    if not os.path.exists(os.path.expanduser(model)):  # False, too, for what can be no path
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 

@@ -1,0 +1,30 @@
+"""What a model is called where others read it: never by a path of this machine."""
+
+from __future__ import annotations
+
+import os.path
+import re
+
+# A hub model's folder in the cache of huggingface_hub.
+_SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/[^/]+/?$")
+_PATH = re.compile(r"~|\.{0,2}/|\.{1,2}$|file:|[A-Za-z]:[/\\]|\\\\")
+
+
+def is_hub_id(model: str) -> bool:
+    """Return whether a model's name is a hub id rather than a path."""
+    return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not os.path.exists(model)
+
+
+def public_name(model: str) -> str:
+    """Return the name under which `model` may be published: a hub id as it is, of a path the last part."""
+    if not model or is_hub_id(model):
+        return model
+    path = model.replace("\\", "/")
+    if snapshot := _SNAPSHOT.search(path):
+        return snapshot[1].replace("--", "/", 1)
+    return os.path.basename(os.path.normpath(os.path.expanduser(path))).lstrip(".") or "model"
+
+
+def public_text(text: str) -> str:
+    """Return `text`, or the last part of it where it is a path."""
+    return public_name(text) if _PATH.match(text) else text

@@ -74,7 +74,8 @@ def render(
     environment.filters |= {"percent": charts.percent, "letter": letter}
     environment.filters |= {form.__name__: form for form in (p_text, ratio_text, cost_text, remarks, weak_mark)}
     if not samples:
-        public = Public([row["model"] for group in leaderboard["groups"] for row in group["rows"]], geometries, inputs)
+        models = [row["model"] for group in leaderboard["groups"] for row in group["rows"]]
+        public = Public(models, geometries, inputs, leaderboard["files"])
         leaderboard = public.all_of(leaderboard)
         geometries = [replace(g, model=public.text(g.model)) for g in geometries]
         curves = [replace(curve, label=public.text(curve.label)) for curve in curves]

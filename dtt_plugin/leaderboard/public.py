@@ -12,20 +12,39 @@ from dtt_plugin.leaderboard.geometry import Geometry
 from dtt_plugin.leaderboard.identity import told_apart
 from dtt_plugin.public_names import public_name
 
-# An absolute path, or one below somebody's home, in running text; where spaces would end it, `Public` knows it already.
-_PATH = re.compile(r"(?<![\w.~:/\\-])(?:~[\w.-]*|file://)?/(?:[^\s/,;:'\"()<>|]+/)*([^\s/,;:'\"()<>|]*)")
+_PART = r"[^\s/,;:'\"()<>|]"
+# A path in running text, where spaces would end it (`Public` knows those that have some): absolute, or below somebody's
+# home; and lm-eval's files below any folder, since it names folders after the model's path.
+_PATH = re.compile(rf"(?<![\w.~:/\\-])(?:~[\w.-]*|file://)?/(?:{_PART}+/)*({_PART}*)")
+_FILE = r"(?:results|samples)_[^\s/]+"
+_BELOW = re.compile(rf"(?:{_PART}+/)+({_FILE})")
 
 
 class Public:
     """Names for a published page: hub ids as they are, of every path the last part."""
 
-    def __init__(self, models: Iterable[str], geometries: Sequence[Geometry] = (), inputs: Iterable[Path] = ()) -> None:
-        """Choose the names of models, no two the same, and of the files and folders that were read."""
+    def __init__(
+        self,
+        models: Iterable[str],
+        geometries: Sequence[Geometry] = (),
+        inputs: Iterable[Path] = (),
+        files: Iterable[str] = (),
+    ) -> None:
+        """Choose the names.
+
+        Args:
+            models: their names; no two get the same.
+            geometries: whose models are named like these.
+            inputs: the files and folders that were read, as the user named them.
+            files: the results files that were found there.
+        """
         names = told_apart([*models, *(geometry.model for geometry in geometries)])
-        paths = {str(path): public_name(str(path)) for path in inputs}
-        homes = {os.path.expanduser("~"): "~"}
-        known = {name: shown for name, shown in (homes | paths | names).items() if name.strip("./~")}
+        folders = {f"{os.path.dirname(file)}/": "" for file in files}
+        given = {str(path): public_name(str(path)) for path in inputs}
+        known = {name: shown for name, shown in (given | folders | names).items() if "/" in name.strip(".")}
+        known[os.path.expanduser("~")] = "~"
         self._known = {name: known[name] for name in sorted(known, key=len, reverse=True)}
+        self._below = [re.compile(rf"{re.escape(name)}/[^\n]*?({_FILE})") for name in given if "/" in name]
 
     def all_of(self, value: Any) -> Any:
         """Return a JSON value with `text` applied to each string in it."""
@@ -37,7 +56,8 @@ class Public:
 
     def text(self, text: str) -> str:
         """Return `text` without paths."""
+        for below in self._below:
+            text = below.sub(r"\1", text)
         for name, shown in self._known.items():
-            if "/" in name:
-                text = text.replace(name, shown)
-        return _PATH.sub(lambda match: match[1] or "/", text)
+            text = text.replace(name, shown)
+        return _PATH.sub(lambda path: path[1] or "/", _BELOW.sub(r"\1", text))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dtt_plugin.errors import DttError
+from dtt_plugin.input_files import read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -58,18 +58,25 @@ def read_json_table(path: Path, *, missing: dict[str, Any] | None = None) -> dic
         DttError: the file is missing, unreadable or not a JSON object.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = read_json(path)
     except FileNotFoundError as error:
         if missing is not None:
             return missing
         raise DttError(f"{path} is missing; download the checkpoint again.") from error
     except OSError as error:
         raise DttError(f"{path} can't be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise DttError(f"{path} is not valid JSON; download it again.") from error
+    except DttError:
+        raise
+    except ValueError as error:
+        raise DttError(f"{path} is not valid JSON ({error}); download it again.") from error
     if not isinstance(value, dict):
         raise DttError(f"{path} should hold a JSON object; download it again.")
     return value
+
+
+def _plain_name(file: str) -> bool:
+    """Return whether `file` names a file of one folder, in the way that every file system takes."""
+    return 0 < len(file.encode()) < 256 and Path(file).name == file and not set(file) & set("\\\0")
 
 
 def shards_of_index(index: Path, *, need_embedding_only: bool = False) -> list[str]:
@@ -86,9 +93,11 @@ def shards_of_index(index: Path, *, need_embedding_only: bool = False) -> list[s
     if not isinstance(weight_map, dict) or not weight_map:
         raise DttError(f"{index} has no weight_map; download it again.")
     wanted = embedding_names(weight_map) if need_embedding_only else list(weight_map)
-    files = sorted({str(weight_map[name]) for name in wanted or weight_map})
+    if not all(isinstance(file, str) for file in weight_map.values()):
+        raise DttError(f"{index} has a weight_map whose entries are no names of files; download it again.")
+    files = sorted({weight_map[name] for name in wanted or weight_map})
     for file in files:
         # A link inside a hub snapshot leads to its blob, so the name is judged and not where it leads.
-        if Path(file).name != file or "\\" in file or file in ("", ".", ".."):
+        if not _plain_name(file):
             raise DttError(f"{index} names a file outside its folder ({file!r}); don't use this checkpoint.")
     return files

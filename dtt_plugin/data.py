@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
+from dtt_plugin import input_files
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_bytes
 from dtt_plugin.paths import cache_folder
@@ -21,6 +22,7 @@ SENTENCES_FILE = "attack_sentences.json"
 TOKENS_FILE = "defensivetokens.json"
 DATA_DIR_VARIABLE = "DTT_DATA_DIR"
 
+_LARGEST_DATA = 256 << 20
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -68,8 +70,10 @@ def read_json(path: Path) -> Any:
         DttError: the file can't be read or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return input_files.read_json(path, most=_LARGEST_DATA)
+    except DttError:
+        raise
+    except (OSError, ValueError) as error:
         raise DttError(f"{path} is not readable JSON ({error}); restore the file or fetch it again.") from error
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from dtt_plugin.data import RECORDS_FILE, SENTENCES_FILE, TOKENS_FILE, load_records, load_sentences
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import replacing, sha256_file, write_json
+from dtt_plugin.files import replacing, sha256_file
+from dtt_plugin.input_files import read_bytes
 
 _SENTENCES_NAME = "IGNORE_ATTACK_SENTENCES"
 
@@ -37,9 +38,20 @@ def _install_records(downloaded: Path, target: Path) -> None:
 
 
 def _install_sentences(downloaded: Path, target: Path) -> None:
-    """Extract the sentences from Meta SecAlign's config.py without running it."""
+    extracted = downloaded.with_suffix(".json")
+    extracted.write_text(literal_sentences(downloaded), encoding="utf-8")
+    load_sentences(extracted)
+    _copy(extracted, target)
+
+
+def literal_sentences(downloaded: Path) -> str:
+    """Return the sentences in Meta SecAlign's config.py as JSON, without running it.
+
+    Raises:
+        DttError: they don't stand there as a literal.
+    """
     try:
-        tree = ast.parse(downloaded.read_text(encoding="utf-8"))
+        tree = ast.parse(read_bytes(downloaded).decode())
         literal = next(
             node.value
             for node in tree.body
@@ -47,12 +59,12 @@ def _install_sentences(downloaded: Path, target: Path) -> None:
             and any(isinstance(name, ast.Name) and name.id == _SENTENCES_NAME for name in node.targets)
         )
         sentences = ast.literal_eval(literal)
-    except (SyntaxError, ValueError, StopIteration) as error:
+        return json.dumps(sentences, indent=2)
+    except DttError:
+        raise
+    # Python's parser ends in one of the last three on nested or unhashable literals.
+    except (SyntaxError, ValueError, StopIteration, TypeError, RecursionError, MemoryError) as error:
         raise DttError(f"The download of {SENTENCES_FILE} has no literal {_SENTENCES_NAME} any more.") from error
-    extracted = downloaded.with_suffix(".json")
-    extracted.write_text(json.dumps(sentences), encoding="utf-8")
-    load_sentences(extracted)
-    write_json(target, sentences)
 
 
 def _install_tokens(downloaded: Path, target: Path) -> None:

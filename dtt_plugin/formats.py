@@ -93,11 +93,7 @@ def chat_template(
     Raises:
         DttError: unknown format, or the format "model" and a model without a template.
     """
-    switch = "add_defensive_tokens is not defined or add_defensive_tokens"
-    if not default_on:
-        switch = "add_defensive_tokens is defined and add_defensive_tokens"
-    names = "".join(defensive_token_names(k))
-    tokens = f"{{%- if {switch} -%}}{{{{- {names!r} -}}}}{{%- endif -%}}" if k else ""
+    tokens = _switched_tokens(k, default_on) if k else ""
     tokens += neutralising_prelude(control_tokens) if control_tokens else ""
     tokens += _SYSTEM_IN_USER if system_in_user else ""
     if check_format(prompt_format) == MODEL_FORMAT:
@@ -116,6 +112,19 @@ def chat_template(
         "{%- endfor -%}"
         f"{{%- if add_generation_prompt -%}}{{{{- {generation} -}}}}{{%- endif -%}}"
     )
+
+
+def _switched_tokens(k: int, default_on: bool) -> str:
+    """Return the jinja that every template for DefensiveTokens starts with."""
+    switch = "is not defined or" if default_on else "is defined and"
+    names = "".join(defensive_token_names(k))
+    return f"{{%- if add_defensive_tokens {switch} add_defensive_tokens -%}}{{{{- {names!r} -}}}}{{%- endif -%}}"
+
+
+def default_of_template(template: str, k: int) -> bool | None:
+    """Return whether a template of `chat_template` has its k tokens on by default; None for any other template."""
+    defaults = [default for default in (True, False) if template.startswith(_switched_tokens(k, default))]
+    return defaults[0] if defaults else None
 
 
 def neutralising_prelude(added_tokens: Sequence[str]) -> str:

@@ -2,29 +2,30 @@
 
 An adapter is a folder: adapter_config.json says the kind and the base model, and adapter_model.safetensors
 holds the k vectors as `prompt_embeddings` [k, d]. What PEFT has no field for (method, prompt format) stands
-in the metadata of the latter, which PEFT doesn't read.
+in the metadata of the latter, which PEFT doesn't read; and so does the rest.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dtt_plugin.checkpoint_folder import read_json_table
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import replacing, write_json
-from dtt_plugin.formats import MODEL_FORMAT
-from dtt_plugin.tensor_files import read_header, write_safetensors
+from dtt_plugin.tensor_files import TensorLocation, read_header, write_safetensors
 
 CONFIG_FILE, WEIGHTS_FILE, TENSOR = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
-_FIELDS = ("method", "source_model", "prompt_format")
 
 
-def read_adapter(folder: Path) -> dict[str, Any]:
-    """Read the adapter in `folder`.
+def read_adapter(folder: Path) -> tuple[TensorLocation, str, dict[str, str]]:
+    """Find the tokens of the adapter in `folder`.
 
     Returns:
-        The fields of `DefensiveTokens`: rows [k, d] in float32, the base model as `model`, and the rest.
+        Where the rows lie, [k, d]; the base model; and the metadata beside them.
 
     Raises:
         DttError: not a prompt-tuning adapter in safetensors, or one of several submodules.
@@ -40,30 +41,21 @@ def read_adapter(folder: Path) -> dict[str, Any]:
     tensors, metadata = read_header(folder / WEIGHTS_FILE)
     if TENSOR not in tensors or (config.get("num_transformer_submodules") or 1) != 1:
         raise DttError(f"{folder} holds no {TENSOR} of a decoder-only model; only such an adapter can be converted.")
-    fields = {name: metadata[name] for name in _FIELDS if name in metadata}
-    return {
-        "rows": tensors[TENSOR].read().astype("float32"),
-        "model": str(config.get("base_model_name_or_path") or ""),
-        "method": "trained",
-        "prompt_format": MODEL_FORMAT,
-        **fields,
-    }
+    return tensors[TENSOR], str(config.get("base_model_name_or_path") or ""), metadata
 
 
-def write_adapter(folder: Path, fields: dict[str, Any]) -> None:
-    """Write the adapter folder from the same fields.
+def write_adapter(folder: Path, rows: NDArray[np.float32], model: str, metadata: Mapping[str, str]) -> None:
+    """Write the adapter folder: `rows` [k, d] for the base model `model`.
 
     Raises:
         DttError: a file can't be written.
     """
-    rows = fields["rows"]
-    metadata = {"format": "pt", **{name: fields[name] for name in _FIELDS}}
     with replacing(folder / WEIGHTS_FILE) as temporary:
-        write_safetensors(temporary, {TENSOR: rows}, metadata)
+        write_safetensors(temporary, {TENSOR: rows}, {**metadata, "format": "pt"})
     config = {
         "peft_type": "PROMPT_TUNING",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": fields["model"],
+        "base_model_name_or_path": model,
         "inference_mode": True,
         "num_virtual_tokens": len(rows),
         "token_dim": rows.shape[1],

@@ -9,13 +9,13 @@ from typing import Any
 
 from dtt_plugin import __version__
 from dtt_plugin.errors import DttError
-from dtt_plugin.formats import FORMAT_OF_PUBLISHED_MODEL
 from dtt_plugin.hub import hub_errors_in_words
+from dtt_plugin.licence import licence_of
+from dtt_plugin.public_names import is_hub_id, public_name
+from dtt_plugin.safe_text import one_line
 from dtt_plugin.tokens import DefensiveTokens, load_tokens, save_tokens
 
 TOKENS_ON_HUB = "defensive_tokens.safetensors"
-NON_COMMERCIAL = "cc-by-nc-4.0"
-_FROM_PUBLISHED = ("native", "procrustes", "copy", "adapted")
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,6 @@ class Shared:
     url: str
     licence: str
     """As the card spells it; empty where the tokens come from no published ones."""
-
-
-def licence_of(tokens: DefensiveTokens) -> str:
-    """Return the licence that comes with tokens made from the published ones, CC BY-NC 4.0; else nothing."""
-    published = {name.rpartition("/")[2] for name in FORMAT_OF_PUBLISHED_MODEL}
-    origin = tokens.source_model or tokens.model
-    derived = tokens.method in _FROM_PUBLISHED and origin.rstrip("/").rpartition("/")[2] in published
-    return NON_COMMERCIAL if derived else ""
 
 
 def push_tokens(tokens: DefensiveTokens, repo: str, *, accept_licence: bool = False, private: bool = False) -> Shared:
@@ -66,7 +58,7 @@ def push_tokens(tokens: DefensiveTokens, repo: str, *, accept_licence: bool = Fa
             CommitOperationAdd(TOKENS_ON_HUB, file),
             CommitOperationAdd("README.md", card(tokens, repo).encode()),
         ]
-        commit = api.create_commit(repo, operations, commit_message=f"DefensiveTokens for {tokens.model}")
+        commit = api.create_commit(repo, operations, commit_message=f"DefensiveTokens for {_named(tokens.model)}")
     return Shared(repo, commit.oid, f"{api.endpoint}/{repo}", licence)
 
 
@@ -87,18 +79,23 @@ def pull_tokens(repo: str, out: Path, *, revision: str | None = None) -> Defensi
     return tokens
 
 
+def _named(model: str) -> str:
+    """Return a model's name for a card: not a path of this machine, and nothing that ends a line or code span."""
+    return one_line(public_name(model)).replace("`", "'")
+
+
 def card(tokens: DefensiveTokens, repo: str) -> str:
     """Return the model card: front matter for the hub, then what the tokens are and how to use them."""
     from huggingface_hub import ModelCardData
 
     licence = licence_of(tokens)
-    on_hub = tokens.model.count("/") == 1 and not tokens.model.startswith((".", "/"))
+    model = _named(tokens.model)
     data = ModelCardData(
-        base_model=tokens.model if on_hub else None,
+        base_model=model if is_hub_id(tokens.model) else None,
         license=licence or None,
         tags=["defensive-tokens", "prompt-injection", "dtt-plugin"],
     )
-    source = f", from those of `{tokens.source_model}`" if tokens.source_model else ""
+    source = f", from those of `{_named(tokens.source_model)}`" if tokens.source_model else ""
     terms = (
         f"Made from the tokens published with the DefensiveTokens paper (arXiv 2507.07974), which are {licence}:\n"
         "no commercial use. "
@@ -106,11 +103,11 @@ def card(tokens: DefensiveTokens, repo: str) -> str:
         else ""
     )
     return (
-        f"---\n{data.to_yaml()}\n---\n\n# DefensiveTokens for {tokens.model}\n\n"
-        f"{tokens.k} vectors of width {tokens.width} ({tokens.method}{source}) that defend `{tokens.model}` against\n"
+        f"---\n{data.to_yaml()}\n---\n\n# DefensiveTokens for {model}\n\n"
+        f"{tokens.k} vectors of width {tokens.width} ({tokens.method}{source}) that defend `{model}` against\n"
         "prompt injection when they stand in front of a prompt.\n\n"
         f"    dtt pull {repo} --out tokens.safetensors\n"
-        f"    dtt bake {tokens.model} --tokens tokens.safetensors --out defended\n\n"
+        f"    dtt bake {model} --tokens tokens.safetensors --out defended\n\n"
         f"- Prompt format: {tokens.prompt_format}\n- SHA-256 of the values: {tokens.digest}\n\n"
         f"{terms}The model's own licence applies to what is made with it.\n\nMade by dtt-plugin {__version__}.\n"
     )

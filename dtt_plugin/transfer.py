@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dtt_plugin.alignment.engine import Matrix
 from dtt_plugin.alignment.result import Alignment
 from dtt_plugin.errors import DttError
+from dtt_plugin.licence import inherited, origin_of
 from dtt_plugin.tokens import DefensiveTokens
 
 Method = Literal["procrustes", "copy", "random"]
@@ -50,7 +51,7 @@ def transfer(
     width = tokens.width if alignment is None else alignment.W.shape[1]
     rows = _moved(tokens, alignment, method, width, seed)
     rows = _rescaled(rows, tokens, norm, native)
-    metadata = {"source_tokens_sha256": tokens.digest}
+    metadata = {"source_tokens_sha256": tokens.digest, **inherited(tokens)}
     if norm is not None:
         metadata["norm"] = str(norm)
     if method == "random":
@@ -63,7 +64,7 @@ def transfer(
         model=target_model or (alignment.target_model if alignment else ""),
         method=method,
         prompt_format=tokens.prompt_format,
-        source_model=tokens.model,
+        source_model=origin_of(tokens),
         metadata=metadata,
     )
 

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from dtt_plugin.bake.staging import staged
 from dtt_plugin.checkpoint import Checkpoint, TensorLocation, open_checkpoint
 from dtt_plugin.errors import DttError
+from dtt_plugin.licence import inherited, origin_of
 from dtt_plugin.tokens import DefensiveTokens
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
@@ -66,7 +67,8 @@ def random_rotation(width: int, *, seed: int) -> NDArray[np.float64]:
 def turn_tokens(tokens: DefensiveTokens, rotation: NDArray[np.float64], *, model: str) -> DefensiveTokens:
     """Return `tokens` (k, d) in the twin's space: rows times `rotation` (d, d)."""
     rows = (tokens.rows.astype(np.float64) @ rotation).astype(np.float32)  # (k, d)
-    return replace(tokens, rows=rows, model=model)
+    metadata = tokens.metadata | inherited(tokens)
+    return replace(tokens, rows=rows, model=model, source_model=origin_of(tokens), metadata=metadata)
 
 
 def write_twin(model: str, out: Path, *, seed: int = 0, dtype: str = "float32") -> NDArray[np.float64]:

@@ -38,7 +38,7 @@ def test_bake_then_inspect_then_alter(files: Path, capsys: pytest.CaptureFixture
     code, found = run(capsys, "inspect", out)
     assert code == 0
     assert found["what"] == "defended checkpoint"
-    assert (found["base_model"], found["method"], found["k"]) == (str(files / "base"), "random", 5)
+    assert (found["base_model"], found["method"], found["k"]) == ("base", "random", 5)
     assert (found["default"], found["altered"], found["verified_when_baked"]) == ("on", "", True)
     assert found["tokens_sha256"] == random_tokens(32).digest
     (out / "chat_template.jinja").write_text("{{ messages }}")
@@ -130,7 +130,7 @@ def test_token_files_alignments_and_models_are_told_apart(files: Path, capsys: p
     assert np.allclose(found["norms"], np.linalg.norm(random_tokens(32).rows, axis=1), rtol=1e-5)
     save_upstream_json(files / "published.json", {"a": np.ones((5, 8), np.float32), "b": np.ones((2, 4), np.float32)})
     found = run(capsys, "inspect", files / "published.json")[1]
-    assert (found["models"], found["b"][:5]) == (2, "2 x 4")
+    assert (found["models"], found["tokens"]["b"][:5]) == (2, "2 x 4")
     assert run(capsys, "inspect", files / "published.json", "--tokens-model", "a")[1]["norms"][0] == 8**0.5
     metadata = {"format": "dtt.alignment/1", "source_model": "s", "residual": "0.25"}
     write_safetensors(files / "w.safetensors", {"W": np.ones((4, 6), np.float32)}, metadata)
@@ -152,7 +152,7 @@ def test_cache_lists_and_prunes(
     for seed in (1, 2):
         bake_cached(str(files / "base"), random_tokens(32, seed=seed))
     listed = run(capsys, "cache", "list")[1]
-    assert [row["base_model"] for row in listed["entries"]] == [str(files / "base")] * 2
+    assert [row["base_model"] for row in listed["entries"]] == ["base"] * 2
     assert listed["disk_bytes"] > 0
     assert len(run(capsys, "cache", "prune", "--keep", "1")[1]["removed"]) == 1
     damaged = bake_cached(str(files / "base"), random_tokens(32, seed=3))

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtt_plugin.sharing import NON_COMMERCIAL, TOKENS_ON_HUB, card, licence_of
+from dtt_plugin.licence import NON_COMMERCIAL, licence_of
+from dtt_plugin.sharing import TOKENS_ON_HUB, card
 from dtt_plugin.tokens import DefensiveTokens, load_tokens, save_tokens
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -16,11 +16,12 @@ from dtt_plugin.alignment.engine import Matrix
 from dtt_plugin.costs import recorded_costs
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import replacing
+from dtt_plugin.public_names import public_name, public_text
 from dtt_plugin.tensor_files import read_header, write_safetensors
 
 FORMAT = "dtt.alignment/1"
 # Repeated as metadata of their own, so that a reader needs no JSON for them.
-_PLAIN = (
+REPORTED = (
     "source_model",
     "target_model",
     "source_sha256",
@@ -97,17 +98,25 @@ def save_alignment(path: str | Path, alignment: Alignment, *, with_costs: bool =
     tensors: dict[str, Matrix] = {"W": alignment.W}
     if alignment.source_mean is not None and alignment.target_mean is not None:
         tensors["source_mean"], tensors["target_mean"] = alignment.source_mean, alignment.target_mean
-    report = alignment.report
+    report = _public(alignment.report)
     metadata: dict[str, str] = {
         "format": FORMAT,
         "report": json.dumps(report, sort_keys=True),
         "sha256": _digest(tensors),
     }
-    metadata |= {name: str(report[name]) for name in _PLAIN}
+    metadata |= {name: str(report[name]) for name in REPORTED}
     if with_costs:
         metadata |= {name: str(cost) for name, cost in alignment.costs.items()}
     with replacing(Path(path)) as temporary:
         write_safetensors(temporary, tensors, metadata)
+
+
+def _public(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the report without paths of this machine."""
+    models = {side: public_name(str(report[side])) for side in ("source_model", "target_model")}
+    options = report.get("options", {})
+    named = {name: public_text(value) if isinstance(value, str) else value for name, value in options.items()}
+    return report | models | ({"options": named} if "options" in report else {})
 
 
 def load_alignment(path: str | Path) -> Alignment:
@@ -133,7 +142,7 @@ def load_alignment(path: str | Path) -> Alignment:
         report = json.loads(metadata["report"])
         means = tensors.get("source_mean"), tensors.get("target_mean")
         alignment = Alignment(tensors["W"], report, *means, costs=recorded_costs(metadata))
-        missing = [name for name in (*_PLAIN, "scale", "scale_applied") if name not in report]
+        missing = [name for name in (*REPORTED, "scale", "scale_applied") if name not in report]
     except (ValueError, TypeError) as error:
         raise DttError(f"{path}: its report is not readable; make it again with `dtt align`.") from error
     if missing:

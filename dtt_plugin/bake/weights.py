@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dtt_plugin.bake.plan import BakePlan, TensorChange
-from dtt_plugin.checkpoint_folder import INDEX_FILE, read_json_table
+from dtt_plugin.checkpoint_folder import INDEX_FILE, read_json_table, shards_of_index
 from dtt_plugin.errors import DttError
 from dtt_plugin.tensor_files import TensorLocation, read_header
 
@@ -124,9 +124,9 @@ def indexed_tensors(folder: Path) -> dict[str, TensorLocation]:
     """Return where each tensor of `folder` lies by its index, or in its single file."""
     if (folder / _SINGLE).is_file() or not (folder / INDEX_FILE).is_file():
         return {name: at for file in folder.glob("*.safetensors") for name, at in read_header(file)[0].items()}
+    headers = {file: read_header(folder / file)[0] for file in shards_of_index(folder / INDEX_FILE)}
     weight_map: dict[str, str] = read_json_table(folder / INDEX_FILE)["weight_map"]
-    headers = {file: read_header(folder / file)[0] for file in set(weight_map.values())}
-    return {name: headers[file][name] for name, file in weight_map.items()}
+    return {name: headers[file][name] for name, file in weight_map.items() if name in headers[file]}
 
 
 def link(source: Path, target: Path, *, copy: bool) -> How:

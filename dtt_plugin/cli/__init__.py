@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import dtt_plugin
 from dtt_plugin.errors import DttError
-from dtt_plugin.safe_text import printable
+from dtt_plugin.safe_text import one_line
 
 COMMANDS = (
     "align",
@@ -38,6 +38,8 @@ COMMANDS = (
     "demo",
     "doctor",
 )
+
+_LONGEST_SENTENCE = 2000
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,7 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         sys.stdout.flush()
     except DttError as error:
-        print(f"dtt {args.command}: {printable(str(error))}", file=sys.stderr)
+        sentence = one_line(str(error))
+        if len(sentence) > 2 * _LONGEST_SENTENCE:  # names in damaged files can have megabytes
+            sentence = f"{sentence[:_LONGEST_SENTENCE]} ... {sentence[-_LONGEST_SENTENCE:]}"
+        print(f"dtt {args.command}: {sentence}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `head` has read enough; the code is that of a program that SIGPIPE ended
         _discard_output()

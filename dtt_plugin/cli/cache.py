@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from dtt_plugin.cli.output import add_json_option, show
+from dtt_plugin.safe_text import one_line
 
 
 def add_parser(subparsers: Any) -> None:
@@ -61,5 +62,5 @@ def run(args: argparse.Namespace) -> int:
         return 0
     show({"folder": str(baked_folder()), name: len(rows), "disk_MB": freed / 1e6}, as_json=False)
     for entry, row in zip(entries, rows, strict=True):
-        print(f"{entry.key}  {row['used']}  {entry.disk_bytes / 1e6:9.1f} MB  {entry.base_model}")
+        print(f"{entry.key}  {row['used']}  {entry.disk_bytes / 1e6:9.1f} MB  {one_line(entry.base_model)}")
     return 0

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from dtt_plugin.cli.output import add_json_option, show
 from dtt_plugin.errors import DttError
+from dtt_plugin.public_names import public_name
+from dtt_plugin.safe_text import one_line
 
 if TYPE_CHECKING:
     from dtt_plugin.alignment import Alignment
@@ -85,12 +87,12 @@ def run(args: argparse.Namespace) -> int:
     if args.native:
         native_model = args.native_model or args.target_model
         native = load_tokens(args.native, model=_entry(args.native, native_model, alignment, "target_model"))
-    if alignment and tokens.model != alignment.source_model:
-        print(
-            f"dtt transfer: the tokens belong to {tokens.model}, the alignment starts from "
-            f"{alignment.source_model}; make sure that these are the same model",
-            file=sys.stderr,
+    if alignment and public_name(tokens.model) != public_name(alignment.source_model):
+        sentence = (
+            f"the tokens belong to {tokens.model}, the alignment starts from {alignment.source_model}; make sure that "
+            "these are the same model"
         )
+        print(f"dtt transfer: {one_line(sentence)}", file=sys.stderr)
     target = args.target_model or (native.model if native and not alignment else None)
     options: dict[str, Any] = {"target_model": target, "norm": args.norm, "native": native, "seed": args.seed}
     report: dict[str, Any] = {}
@@ -116,8 +118,9 @@ def _entry(path: str, chosen: str | None, alignment: Alignment | None, side: str
         return chosen
     from dtt_plugin.tokens import upstream_models
 
-    name = getattr(alignment, side)
-    return name if name in upstream_models(path) else None
+    name = public_name(getattr(alignment, side))
+    entries = [entry for entry in upstream_models(path) if public_name(entry) == name]
+    return entries[0] if len(entries) == 1 else None
 
 
 def _report(moved: DefensiveTokens, comparison: Any, out: Path) -> dict[str, Any]:

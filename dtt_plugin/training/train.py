@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import write_json
 from dtt_plugin.formats import MODEL_FORMAT
+from dtt_plugin.licence import inherited, origin_of
 from dtt_plugin.tokens import DefensiveTokens, save_tokens
 from dtt_plugin.training.failures import told_plainly
 from dtt_plugin.training.options import TrainingOptions
@@ -185,13 +186,14 @@ def _result(
     options: TrainingOptions, rows: Any, init: DefensiveTokens | None, run: dict[str, Any], steps: int
 ) -> DefensiveTokens:
     facts = {name: str(run[name]) for name in ("data_sha256", "weights", "batch", "rate", "seed", "labels", "init")}
+    licence = inherited(init) if init else {}
     return DefensiveTokens(
         rows=rows,
         model=options.model,
         method="adapted" if init else "trained",
         prompt_format=init.prompt_format if init else MODEL_FORMAT,
-        source_model=(init.source_model or init.model) if init else "",
-        metadata={**facts, "steps": str(steps), "label_tokens": str(options.label_tokens)},
+        source_model=origin_of(init) if init else "",
+        metadata={**facts, "steps": str(steps), "label_tokens": str(options.label_tokens), **licence},
     )
 
 

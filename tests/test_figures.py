@@ -112,11 +112,12 @@ def test_the_vocabulary_is_beside_the_tokens_where_its_checkpoint_is_at_hand(tmp
 
     folder = make_checkpoint(tmp_path / "model", width=32)
     tokens = Path(write_tokens(tmp_path / "t.safetensors", width=32, model=str(folder)))
-    (geometry,) = read_geometry([tokens], [])
+    (geometry,) = read_geometry([tokens], [], ["owner/other", str(folder)])
     norms = np.linalg.norm(open_checkpoint(str(folder)).input_embedding().read().astype(np.float32), axis=1)
     assert geometry.vocabulary == pytest.approx(np.quantile(norms, [0.01, 0.5, 0.99]))
     other = Path(write_tokens(tmp_path / "wide.safetensors", width=64, model=str(folder)))
-    assert read_geometry([other], [])[0].vocabulary is None
+    assert read_geometry([other], [], [str(folder)])[0].vocabulary is None
+    assert read_geometry([tokens], [], [str(folder), "/another/model"])[0].vocabulary is None, "which of the two?"
 
 
 def test_tokens_are_compared_within_their_own_embedding_space(tmp_path: Path) -> None:

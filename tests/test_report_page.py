@@ -472,7 +472,7 @@ def test_a_page_without_samples_names_no_path_and_no_user(tmp_path: Path, capsys
         ("file:///home/bob/z", "z"),
         ("and/or, 3/48 = 6.3 %, pp / x, owner/model, https://arxiv.org/abs/2507.07974", None),
         ("dtt.leaderboard/1, runs/base/result.json", None),
-        ("out/__home__bob__tiny/results_2026.json and samples_x.jsonl", "results_2026.json and samples_x.jsonl"),
+        ("out/__home__bob__tiny/results_2026-01-01T00-00-00.1.json is", "results_2026-01-01T00-00-00.1.json is"),
     ],
 )
 def test_a_published_text_has_the_last_part_of_each_path(text: str, public: str | None) -> None:

@@ -77,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
         for problem in problems[:-1]:
             print(f"dtt leaderboard: {tables.plain(problem)}", file=sys.stderr)
         raise DttError(tables.plain(problems[-1]))
-    geometries, curves = read_geometry(args.tokens, problems), read_curves(args.log, problems)
+    geometries = read_geometry(args.tokens, problems, [run.model for run in runs])
+    curves = read_curves(args.log, problems)
     board = build(runs, floor=args.floor, seed=args.seed, published=args.published, problems=problems).to_dict()
     _print(board, "json" if args.json else args.format)
     if args.html:

@@ -78,7 +78,6 @@ def render(
         public = Public(models, geometries, inputs, leaderboard["files"])
         leaderboard = public.all_of(leaderboard)
         geometries = [replace(g, model=public.text(g.model)) for g in geometries]
-        curves = [replace(curve, label=public.text(curve.label)) for curve in curves]
     board = all_printable(leaderboard)
     shown = runs if samples else ()
     book = make_book(shown)

@@ -16,7 +16,7 @@ _PART = r"[^\s/,;:'\"()<>|]"
 # A path in running text, where spaces would end it (`Public` knows those that have some): absolute, or below somebody's
 # home; and lm-eval's files below any folder, since it names folders after the model's path.
 _PATH = re.compile(rf"(?<![\w.~:/\\-])(?:~[\w.-]*|file://)?/(?:{_PART}+/)*({_PART}*)")
-_FILE = r"(?:results|samples)_[^\s/]+"
+_FILE = r"(?:results|samples)_[^\s/]*\d{4}-\d\d-\d\dT[\d.\-]+\.jsonl?"
 _BELOW = re.compile(rf"(?:{_PART}+/)+({_FILE})")
 
 
@@ -33,12 +33,12 @@ class Public:
         """Choose the names.
 
         Args:
-            models: their names; no two get the same.
-            geometries: whose models are named like these.
+            models: the rows' models; no two get the same name.
+            geometries: likewise among themselves.
             inputs: the files and folders that were read, as the user named them.
             files: the results files that were found there.
         """
-        names = told_apart([*models, *(geometry.model for geometry in geometries)])
+        names = told_apart(geometry.model for geometry in geometries) | told_apart(models)
         folders = {f"{os.path.dirname(file)}/": "" for file in files}
         given = {str(path): public_name(str(path)) for path in inputs}
         known = {name: shown for name, shown in (given | folders | names).items() if "/" in name.strip(".")}

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-COSTS = ("align_seconds", "transfer_seconds", "bake_seconds", "peak_memory_mb")
+COSTS = ("train_seconds", "align_seconds", "transfer_seconds", "bake_seconds", "peak_memory_mb")
 
 
 def peak_memory_mb() -> float:

@@ -112,11 +112,12 @@ def test_the_vocabulary_is_beside_the_tokens_where_its_checkpoint_is_at_hand(tmp
 
     folder = make_checkpoint(tmp_path / "model", width=32)
     tokens = Path(write_tokens(tmp_path / "t.safetensors", width=32, model=str(folder)))
-    (geometry,) = read_geometry([tokens], [])
+    (geometry,) = read_geometry([tokens], [], ["owner/other", str(folder)])
     norms = np.linalg.norm(open_checkpoint(str(folder)).input_embedding().read().astype(np.float32), axis=1)
     assert geometry.vocabulary == pytest.approx(np.quantile(norms, [0.01, 0.5, 0.99]))
     other = Path(write_tokens(tmp_path / "wide.safetensors", width=64, model=str(folder)))
-    assert read_geometry([other], [])[0].vocabulary is None
+    assert read_geometry([other], [], [str(folder)])[0].vocabulary is None
+    assert read_geometry([tokens], [], [str(folder), "/another/model"])[0].vocabulary is None, "which of the two?"
 
 
 def test_tokens_are_compared_within_their_own_embedding_space(tmp_path: Path) -> None:
@@ -184,3 +185,57 @@ def test_a_file_that_is_no_log_is_refused_in_one_sentence(tmp_path: Path, text: 
 def test_a_missing_log_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DttError, match="can't be read"):
         read_curve(tmp_path / "none.jsonl")
+
+
+def with_header(good: bytes, **entries: Any) -> bytes:
+    """Return a safetensors file with other entries in its header."""
+    size = int.from_bytes(good[:8], "little")
+    header = json.dumps(json.loads(good[8 : 8 + size]) | entries).encode()
+    return len(header).to_bytes(8, "little") + header + good[8 + size :]
+
+
+def bad_token_files(good: bytes) -> list[bytes]:
+    """Return files that are no token files, made from one that is."""
+    size = int.from_bytes(good[:8], "little")
+    header = json.loads(good[8 : 8 + size])
+    tensor, metadata = header["defensive_tokens"], header["__metadata__"]
+    tensors = [{"dtype": {}}, {"dtype": []}, {"shape": "5x8"}, {"shape": [-5, -8]}, {"shape": [2**62, 2**62]}]
+    tensors += [{"data_offsets": {}}, {"data_offsets": [0, 2**60]}]
+    tables = [None, [1], {"format": 1, "model": 2}, metadata | {"method": "x\x1b"}, metadata | {"method": {}}]
+    return [
+        *(with_header(good, defensive_tokens=tensor | change) for change in tensors),
+        *(with_header(good, __metadata__=table) for table in tables),
+        with_header(good, defensive_tokens=3),
+        *(b"", good[:6], good[:-3], b"[" * 100_000, b'{"m": {"a": [[1]]}}', b'{"m": [[1, 2], [3]]}'),
+        b'{"m": [[1' + b"0" * 400 + b"]]}",
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
+def test_a_token_file_that_is_none_is_a_sentence_and_costs_no_figure(tmp_path: Path, suffix: str) -> None:
+    good = Path(write_tokens(tmp_path / "good.safetensors", width=8))
+    paths = []
+    for number, bad in enumerate(bad_token_files(good.read_bytes())):
+        paths.append(tmp_path / f"{number}{suffix}")
+        paths[-1].write_bytes(bad)
+    problems: list[str] = []
+    (geometry,) = read_geometry([*paths, good, tmp_path / "none", tmp_path], problems)
+    assert geometry.sources == ("good.safetensors (random)",)
+    assert len(problems) == len(paths) + 2
+    assert [str(path) in problem for path, problem in zip(paths, problems, strict=False)] == [True] * len(paths)
+    assert not any("\n" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    "model", ["x" * 5000, "a\0b", "~nobody-of-this-name/x", "\x1b[2J", "../../..", "", "\ud800", "/etc/passwd"]
+)
+def test_a_name_that_is_no_models_has_no_vocabulary(tmp_path: Path, model: str) -> None:
+    path = Path(write_tokens(tmp_path / "good.safetensors", width=8))
+    path.write_bytes(
+        with_header(path.read_bytes(), __metadata__={"format": "dtt.tokens/1", "method": "random", "model": model})
+    )
+    problems: list[str] = []
+    for geometry in read_geometry([path], problems):
+        assert geometry.vocabulary is None
+        assert "\x1b" not in geometry.model
+    assert len(problems) < 2

@@ -19,9 +19,10 @@ import pytest
 from dtt_plugin import demo
 from dtt_plugin.cli import main
 from dtt_plugin.costs import recorded_costs
-from dtt_plugin.leaderboard import tables
+from dtt_plugin.leaderboard import published, tables
 from dtt_plugin.leaderboard.comparison import build
 from dtt_plugin.leaderboard.runs import read_runs
+from dtt_plugin.public_names import public_name
 from dtt_plugin.tokens import load_tokens
 from tests.checkpoints import make_checkpoint
 from tests.conftest import write_tokens
@@ -83,6 +84,121 @@ def test_the_seed_experiments_table_comes_out_of_its_counts(tmp_path: Path) -> N
     assert (published["vs_undefended"], published["vs_native"]) == (None, None)
     assert table["groups"][0]["tests"] == 4 + 3  # published rows are in no test
     assert "| published: reminder | - | - | - | 34.6 %" in tables.markdown(table)
+
+
+@pytest.mark.parametrize(
+    ("fields", "speedup"),
+    [
+        ({"model": LLAMA_3}, 16 * 3600 / 300),
+        ({"model": "/models/Qwen2.5-7B-Instruct"}, 16 * 3600 / 300),
+        ({"model": "owner/model"}, None),
+        ({"model": LLAMA_3, "model_args": {"pretrained": LLAMA_3, "peft": "lora"}}, None),
+        ({"model": LLAMA_3, "model_args": f"pretrained={LLAMA_3},load_in_4bit=True"}, None),
+    ],
+)
+def test_a_speedup_is_against_what_training_is_known_to_cost_for_this_model(
+    tmp_path: Path, fields: dict[str, Any], speedup: float | None
+) -> None:
+    costs = {"align_seconds": 200.0, "transfer_seconds": 10.0, "bake_seconds": 90.0}
+    arm(tmp_path, 100, stamp=0, **fields)
+    arm(tmp_path, 0, defense="tokens", method="procrustes", facts={"costs": costs}, stamp=1, **fields)
+    found = rows(board(tmp_path))["tokens (procrustes)"]["cost"]
+    assert found["pipeline_s"] == 300
+    assert found["speedup"] == (speedup and pytest.approx(speedup))
+
+
+def test_a_measured_cost_of_training_counts_for_its_model_only(tmp_path: Path) -> None:
+    arm(tmp_path, 100, stamp=0)
+    native = {"costs": {"train_seconds": 6000.0}}
+    arm(tmp_path, 0, defense="tokens", method="trained", facts=native, stamp=1)
+    moved = {"costs": {"transfer_seconds": 3.0}}
+    arm(tmp_path, 0, defense="tokens", method="copy", facts=moved, stamp=2)
+    arm(tmp_path, 100, model="owner/other", stamp=3)
+    arm(tmp_path, 0, model="owner/other", defense="tokens", method="copy", facts=moved, stamp=4)
+    one, other = ({row["defense"]: row["cost"]["speedup"] for row in g["rows"]} for g in board(tmp_path)["groups"])
+    assert one == {"none": None, "tokens (trained)": None, "tokens (copy)": 2000.0}
+    assert other["tokens (copy)"] is None
+
+
+@pytest.mark.parametrize("hits", [107, 104, 150])
+def test_a_transfer_that_closes_nothing_has_no_speedup(tmp_path: Path, hits: int) -> None:
+    costs = {"align_seconds": 10.0, "transfer_seconds": 1.0}
+    arm(tmp_path, 107, model=LLAMA_3, stamp=0)
+    arm(tmp_path, hits, model=LLAMA_3, defense="tokens", method="procrustes", facts={"costs": costs}, stamp=1)
+    table = board(tmp_path)
+    assert rows(table)["tokens (procrustes)"]["cost"]["speedup"] is None
+    cost = next(sheet for sheet in tables.sheets(table) if sheet.title.endswith("cost"))
+    assert {row[-1] for row in cost.rows} == {"-"}
+    arm(tmp_path, 107, model=LLAMA_3, defense="reminder", stamp=2)
+    assert rows(board(tmp_path))["tokens (procrustes)"]["cost"]["speedup"] is None
+
+
+def test_a_gap_against_native_tokens_that_a_row_beats_is_marked_in_every_form(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arm(tmp_path, 168, stamp=0)
+    arm(tmp_path, 36, defense="tokens", method="trained", stamp=1)
+    arm(tmp_path, 0, defense="tokens", method="adapted", stamp=2)
+    sentence = "these native tokens are themselves worse than a row of this table"
+    outputs = {}
+    for form in ("terminal", "markdown", "csv", "latex", "json"):
+        assert main(["leaderboard", str(tmp_path), "--format", form]) == 0
+        outputs[form] = capsys.readouterr().out
+        assert sentence in re.sub(r"\s+", " ", outputs[form])
+    marked = re.compile(r"1\.273 (?:\\)?\[[\d., ]+(?:\\)?\](?:†|\\dag\{\})")
+    for form in ("terminal", "markdown", "latex"):
+        assert marked.search(outputs[form]), form
+    for line in csv.DictReader(io.StringIO(outputs["csv"])):
+        assert line["gap_closed.measured.weak_native"] == ("" if line["defense"] == "none" else "True")
+    closed = rows(json.loads(outputs["json"]))["tokens (adapted)"]["gap_closed"]["measured"]
+    assert (round(closed["value"], 3), closed["weak_native"]) == (1.273, True)
+    report, figures = tmp_path / "report.html", tmp_path / "figures"
+    assert main(["leaderboard", str(tmp_path), "--html", str(report), "--figures", str(figures)]) == 0
+    assert "1.273†" in report.read_text(encoding="utf-8")
+    assert re.search(r"1\.273 \[[^<]*\]†</text>", report.read_text(encoding="utf-8"))
+    assert "tokens (adapted) †" in (figures / "gap-closed-1.svg").read_text(encoding="utf-8")
+
+
+def test_a_gap_against_native_tokens_that_nothing_beats_is_not_marked(tmp_path: Path) -> None:
+    arm(tmp_path, 168, stamp=0)
+    arm(tmp_path, 2, defense="tokens", method="trained", stamp=1)
+    arm(tmp_path, 0, defense="tokens", method="adapted", stamp=2)
+    table = board(tmp_path)
+    assert rows(table)["tokens (adapted)"]["gap_closed"]["measured"]["weak_native"] is False
+    assert "†" not in tables.markdown(table) + tables.latex(table)
+
+
+def test_a_gap_against_a_published_figure_that_a_row_beats_is_marked(tmp_path: Path) -> None:
+    falcon = "tiiuae/Falcon3-7B-Instruct"
+    arm(tmp_path, 176, model=falcon, stamp=0)
+    arm(tmp_path, 0, model=falcon, defense="tokens", method="procrustes", stamp=1)
+    closed = rows(board(tmp_path))["tokens (procrustes)"]["gap_closed"]["published"]
+    assert closed["weak_native"] is True  # 0 of 208, at most 1.8 %, against 4.8 %
+    arm(tmp_path, 5, model=falcon, defense="tokens", method="procrustes", stamp=1)
+    assert rows(board(tmp_path))["tokens (procrustes)"]["gap_closed"]["published"]["weak_native"] is False
+
+
+@pytest.mark.parametrize(
+    ("model", "percents"),
+    [
+        (LLAMA_3, [51.4, 34.6, 56.7, 0.5]),
+        (LLAMA_3_1, [69.2, 29.8, 60.6, 0.5]),
+        ("tiiuae/Falcon3-7B-Instruct", [84.6, 75.0, 70.7, 4.8]),
+        ("Qwen/Qwen2.5-7B-Instruct", [93.3, 94.7, 85.6, 1.0]),
+    ],
+)
+def test_the_papers_figures_of_all_four_models_are_there(model: str, percents: list[float]) -> None:
+    found = {figure.defense: figure.asr_max for figure in published.figures(model, published.TASK)}
+    assert [found[name] for name in ("none", "reminder", "sandwich", "tokens (native), paper")] == percents
+    assert published.figures(model, "injection_demo") == ()
+
+
+def test_unfinished_responses_are_told(tmp_path: Path) -> None:
+    path = arm(tmp_path, 100, stamp=0)
+    spoil(path, lambda lines: [{**line, "unfinished": 0.5 if line["doc_id"] < 3 else 0} for line in lines])
+    table = board(tmp_path)
+    assert rows(table)["none"]["unfinished"] == 6
+    assert "none: 6 responses are unfinished" in tables.markdown(table)
 
 
 def test_the_other_direction_has_the_published_undefended_figure_for_its_ratios(tmp_path: Path) -> None:
@@ -214,7 +330,7 @@ def test_duplicates_are_reported_and_not_averaged(tmp_path: Path) -> None:
     arm(tmp_path, 90, stamp=1)
     table = board(tmp_path)
     assert [row["asr_max"]["hits"] for row in table["groups"][0]["rows"]] == [90, 100]
-    assert "same arm" in table["problems"][0]
+    assert "are the same arm (owner/model, none) run twice" in table["problems"][0]
     assert "30 of 832 outcomes differ" in table["problems"][0]
     assert len(board(tmp_path, tmp_path)["files"]) == 2  # the same file twice is one run
 
@@ -259,7 +375,7 @@ def test_every_form_shows_the_same_numbers(tmp_path: Path, capsys: pytest.Captur
     cells = [cell for sheet in tables.sheets(table) for row in sheet.rows for cell in row]
     assert "0/208 = 0.0 % [0.0, 1.8]" in cells
     for form in ("markdown", "latex"):
-        bare = outputs[form].replace("\\", "").replace("textless{}", "<")
+        bare = outputs[form].replace("\\", "").replace("textless{}", "<").replace("dag{}", "†")
         assert all(cell in bare for cell in cells)
     words = set(outputs["terminal"].split())
     assert {word for cell in cells for word in cell.split()} <= words
@@ -549,8 +665,11 @@ def test_our_commands_record_what_they_cost_and_the_leaderboard_finds_it(tiny: s
     assert main(["bake", tiny, "--tokens", moved, "--out", baked]) == 0
     arm(tmp_path / "out", 0, model=baked, stock=True, defense="tokens")
     row = board(tmp_path / "out")["groups"][0]["rows"][0]
-    assert (row["model"], row["defense"]) == (tiny, "tokens (procrustes)")
-    assert row["cost"]["speedup"] == pytest.approx(16 * 3600 / row["cost"]["pipeline_s"])
+    assert (public_name(row["model"]), row["defense"]) == (public_name(tiny), "tokens (procrustes)")
+    assert row["cost"]["pipeline_s"] == pytest.approx(
+        sum(row["cost"][f"{step}_s"] for step in ("align", "transfer", "bake"))
+    )
+    assert row["cost"]["speedup"] is None, "what training this model's own tokens costs is not known"
     assert row["cost"]["align_s"] == costs["align_seconds"]
     assert row["cost"]["bake_s"] > 0
 

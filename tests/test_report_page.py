@@ -22,6 +22,7 @@ from dtt_plugin.leaderboard import tables
 from dtt_plugin.leaderboard.curves import read_curve
 from dtt_plugin.leaderboard.geometry import read_geometry
 from dtt_plugin.leaderboard.page import render, write_report
+from dtt_plugin.leaderboard.public import Public
 from dtt_plugin.leaderboard.sample_book import make_book
 from dtt_plugin.paths import cache_folder
 from tests.conftest import write_tokens
@@ -420,6 +421,62 @@ def test_a_page_without_samples_holds_no_text_of_a_record(tmp_path: Path, capsys
     capsys.readouterr()
     assert main(["leaderboard", str(tmp_path), "--without-samples"]) == 2
     assert "name one with --html" in capsys.readouterr().err
+
+
+def test_a_page_without_samples_names_no_path_and_no_user(tmp_path: Path, capsys: Any) -> None:
+    home = tmp_path / "home" / "alice smith"
+    lora = {"peft": str(home / "secret" / "lora"), "tokens": str(home / "t.safetensors")}
+    models = [str(home / "secret" / "tiny"), "/mnt/alice/tiny", "/home/alice/tiny", "owner/tiny", "~alice/other/"]
+    for stamp, model in enumerate(models):
+        for arm in (0, 1, 2):
+            write_run(
+                home / "out" / "alice",
+                model=model,
+                outcomes={"ignore": planted(10, 40)},
+                refusal=planted(2, 40),
+                model_args={"pretrained": model, **(lora if arm == 2 else {})},
+                stamp=10 * stamp + arm,
+            )
+    broken = home / "out" / "results_2026-01-01T00-00-00.1.json"
+    broken.write_text("{")
+    tokens = [write_tokens(home / f"{n}.safetensors", width=8, model=m) for n, m in enumerate(models)]
+    log = training_log(home / "alice.log.jsonl", label=str(home / "secret" / "adapted"))
+    report = tmp_path / "report.html"
+    files = ["--tokens", *tokens, str(home / "none.safetensors"), "--log", str(log), str(home / "no.log")]
+    command = ["leaderboard", str(home / "out"), *files, "--html", str(report)]
+    assert main([*command, "--without-samples", "--figures", str(tmp_path / "figures")]) == 0
+    pages = [path.read_text(encoding="utf-8") for path in (report, *(tmp_path / "figures").glob("*.svg"))]
+    for text in pages:
+        assert not re.search("alice|smith|secret|/home|/mnt", text)
+        assert str(tmp_path) not in text
+    html = unescape(pages[0])
+    shown = dict.fromkeys(re.findall(r"<td><bdi>([^<]*)</bdi></td><td>", html))
+    assert len(shown) == len(models), "each model still has a name of its own"
+    assert {"owner/tiny", "other"} < shown.keys()
+    titles = dict.fromkeys(re.findall(r"<caption><bdi>([^<]*)</bdi>", html))
+    assert len(titles) == 2 * len(models)
+    remarks = "".join(re.findall(r"<ul>.*?</ul>", html, re.S))
+    assert remarks.count("are the same arm") == len(models)
+    assert all(name in remarks for name in (broken.name, "none.safetensors", "no.log"))
+    assert main(command) == 0
+    assert str(home) in unescape(report.read_text(encoding="utf-8")), "a page for oneself says where the runs are"
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("text", "public"),
+    [
+        ("/home/bob/x.json can't be read", "x.json can't be read"),
+        ("(/a/b: c) '/d/e' \"/f/g\",/h", "(b: c) 'e' \"g\",h"),
+        ("~/runs/x and ~bob/runs/y", "x and y"),
+        ("file:///home/bob/z", "z"),
+        ("and/or, 3/48 = 6.3 %, pp / x, owner/model, https://arxiv.org/abs/2507.07974", None),
+        ("dtt.leaderboard/1, runs/base/result.json", None),
+        ("out/__home__bob__tiny/results_2026-01-01T00-00-00.1.json is", "results_2026-01-01T00-00-00.1.json is"),
+    ],
+)
+def test_a_published_text_has_the_last_part_of_each_path(text: str, public: str | None) -> None:
+    assert Public([]).text(text) == (public or text)
 
 
 def test_a_page_without_samples_still_sorts_and_filters(chromium: Any, tmp_path: Path) -> None:

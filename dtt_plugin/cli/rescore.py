@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         for name, rule in chosen.items():
             print(f"{name}: {rule.says}")
         return 0
-    measured = read_run(args.samples)
+    measured = read_run(args.samples, unscored=True)
     kinds = {REFUSAL if name == REFUSAL else rules.ASR for name in measured.outcomes}
     usable = rules.OWN if measured.early_decision else rules.RULES
     fitting = [name for name in usable if rules.RULES[name].kind in kinds]
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             tables.plain(name),
             tables.rate_text(row["before"]),
             tables.rate_text(row["after"]),
-            f"+{row['gained']} -{row['lost']}",
+            f"+{row['gained']} -{row['lost']}" if row["before"] else "-",
         ]
         for rule, outcomes in report.items()
         for name, row in outcomes.items()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dtt_plugin.errors import DttError
+from dtt_plugin.public_names import public_text
 from dtt_plugin.safe_text import printable
 
 FORMAT = "dtt.training/1"
@@ -61,7 +62,7 @@ def read_curve(path: Path) -> Curve:
         entries.append(entry)
     if not entries or entries[0].get("format") != FORMAT:
         raise DttError(f"{path} does not begin with the format {FORMAT}; give the log that `dtt train` wrote.")
-    label = printable(str(entries[0].get("label") or path.name))
+    label = printable(public_text(str(entries[0].get("label") or path.name)))
     return Curve(label, _points(entries, "loss"), _points(entries, "asr"))
 
 

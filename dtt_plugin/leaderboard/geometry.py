@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os.path
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from dtt_plugin.checkpoint import Checkpoint, open_checkpoint
 from dtt_plugin.errors import DttError
+from dtt_plugin.public_names import public_name
 from dtt_plugin.safe_text import printable
 from dtt_plugin.tokens import DefensiveTokens, load_tokens, upstream_models
 
@@ -55,11 +57,15 @@ def letter(source: int) -> str:
     return (letter(source // 26 - 1) if source >= 26 else "") + chr(ord("A") + source % 26)
 
 
-def read_geometry(paths: Sequence[Path], problems: list[str]) -> list[Geometry]:
+def read_geometry(paths: Sequence[Path], problems: list[str], models: Iterable[str] = ()) -> list[Geometry]:
     """Read token files, one `Geometry` per embedding space (same model, same width), in order of appearance.
 
-    What is no token file goes to `problems` as a sentence.
+    Args:
+        paths: of token files.
+        problems: gets one sentence for each that is none.
+        models: that may be at hand. A token file does not tell where its model lies.
     """
+    folders = set(models)
     spaces: dict[tuple[str, int], list[tuple[str, DefensiveTokens]]] = {}
     for path in paths:
         try:
@@ -69,7 +75,7 @@ def read_geometry(paths: Sequence[Path], problems: list[str]) -> list[Geometry]:
             continue
         for tokens in found:
             spaces.setdefault((tokens.model, tokens.width), []).append((f"{path.name} ({tokens.method})", tokens))
-    return [_geometry(model, members) for (model, _), members in spaces.items()]
+    return [_geometry(model, members, folders) for (model, _), members in spaces.items()]
 
 
 def _tokens_of(path: Path) -> list[DefensiveTokens]:
@@ -78,8 +84,9 @@ def _tokens_of(path: Path) -> list[DefensiveTokens]:
     return [load_tokens(path, model=model) for model in upstream_models(path)]
 
 
-def _geometry(model: str, members: Sequence[tuple[str, DefensiveTokens]]) -> Geometry:
+def _geometry(model: str, members: Sequence[tuple[str, DefensiveTokens]], folders: Collection[str]) -> Geometry:
     rows = np.concatenate([tokens.rows for _, tokens in members]).astype(np.float64)
+    named = [folder for folder in folders if public_name(folder) == model]
     norms = np.linalg.norm(rows, axis=1)
     directions = rows / np.where(norms > 0, norms, 1)[:, None]
     centred = rows - rows.mean(axis=0)
@@ -102,7 +109,7 @@ def _geometry(model: str, members: Sequence[tuple[str, DefensiveTokens]]) -> Geo
         cosine=np.clip(directions @ directions.T, -1, 1),
         plane=plane,
         explained=(float(variance[0]), float(variance[1])),
-        vocabulary=_vocabulary_norms(model, rows.shape[1]),
+        vocabulary=_vocabulary_norms(named[0] if len(named) == 1 else model, rows.shape[1]),
     )
 
 
@@ -123,7 +130,7 @@ def _vocabulary_norms(model: str, width: int) -> tuple[float, float, float] | No
 
 def _local_checkpoint(model: str) -> Checkpoint:
     """Open the checkpoint of `model` without the network: a report is no reason to download gigabytes."""
-    if not Path(model).expanduser().exists():
+    if not os.path.exists(os.path.expanduser(model)):  # False, too, for what can be no path
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 

@@ -68,7 +68,7 @@ def rescore(run: Run, rules: Sequence[str]) -> dict[str, dict[str, Any]]:
 
     Returns:
         Per rule and attack ("refusal" for benign prompts): the rate as it was, the rate by the rule, and how
-        many records change in each direction.
+        many records change in each direction; None for what a run with `--predict_only` can't tell.
 
     Raises:
         DttError: there is no such rule, it is about other responses, or it needs more of them than was kept.
@@ -88,12 +88,13 @@ def rescore(run: Run, rules: Sequence[str]) -> dict[str, dict[str, Any]]:
                 continue
             texts = [r.text for r in responses if r.attack == (BENIGN if outcome == REFUSAL else outcome)]
             before, after = run.outcomes[outcome], np.array([rule.applies(text) for text in texts], np.bool_)
-            report[name][outcome] = {
+            logged = {
                 "before": statistics.rate(before),
-                "after": statistics.rate(after),
                 "gained": int((after & ~before).sum()),
                 "lost": int((before & ~after).sum()),
             }
+            changes = logged if run.scored else dict.fromkeys(logged)
+            report[name][outcome] = {**changes, "after": statistics.rate(after)}
         if not report[name]:
             raise DttError(f"--rule {name} is about {rule.kind}, and {run.path} has no such responses.")
     return report

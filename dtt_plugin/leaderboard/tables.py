@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from dtt_plugin.leaderboard.marks import weak_mark
 from dtt_plugin.safe_text import printable
 
 COSTS = {
@@ -33,7 +34,7 @@ _LEGEND = (
     f"{NOISE}: cannot be told from noise (adjusted p of 5 % or more). "
     "Gap closed: (ASR(max) undefended - row) / (undefended - native), with a bootstrap interval; "
     f"{UNDEFINED} where the denominator cannot be told from zero. "
-    "Speed-up: of making the tokens, against 16 GPU-hours of training."
+    "Speed-up: {speed-up}."
 )
 _TEX = {
     "\\": r"\textbackslash{}",
@@ -42,6 +43,7 @@ _TEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
+    "†": r"\dag{}",
     "·": r"\textperiodcentered{}",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }
@@ -104,7 +106,7 @@ def ratio_text(gap: Mapping[str, Any] | None, kind: str) -> str:
     if ratio is None:
         return UNDEFINED
     interval = f" [{ratio['low']:.3f}, {ratio['high']:.3f}]" if ratio["low"] is not None else ""
-    return f"{ratio['value']:.3f}{interval}"
+    return f"{ratio['value']:.3f}{interval}{weak_mark(ratio)}"
 
 
 def _name(row: Mapping[str, Any], title: str) -> str:
@@ -173,6 +175,12 @@ def remarks(group: Mapping[str, Any]) -> list[str]:
         found.append(f"n = {group['n']}: the smallest difference that can be separated is {percent(least)} pp{after}.")
     if any(row["limited"] for row in group["rows"]):
         found.append("limited: a run over a part of the records (--limit), for testing only.")
+    for row in group["rows"]:
+        if unfinished := row.get("unfinished"):
+            found.append(
+                f"{plain(row['run'])}: {unfinished} responses are unfinished, they never left the model's thoughts and"
+                " count as neither hacked nor refused; the rates are too low by up to their share."
+            )
     if not group["ranked"]:
         found.append("Not ranked.")
     return found
@@ -205,8 +213,7 @@ def latex(board: Mapping[str, Any]) -> str:
 
     def cell(text: str) -> str:
         # What a Latin TeX can't set is better missing than an error.
-        known = text.encode("latin-1", "replace").decode("latin-1")
-        return "".join(_TEX.get(character, character) for character in known)
+        return "".join(_TEX.get(c) or c.encode("latin-1", "replace").decode("latin-1") for c in text)
 
     parts = ["% \\usepackage{booktabs,graphicx}"]
     for sheet in sheets(board):

@@ -12,8 +12,9 @@ from typing import Any
 
 from dtt_plugin.checkpoint_folder import read_json_table
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import replacing, write_json
+from dtt_plugin.files import write_json
 from dtt_plugin.formats import MODEL_FORMAT
+from dtt_plugin.staging import staged
 from dtt_plugin.tensor_files import read_header, write_safetensors
 
 CONFIG_FILE, WEIGHTS_FILE, TENSOR = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
@@ -51,15 +52,13 @@ def read_adapter(folder: Path) -> dict[str, Any]:
 
 
 def write_adapter(folder: Path, fields: dict[str, Any]) -> None:
-    """Write the adapter folder from the same fields.
+    """Write the adapter folder from the same fields; it appears complete, or not at all.
 
     Raises:
-        DttError: a file can't be written.
+        DttError: the folder exists, or a file can't be written.
     """
     rows = fields["rows"]
     metadata = {"format": "pt", **{name: fields[name] for name in _FIELDS}}
-    with replacing(folder / WEIGHTS_FILE) as temporary:
-        write_safetensors(temporary, {TENSOR: rows}, metadata)
     config = {
         "peft_type": "PROMPT_TUNING",
         "task_type": "CAUSAL_LM",
@@ -70,4 +69,6 @@ def write_adapter(folder: Path, fields: dict[str, Any]) -> None:
         "num_transformer_submodules": 1,
         "prompt_tuning_init": "RANDOM",
     }
-    write_json(folder / CONFIG_FILE, config)
+    with staged(folder) as temporary:
+        write_safetensors(temporary / WEIGHTS_FILE, {TENSOR: rows}, metadata)
+        write_json(temporary / CONFIG_FILE, config)

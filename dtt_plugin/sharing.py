@@ -10,7 +10,7 @@ from typing import Any
 from dtt_plugin import __version__
 from dtt_plugin.errors import DttError
 from dtt_plugin.formats import FORMAT_OF_PUBLISHED_MODEL
-from dtt_plugin.hub import hub_errors_in_words
+from dtt_plugin.hub import hub_errors_in_words, is_hub_id
 from dtt_plugin.tokens import DefensiveTokens, load_tokens, save_tokens
 
 TOKENS_ON_HUB = "defensive_tokens.safetensors"
@@ -92,9 +92,8 @@ def card(tokens: DefensiveTokens, repo: str) -> str:
     from huggingface_hub import ModelCardData
 
     licence = licence_of(tokens)
-    on_hub = tokens.model.count("/") == 1 and not tokens.model.startswith((".", "/"))
     data = ModelCardData(
-        base_model=tokens.model if on_hub else None,
+        base_model=tokens.model if is_hub_id(tokens.model) else None,
         license=licence or None,
         tags=["defensive-tokens", "prompt-injection", "dtt-plugin"],
     )

@@ -234,10 +234,10 @@ def save_upstream_json(path: str | Path, tokens_by_model: Mapping[str, NDArray[n
 
 
 def save_adapter(folder: str | Path, tokens: DefensiveTokens) -> None:
-    """Write `tokens` as a prompt-tuning adapter of PEFT into `folder`.
+    """Write `tokens` as a prompt-tuning adapter of PEFT, the new folder `folder`.
 
     Raises:
-        DttError: a file can't be written.
+        DttError: the folder exists, or a file can't be written.
     """
     fields = ("rows", "model", "method", "source_model", "prompt_format")
     write_adapter(Path(folder), {name: getattr(tokens, name) for name in fields})

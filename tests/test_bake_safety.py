@@ -23,9 +23,10 @@ from dtt_plugin.bake import (
     is_defended_checkpoint,
     prune,
     read_manifest,
-    staging,
 )
 from dtt_plugin.errors import DttError
+from dtt_plugin.files import remove_leftovers
+from dtt_plugin.staging import staged
 from dtt_plugin.tokens import save_tokens
 from tests.bake_helpers import random_tokens, tiny
 
@@ -58,6 +59,17 @@ BAKE_CACHED = (
     "import sys; from dtt_plugin.bake import bake_cached; from dtt_plugin.tokens import load_tokens; "
     "print(bake_cached(sys.argv[1], load_tokens(sys.argv[2])))"
 )
+
+
+def change_in_place(path: Path) -> None:
+    """Change the file's last byte and put size and modification time back."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 @pytest.fixture
@@ -117,9 +129,9 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, base:
 
 
 def test_a_temporary_folder_in_use_is_left_alone(tmp_path: Path) -> None:
-    with staging.staged(tmp_path / "out", force=False, replaceable=lambda _: True) as folder:
+    with staged(tmp_path / "out", force=False, replaceable=lambda _: True) as folder:
         os.utime(folder, (0, 0))
-        staging.remove_stale(tmp_path)
+        remove_leftovers(tmp_path)
         assert folder.is_dir()
         (folder / "file").write_text("x")
         os.utime(folder, (0, 0))
@@ -180,6 +192,7 @@ def test_a_second_start_writes_nothing(tmp_path: Path, base: Path, monkeypatch: 
     tokens = random_tokens(512)
     first = bake_cached(str(base), tokens)
     written = {path: path.stat().st_mtime_ns for path in first.iterdir()}
+    (base / "model-00001-of-00002.safetensors").touch()  # the same contents
     assert bake_cached(str(base), tokens) == first
     assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == written
     others = {
@@ -187,7 +200,7 @@ def test_a_second_start_writes_nothing(tmp_path: Path, base: Path, monkeypatch: 
         bake_cached(str(base), tokens, prompt_format="qwen2.5"),
         bake_cached(str(base), tokens, default_on=False),
     }
-    (base / "model-00001-of-00002.safetensors").touch()  # as a changed model would be
+    change_in_place(base / "model-00001-of-00002.safetensors")
     others.add(bake_cached(str(base), tokens))
     assert len(others | {first}) == 5
     assert [entry.folder for entry in cached_checkpoints()][-1] == first

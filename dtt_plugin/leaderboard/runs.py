@@ -25,6 +25,7 @@ from dtt_plugin.costs import recorded_costs
 from dtt_plugin.defenses import NONE, TOKENS, parse_defense
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_bytes, sha256_json
+from dtt_plugin.hub import is_hub_id
 
 BENIGN = "benign"
 REFUSAL = "refusal"
@@ -492,14 +493,10 @@ def _defense(
         names.append(TOKENS)
         method = _text(baked.get("method")) or "baked"
     made_for = _text(facts.get("tokens_model"))
-    if method == "native" and _hub_id(made_for) and _hub_id(model) and made_for != model:
+    if method == "native" and is_hub_id(made_for) and is_hub_id(model) and made_for != model:
         method = "copy"
     shown = [f"{name} ({method or 'unknown'})" if name == TOKENS else name for name in names]
     return "+".join(shown) or NONE, method
-
-
-def _hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def _prompt_format(results: dict[str, Any], facts: dict[str, Any]) -> str:

@@ -81,9 +81,8 @@ def argument_states(arguments: Mapping[str, Any], model: str) -> dict[str, str]:
     Raises:
         DttError: a file can't be read.
     """
-    revisions = [arguments.get("tokenizer_revision"), arguments.get("revision"), None]
-    caches = [arguments.get("cache_dir"), arguments.get("download_dir")]
-    cache_dir = next((str(place) for place in caches if place), None)
+    revisions = [*filter(None, (arguments.get("tokenizer_revision"), arguments.get("revision"))), None]
+    cache_dir = arguments.get("cache_dir") or arguments.get("download_dir")
     found: dict[str, str] = {}
 
     def look(name: str, value: Any) -> None:

@@ -34,7 +34,10 @@ def cached_commit(model: str, revision: str | None = None, *, cache_dir: str | N
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    folder = Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=model, repo_type="model")
+    try:
+        folder = Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=model, repo_type="model")
+    except ValueError:  # no hub id
+        return None
     try:
         commit = (folder / "refs" / (revision or constants.DEFAULT_REVISION)).read_text(encoding="ascii").strip()
     except (OSError, ValueError):

@@ -29,6 +29,7 @@ from dtt_plugin.files import remove_leftovers
 from dtt_plugin.staging import staged
 from dtt_plugin.tokens import save_tokens
 from tests.bake_helpers import random_tokens, tiny
+from tests.checkpoints import change_in_place
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RUNS = int(os.environ.get("DTT_TEST_KILLS", "20"))
@@ -59,17 +60,6 @@ BAKE_CACHED = (
     "import sys; from dtt_plugin.bake import bake_cached; from dtt_plugin.tokens import load_tokens; "
     "print(bake_cached(sys.argv[1], load_tokens(sys.argv[2])))"
 )
-
-
-def change_in_place(path: Path) -> None:
-    """Change the file's last byte and put size and modification time back."""
-    before = path.stat()
-    with path.open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        last = file.read(1)[0]
-        file.seek(-1, os.SEEK_END)
-        file.write(bytes([last ^ 1]))
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 @pytest.fixture

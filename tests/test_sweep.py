@@ -19,6 +19,7 @@ from dtt_plugin.cli import main
 from dtt_plugin.data import TOKENS_FILE
 from dtt_plugin.errors import DttError
 from dtt_plugin.sweep import read_sweep
+from tests.checkpoints import change_in_place
 from tests.conftest import ROOT, write_tokens
 from tests.lm_eval_output import planted, write_run
 
@@ -159,7 +160,10 @@ def test_a_key_changes_with_everything_that_decides_about_the_result(tiny: str, 
         assert keys(**changes).isdisjoint(before), changes
     write_tokens(tmp_path / "t.safetensors", width=32, seed=1)
     assert len(keys() & before) == 3, "new values under the same name: only the row with tokens is new"
+    rewritten = (Path(tiny) / "config.json").read_bytes()
     os.utime(Path(tiny) / "config.json")
+    assert len(keys() & before) == 3, "the same contents"
+    (Path(tiny) / "config.json").write_bytes(rewritten.replace(b"1e-05", b"2e-05"))
     assert keys().isdisjoint(before)
 
 
@@ -168,7 +172,7 @@ def test_a_key_changes_with_the_model_that_tokens_are_transferred_from(tiny: str
     transfer = {"source": str(source), "tokens": write_tokens(tmp_path / "t.safetensors", width=32)}
     content = {"grid": [{"models": [tiny], "defenses": ["tokens"], "tokens": [{"transfer": transfer}]}]}
     before = read_sweep(written(tmp_path, content))[0].key
-    os.utime(source / "config.json", ns=(1, 1))
+    change_in_place(source / "model.safetensors")
     assert read_sweep(written(tmp_path, content))[0].key != before
 
 

@@ -92,7 +92,7 @@ def _key(checkpoint: Checkpoint, tokens: DefensiveTokens, options: dict[str, Any
     """Return a name made of everything that decides about the contents."""
     # Links lead to the model's own folder, so two equal models have an entry each.
     base = [str(checkpoint.folder.resolve()), [file.name for file in checkpoint.weight_files]]
-    of_tokens = [tokens.digest, tokens.method, tokens.model, tokens.source_model, tokens.metadata]
+    of_tokens = [tokens.digest, tokens.method, tokens.model, tokens.source_model]
     identity = [__version__, state(str(checkpoint.folder)), base, checkpoint.revision, of_tokens, options]
     return sha256_json(identity)[:32]
 

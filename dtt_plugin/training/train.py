@@ -120,7 +120,7 @@ def _train(
             training,
             new_tokens=options.label_tokens,
             pad=tokenizer.pad_token_id,
-            weights=run["weights"] + run["settings"],
+            weights=run["weights"],
         )
     else:
         labels = data_labels(tokenizer, model, training, new_tokens=options.label_tokens)

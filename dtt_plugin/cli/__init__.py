@@ -68,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_output()
         return 141
     except OSError as error:
+        if _folder_is_gone():
+            print(f"dtt {args.command}: the current folder was removed; change to another one.", file=sys.stderr)
+            return 2
         if error.errno != errno.ENOSPC:
             raise
         _discard_output()
@@ -77,6 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dtt {args.command}: interrupted", file=sys.stderr)
         return 130
     return code
+
+
+def _folder_is_gone() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _discard_output() -> None:

@@ -171,7 +171,7 @@ def read_sweep(path: Path) -> list[Cell]:
     _check_plain(path, "model_args", model_args)
     _check_plain(path, "gen_kwargs", gen_kwargs)
     if not _is_limit(settings.get("limit", 1)):
-        raise DttError(f"{path}: limit: {settings['limit']!r} is not a positive number of records.")
+        raise DttError(f"{path}: limit: {str(settings['limit'])[:80]} is not a positive number of records.")
     batch_size = settings.get("batch_size", 1)
     if not isinstance(batch_size, str) and (type(batch_size) is not int or batch_size < 1):
         raise DttError(f"{path}: batch_size: {batch_size!r} is neither a positive number nor auto.")

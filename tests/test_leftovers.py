@@ -177,6 +177,30 @@ def test_what_another_process_still_writes_is_left_alone(tmp_path: Path) -> None
     assert (tmp_path / "out.json").read_text() == "whole"
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bake", "{base}", "--tokens", "{tokens}", "--out", "relative"],
+        ["transfer", "{tokens}", "--method", "copy", "--target-model", "a/b", "--out", "relative.safetensors"],
+        ["convert", "{tokens}", "relative"],
+    ],
+)
+def test_in_a_folder_that_was_removed_a_sentence_says_so(arguments: list[str], tmp_path: Path, base: str) -> None:
+    save_tokens(tmp_path / "t.safetensors", random_tokens(32))
+    filled = [word.format(base=base, tokens=tmp_path / "t.safetensors") for word in arguments]
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = (
+        "import os, sys; from dtt_plugin.cli import main; os.chdir(sys.argv[1]); os.rmdir(sys.argv[1]); "
+        "sys.exit(main(sys.argv[2:]))"
+    )
+    command = [sys.executable, "-c", script, str(gone), *filled]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"dtt {arguments[0]}: ")
+    assert done.stderr.endswith("The current folder was removed; change to another one.\n")
+
+
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DttError, match=r"out\.json could not be written: "), replacing(tmp_path / "out.json"):
         raise OSError(28, "No space left on device")

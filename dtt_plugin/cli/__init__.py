@@ -38,6 +38,7 @@ COMMANDS = (
     "demo",
     "doctor",
 )
+_GONE = "The current folder was removed; change to another one."
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,14 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         sys.stdout.flush()
     except DttError as error:
-        print(f"dtt {args.command}: {printable(str(error))}", file=sys.stderr)
+        hint = f" {_GONE}" if _folder_is_gone() else ""
+        print(f"dtt {args.command}: {printable(str(error))}{hint}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `head` has read enough; the code is that of a program that SIGPIPE ended
         _discard_output()
         return 141
     except OSError as error:
         if _folder_is_gone():
-            print(f"dtt {args.command}: the current folder was removed; change to another one.", file=sys.stderr)
+            print(f"dtt {args.command}: {_GONE}", file=sys.stderr)
             return 2
         if error.errno != errno.ENOSPC:
             raise

@@ -1,4 +1,4 @@
-"""No run is answered from the cache of another state: adapters trained again, weights changed in place, damaged files."""
+"""No run is answered from the cache of another state: an adapter trained again, weights changed in place, damage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dtt_plugin.training import labels as labels_module
 from dtt_plugin.training.labels import self_labels
 from dtt_plugin.training.soft_prompt import SoftPrompt
 from tests.bake_helpers import load, random_tokens
-from tests.checkpoints import change_in_place, make_checkpoint
+from tests.checkpoints import CHAT_TEMPLATE, change_in_place, make_checkpoint
 from tests.conftest import evaluate
 
 
@@ -41,7 +41,7 @@ def train_adapter(base: str, folder: Path, seed: int) -> None:
 
 def answers(base: str, arguments: dict[str, Any], cache: Path | None) -> list[Any]:
     options = {"use_cache": str(cache)} if cache else {}
-    model_args = {"pretrained": base, "dtype": "float32", **arguments}
+    model_args = {"pretrained": base, "dtype": "float32", "max_length": 2048, **arguments}
     results = evaluate("dtt_hf", model_args, limit=1, gen_kwargs={"max_gen_toks": 24}, **options)
     return [sample["resps"] for sample in results["samples"]["injection_demo"]]
 
@@ -59,7 +59,7 @@ def test_an_adapter_trained_again_in_its_folder_gets_its_own_answers(tiny: str, 
 CHANGES: dict[str, tuple[dict[str, Any], Callable[[Path], object]]] = {
     "weights": ({}, lambda folder: change_in_place(folder / "base" / "model.safetensors")),
     "a template": ({}, lambda folder: change_in_place(folder / "base" / "additional_chat_templates" / "rag.jinja")),
-    "tokenizer": ({"tokenizer": "other"}, lambda folder: change_in_place(folder / "other" / "tokenizer_config.json")),
+    "tokenizer": ({"tokenizer": "other"}, lambda folder: change_in_place(folder / "other" / "chat_template.jinja")),
 }
 
 
@@ -68,10 +68,8 @@ def test_a_fingerprint_changes_although_sizes_and_times_stay(what: str, tmp_path
     base = make_checkpoint(tmp_path / "base", dtype="float32")
     (base / "additional_chat_templates").mkdir()
     (base / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    (base / "chat_template.jinja").write_text(CHAT_TEMPLATE + "x")
     shutil.copytree(base, tmp_path / "other")
-    for folder in (base, tmp_path / "other"):
-        file = folder / "tokenizer_config.json"
-        file.write_text(file.read_text() + " ")  # its last byte may change
     arguments, change = CHANGES[what]
     arguments = {name: str(tmp_path / value) for name, value in arguments.items()}
 
@@ -81,12 +79,7 @@ def test_a_fingerprint_changes_although_sizes_and_times_stay(what: str, tmp_path
 
     before = fingerprint()
     assert fingerprint() == before
-    if what == "tokenizer":
-        (tmp_path / "other" / "tokenizer_config.json").write_text(
-            (base / "tokenizer_config.json").read_text()[:-1] + "\n"
-        )
-    else:
-        change(tmp_path)
+    change(tmp_path)
     after = fingerprint()
     assert after["fingerprint"] != before["fingerprint"]
     key = "argument_states" if arguments else "weights"

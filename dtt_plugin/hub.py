@@ -39,9 +39,9 @@ def cached_commit(model: str, revision: str | None = None, *, cache_dir: str | N
     except ValueError:  # no hub id
         return None
     try:
-        commit = (folder / "refs" / (revision or constants.DEFAULT_REVISION)).read_text(encoding="ascii").strip()
+        commit = (folder / "refs" / str(revision or constants.DEFAULT_REVISION)).read_text(encoding="ascii").strip()
     except (OSError, ValueError):
-        commit = revision or ""
+        commit = str(revision or "")
     return commit if commit and os.path.isdir(folder / "snapshots" / commit) else None
 
 

@@ -285,10 +285,12 @@ def download_settings(cells: Sequence[Cell]) -> None:
     wanted = set()
     for load in {id(cell.load): cell.load for cell in cells}.values():
         revision = load.model_args.get("revision")
-        wanted |= {(load.model, revision), *((load.model_args.get(name), revision) for name in _ADAPTERS)}
-        wanted.add((load.tokens.source_model if load.tokens else None, None))
+        models = [load.model, *(load.model_args.get(name) for name in _ADAPTERS)]
+        wanted |= {(model, revision and str(revision)) for model in models if isinstance(model, str)}
+        if load.tokens and load.tokens.source_model:
+            wanted.add((load.tokens.source_model, None))
     for model, revision in wanted:
-        if isinstance(model, str) and not os.path.exists(os.path.expanduser(model)):
+        if not os.path.exists(os.path.expanduser(model)):
             with suppress(DttError):
                 open_checkpoint(model, revision=revision, need="tokenizer")
 

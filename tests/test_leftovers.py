@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,17 @@ def test_a_killed_prune_leaves_whole_entries_or_none_and_blocks_nothing(base: st
     assert names(baked) == {f"{folder.name}.lock"}
 
 
-DAMAGES = {
+def make_a_file_of(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("")
+
+
+def make_a_dangling_link_of(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.symlink_to("nowhere")
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
     "no manifest": lambda folder: (folder / "dtt_checkpoint.json").unlink(),
     "killed before its state was noted": lambda folder: folder.with_name(f"{folder.name}.state").unlink(),
     "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
@@ -70,8 +81,8 @@ DAMAGES = {
     "a file too many": lambda folder: (folder / "chat_template.json").write_text("{}"),
     "a template too many": lambda folder: write_json(folder / "additional_chat_templates" / "rag.jinja", ""),
     "empty": lambda folder: [path.unlink() for path in folder.iterdir()],
-    "a file": lambda folder: (shutil.rmtree(folder), folder.write_text("")),
-    "a dangling link": lambda folder: (shutil.rmtree(folder), folder.symlink_to("nowhere")),
+    "a file": make_a_file_of,
+    "a dangling link": make_a_dangling_link_of,
 }
 
 

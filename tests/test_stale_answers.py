@@ -40,7 +40,7 @@ def train_adapter(base: str, folder: Path, seed: int) -> None:
 
 
 def answers(base: str, arguments: dict[str, Any], cache: Path | None) -> list[Any]:
-    options = {"use_cache": str(cache)} if cache else {}
+    options: dict[str, Any] = {"use_cache": str(cache)} if cache else {}
     model_args = {"pretrained": base, "dtype": "float32", "max_length": 2048, **arguments}
     results = evaluate("dtt_hf", model_args, limit=1, gen_kwargs={"max_gen_toks": 24}, **options)
     return [sample["resps"] for sample in results["samples"]["injection_demo"]]
@@ -128,7 +128,7 @@ def test_a_baked_checkpoint_is_that_of_the_files_as_they_are_now(name: str, tmp_
 def make_labels(model: str, **changed: Any) -> list[list[int]]:
     undefended = SoftPrompt(load(Path(model)), torch.empty(0, 32))
     records: Any = [{"instruction": "Add.", "input": "1 + 1", "output": ""}] * 2
-    options = {"new_tokens": 5, "pad": 0, "weights": "sha256:0"} | changed
+    options: dict[str, Any] = {"new_tokens": 5, "pad": 0, "weights": "sha256:0"} | changed
     return self_labels(undefended, lambda *_: [3, 4, 5], records, **options)
 
 

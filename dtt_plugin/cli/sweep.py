@@ -33,9 +33,9 @@ def run(args: argparse.Namespace) -> int:
     loads, problems = set(), []
     for cell in cells:
         try:
-            finished = cell.is_finished(args.out)
-            print(f"{'finished' if finished else 'to do':<8}  {cell.folder(args.out).name}")
-            if not finished:
+            state = "finished" if cell.is_finished(args.out) else "to do"
+            print(f"{state:<8}  {cell.folder(args.out).name}")
+            if state == "to do":
                 loads.add(id(cell.load))
         except DttError as error:
             print(f"{'fails':<8}  {cell.name}")
@@ -52,8 +52,9 @@ def run(args: argparse.Namespace) -> int:
 
         print()
         # Not the whole folder: cells of an earlier version of the file may stand there, too.
-        finished = [cell.folder(args.out) for cell in cells if cell not in failed]
-        code = main(["leaderboard", *map(str, finished)])
+        lost = set(map(id, failed))
+        finished = [str(cell.folder(args.out)) for cell in cells if id(cell) not in lost]
+        code = main(["leaderboard", *finished])
     if failed:
         names = ", ".join(cell.name for cell in failed)
         raise DttError(f"{len(failed)} of {len(cells)} cells failed, see above ({names}); start the sweep again.")

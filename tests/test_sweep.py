@@ -338,7 +338,7 @@ def test_every_load_fails_for_itself_and_the_rest_ends_in_the_table(
         "nowhere is no folder",
         "is 64 wide and that of",
         "The rows are 64 wide",
-        "alien",
+        "1 anchors can't determine a map",
         "absent",
         "damaged.safetensors",
     ):

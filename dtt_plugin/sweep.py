@@ -17,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -340,6 +340,8 @@ def _run_load(load: Load, cells: Sequence[Cell], out: Path) -> None:
     """Evaluate `cells` in a process of its own, which ends with this one: it reads the job from our pipe."""
     if load.identity["weights"] is None:
         raise DttError(f"{load.model} is no folder and no model that the hub gives; check the name, or go online.")
+    if replace(load, tokens=load.tokens and replace(load.tokens)).identity != load.identity:
+        raise DttError(f"{load.model}, its adapter or its tokens were changed while the sweep ran; start it again.")
     model_args = {**load.model_args, "pretrained": load.model}
     if load.prompt_format:
         model_args["prompt_format"] = load.prompt_format

@@ -20,7 +20,7 @@ from dtt_plugin.checkpoint import open_checkpoint
 from dtt_plugin.cli import main
 from dtt_plugin.data import TOKENS_FILE
 from dtt_plugin.errors import DttError
-from dtt_plugin.sweep import read_sweep
+from dtt_plugin.sweep import read_sweep, run_sweep
 from dtt_plugin.tokens import load_tokens
 from dtt_plugin.transfer import transfer
 from tests.checkpoints import END, change_in_place, default_vocab_tokens, make_checkpoint
@@ -354,6 +354,22 @@ def test_every_load_fails_for_itself_and_the_rest_ends_in_the_table(
     )
     assert facts["tokens_sha256"] == expected.digest
     assert facts["tokens_method"] == "procrustes"
+
+
+def test_what_changes_while_the_sweep_runs_is_not_filed_under_the_old_state(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = write_tokens(tmp_path / "t.safetensors", width=32)
+    path = written(tmp_path, {"grid": [{"models": [tiny], "defenses": ["tokens"], "tokens": [tokens]}]})
+    for change in (
+        lambda: write_tokens(tmp_path / "t.safetensors", width=32, seed=1),
+        lambda: change_in_place(Path(tiny) / "model.safetensors"),
+    ):
+        (cell,) = read_sweep(path)
+        assert not cell.is_finished(tmp_path / "out")
+        change()
+        assert run_sweep([cell], tmp_path / "out") == [cell]
+        assert "were changed while the sweep ran; start it again" in capsys.readouterr().err
 
 
 def start(path: Path, out: Path) -> subprocess.Popen[str]:

@@ -105,8 +105,10 @@ def argument_states(arguments: Mapping[str, Any], model: str) -> dict[str, str]:
                 found[name] = state(path) or ""
                 return
         if text[0] in "[{":
+            table = None
             with suppress(ValueError, RecursionError):
-                look(name, json.loads(text))
+                table = json.loads(text)
+            look(name, table)
         elif is_hub_id(text):
             commits = (cached_commit(text, revision, cache_dir=cache_dir) for revision in revisions)
             if commit := next((commit for commit in commits if commit), None):

@@ -346,7 +346,7 @@ def _run_load(load: Load, cells: Sequence[Cell], out: Path) -> None:
     if load.prompt_format:
         model_args["prompt_format"] = load.prompt_format
     if load.tokens:
-        model_args |= _token_arguments(load, load.tokens, out)
+        model_args |= token_arguments(load, load.tokens, out)
     job = {
         "engine": load.engine,
         "task": load.task,
@@ -371,7 +371,7 @@ def _run_load(load: Load, cells: Sequence[Cell], out: Path) -> None:
         print(f"dtt sweep: {load.model}: its process was ended by {killed}; is there enough memory?", file=sys.stderr)
 
 
-def _token_arguments(load: Load, tokens: TokenSource, out: Path) -> dict[str, str]:
+def token_arguments(load: Load, tokens: TokenSource, out: Path) -> dict[str, str]:
     """Return the model arguments for the tokens, transferred first where the grid asks for it."""
     if tokens.source_model is None or tokens.method is None:
         entry = tokens.entry(load.model)

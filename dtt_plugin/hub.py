@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,28 @@ from dtt_plugin.errors import DttError
 
 # What an engine may read besides weights and the usual tokenizer files.
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE", "USE_POLICY.md")
+
+
+def cached_commit(model: str, revision: str | None = None, *, cache_dir: str | None = None) -> str | None:
+    """Return the commit of a hub model that the cache holds as `revision`, without asking the hub; None: none.
+
+    Args:
+        model: the hub id.
+        revision: branch, tag or commit.
+        cache_dir: of the hub's client, where it is not the usual one.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    try:
+        folder = Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=model, repo_type="model")
+    except ValueError:  # no hub id
+        return None
+    try:
+        commit = (folder / "refs" / str(revision or constants.DEFAULT_REVISION)).read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        commit = str(revision or "")
+    return commit if commit and os.path.isdir(folder / "snapshots" / commit) else None
 
 
 def download_checkpoint(

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from dtt_plugin.checkpoint_folder import read_json_table
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import replacing, write_json
+from dtt_plugin.files import write_json
+from dtt_plugin.staging import staged
 from dtt_plugin.tensor_files import TensorLocation, read_header, write_safetensors
 
 CONFIG_FILE, WEIGHTS_FILE, TENSOR = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
@@ -45,13 +46,11 @@ def read_adapter(folder: Path) -> tuple[TensorLocation, str, dict[str, str]]:
 
 
 def write_adapter(folder: Path, rows: NDArray[np.float32], model: str, metadata: Mapping[str, str]) -> None:
-    """Write the adapter folder: `rows` [k, d] for the base model `model`.
+    """Write the adapter folder: `rows` [k, d] for the base model `model`. It appears complete, or not at all.
 
     Raises:
-        DttError: a file can't be written.
+        DttError: the folder exists, or a file can't be written.
     """
-    with replacing(folder / WEIGHTS_FILE) as temporary:
-        write_safetensors(temporary, {TENSOR: rows}, {**metadata, "format": "pt"})
     config = {
         "peft_type": "PROMPT_TUNING",
         "task_type": "CAUSAL_LM",
@@ -62,4 +61,6 @@ def write_adapter(folder: Path, rows: NDArray[np.float32], model: str, metadata:
         "num_transformer_submodules": 1,
         "prompt_tuning_init": "RANDOM",
     }
-    write_json(folder / CONFIG_FILE, config)
+    with staged(folder) as temporary:
+        write_safetensors(temporary / WEIGHTS_FILE, {TENSOR: rows}, {**metadata, "format": "pt"})
+        write_json(temporary / CONFIG_FILE, config)

@@ -5,19 +5,25 @@ from __future__ import annotations
 import os.path
 import re
 
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 # A hub model's folder in the cache of huggingface_hub.
 _SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/[^/]+/?$")
 _PATH = re.compile(r"~|\.{0,2}/|\.{1,2}$|file:|[A-Za-z]:[/\\]|\\\\")
 
 
-def is_hub_id(model: str) -> bool:
-    """Return whether a model's name is a hub id rather than a path."""
-    return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not os.path.exists(model)
+def is_hub_id(name: str) -> bool:
+    """Return whether `name` has the form of a hub id, owner/name; a folder may have such a path, too."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def is_hub_model(name: str) -> bool:
+    """Return whether `name` means a model on the hub: a hub id, and no path of this machine."""
+    return is_hub_id(name) and not os.path.exists(name)
 
 
 def public_name(model: str) -> str:
     """Return the name under which `model` may be published: a hub id as it is, of a path the last part."""
-    if not model or is_hub_id(model):
+    if not model or is_hub_model(model):
         return model
     path = model.replace("\\", "/")
     if snapshot := _SNAPSHOT.search(path):

@@ -11,7 +11,7 @@ from dtt_plugin import __version__
 from dtt_plugin.errors import DttError
 from dtt_plugin.hub import hub_errors_in_words
 from dtt_plugin.licence import licence_of
-from dtt_plugin.public_names import is_hub_id, public_name
+from dtt_plugin.public_names import is_hub_model, public_name
 from dtt_plugin.safe_text import one_line
 from dtt_plugin.tokens import DefensiveTokens, load_tokens, save_tokens
 
@@ -91,7 +91,7 @@ def card(tokens: DefensiveTokens, repo: str) -> str:
     licence = licence_of(tokens)
     model = _named(tokens.model)
     data = ModelCardData(
-        base_model=model if is_hub_id(tokens.model) else None,
+        base_model=model if is_hub_model(tokens.model) else None,
         license=licence or None,
         tags=["defensive-tokens", "prompt-injection", "dtt-plugin"],
     )

@@ -11,21 +11,28 @@ import json
 import logging
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtt_plugin import __version__
+from dtt_plugin.checkpoint import open_checkpoint
+from dtt_plugin.checkpoint_state import argument_states, state
 from dtt_plugin.data import TOKENS_FILE, data_file
 from dtt_plugin.defenses import TOKENS, parse_defense
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_json
 from dtt_plugin.formats import check_format
+from dtt_plugin.plain_yaml import read_plain_yaml
+from dtt_plugin.safe_text import printable
 from dtt_plugin.tokens import load_tokens, save_tokens, upstream_models
 
 if TYPE_CHECKING:
@@ -38,6 +45,8 @@ PUBLISHED = "published"
 ENGINES = ("dtt_vllm", "dtt_hf")
 METHODS = ("procrustes", "copy", "random")
 _ARM = ("pretrained", "tokens", "tokens_model", "defense", "prompt_format")
+# Model arguments that may name another hub model.
+_ADAPTERS = ("peft", "delta", "tokenizer", "lora_local_path")
 _DEFAULT_DEFENSES = ("none", "reminder", "sandwich")
 
 
@@ -51,12 +60,22 @@ class TokenSource:
 
     def entry(self, model: str) -> str | None:
         """Return which entry of a published JSON is meant; a token file has only one."""
-        return model if self.file.suffix == ".json" and model in upstream_models(self.file) else None
+        return model if model in self._entries else None
+
+    @cached_property
+    def _entries(self) -> list[str]:
+        return upstream_models(self.file) if self.file.suffix == ".json" else []
 
     def digest(self, model: str) -> str:
         """Return the SHA-256 of the values that are read from the file, for tokens of `model`."""
-        owner = self.source_model or model
-        return load_tokens(self.file, model=self.entry(owner)).digest
+        entry = self.entry(self.source_model or model)
+        if entry not in self._digests:  # a grid asks once a model
+            self._digests[entry] = load_tokens(self.file, model=entry).digest
+        return self._digests[entry]
+
+    @cached_property
+    def _digests(self) -> dict[str | None, str]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -83,18 +102,21 @@ class Load:
             "settings": dict(self.settings),
             "model_args": dict(self.model_args),
             "model": self.model,
-            "weights": _weights(self.model),
+            "weights": self._state(self.model, self.model_args.get("revision")),
+            "argument_states": argument_states(self.model_args, self.model),
             "prompt_format": self.prompt_format,
             "tokens": tokens
-            and [tokens.digest(self.model), tokens.source_model, _weights(tokens.source_model), tokens.method],
+            and [
+                tokens.digest(self.model),
+                tokens.source_model,
+                tokens.source_model and self._state(tokens.source_model),
+                tokens.method,
+            ],
         }
 
-
-def _weights(model: str | None) -> list[tuple[str, int, int]]:
-    """Return what tells one state of a model's folder from another; nothing for a hub id."""
-    folder = Path(model) if model and os.path.isdir(model) else None
-    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder else []
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    def _state(self, model: str, revision: str | None = None) -> str | None:
+        cache_dir = self.model_args.get("cache_dir") or self.model_args.get("download_dir")
+        return state(model, revision, cache_dir=cache_dir)
 
 
 @dataclass(frozen=True)
@@ -133,15 +155,9 @@ def read_sweep(path: Path) -> list[Cell]:
     """Read a sweep file (docs/sweep.md) and return its cells, those that share a model in memory side by side.
 
     Raises:
-        DttError: not YAML, an unknown or missing key, a value of the wrong type, or a cell that is there twice.
+        DttError: not plain YAML, an unknown or missing key, a value of the wrong type, or a cell that is there twice.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise DttError(f"{path} can't be read as YAML ({reason}); see docs/sweep.md.") from error
+    content = read_plain_yaml(path)
     known = ("engine", "task", "model_args", "gen_kwargs", "limit", "batch_size", "grid")
     top = _mapping(path, "the file", content, known)
     engine = top.get("engine", ENGINES[0])
@@ -151,9 +167,11 @@ def read_sweep(path: Path) -> list[Cell]:
     if ours := model_args.keys() & set(_ARM):
         raise DttError(f"{path}: model_args: {min(ours)} belongs into the grid; see docs/sweep.md.")
     settings = {name: top[name] for name in ("gen_kwargs", "limit", "batch_size") if top.get(name) is not None}
-    _mapping(path, "gen_kwargs", settings.get("gen_kwargs", {}), None)
+    gen_kwargs = _mapping(path, "gen_kwargs", settings.get("gen_kwargs", {}), None)
+    _check_plain(path, "model_args", model_args)
+    _check_plain(path, "gen_kwargs", gen_kwargs)
     if not _is_limit(settings.get("limit", 1)):
-        raise DttError(f"{path}: limit: {settings['limit']!r} is not a positive number of records.")
+        raise DttError(f"{path}: limit: {str(settings['limit'])[:80]} is not a positive number of records.")
     batch_size = settings.get("batch_size", 1)
     if not isinstance(batch_size, str) and (type(batch_size) is not int or batch_size < 1):
         raise DttError(f"{path}: batch_size: {batch_size!r} is neither a positive number nor auto.")
@@ -163,18 +181,14 @@ def read_sweep(path: Path) -> list[Cell]:
         where = f"grid, entry {number}"
         entry = _mapping(path, where, part, ("models", "prompt_format", "defenses", "tokens"))
         cells += list(_cells(path, where, entry, engine=engine, task=task, settings=settings, model_args=model_args))
-    try:
-        for cell in cells:
-            _ = cell.key
-    except (TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, DttError):
-            raise
-        raise DttError(f"{path}: model_args or gen_kwargs are no plain values ({error}); see docs/sweep.md.") from error
     if not cells:
         raise DttError(f"{path}: grid: is empty; give at least one entry with models:.")
-    twice = [cell.name for cell in cells if cells.count(cell) > 1]
-    if twice:
-        raise DttError(f"{path}: the grid has {twice[0]} twice; remove one of the two.")
+    seen = set()
+    for cell in cells:
+        what = (cell.load.model, cell.load.prompt_format, cell.load.tokens, cell.defense)
+        if what in seen:
+            raise DttError(f"{path}: the grid has {cell.name} twice; remove one of the two.")
+        seen.add(what)
     return cells
 
 
@@ -224,6 +238,18 @@ def _mapping(path: Path, where: str, value: Any, allowed: Sequence[str] | None) 
     return value
 
 
+def _check_plain(path: Path, where: str, value: Any) -> None:
+    """Refuse what YAML knows and JSON does not, such as dates: it would reach the model as something else."""
+    if isinstance(value, dict):
+        for name, inner in _mapping(path, where, value, None).items():
+            _check_plain(path, f"{where}, {name}", inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_plain(path, where, inner)
+    elif not (value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))):
+        raise DttError(f"{path}: {where}: {str(value)[:80]!r} is neither text nor a number; put it in quotes.")
+
+
 def _list(path: Path, where: str, value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise DttError(f"{path}: {where}: is no list; see docs/sweep.md.")
@@ -245,19 +271,37 @@ def _name(path: Path, where: str, value: Any) -> str:
 
 
 def _is_limit(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value > 0
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 # Running it -------------------------------------------------------------------------------------------------------
 
 
+def download_settings(cells: Sequence[Cell]) -> None:
+    """Download the small files of hub models, so that the commits are known that will be loaded.
+
+    A model that can't be had fails when its cells run.
+    """
+    wanted = set()
+    for load in {id(cell.load): cell.load for cell in cells}.values():
+        revision = load.model_args.get("revision")
+        models = [load.model, *(load.model_args.get(name) for name in _ADAPTERS)]
+        wanted |= {(model, revision and str(revision)) for model in models if isinstance(model, str)}
+        if load.tokens and load.tokens.source_model:
+            wanted.add((load.tokens.source_model, None))
+    for model, revision in wanted:
+        if not os.path.exists(os.path.expanduser(model)):
+            with suppress(DttError):
+                open_checkpoint(model, revision=revision, need="tokenizer")
+
+
 def run_sweep(cells: Sequence[Cell], out: Path) -> list[Cell]:
     """Run the cells that are not finished yet, one process per model in memory, and return those that failed.
 
-    A failure does not stop the cells of other models.
+    A failure is told and does not stop the cells of other models.
 
     Raises:
-        DttError: another sweep runs in `out`, or tokens can't be transferred.
+        DttError: another sweep runs in `out`, or it is no place for results.
     """
     from filelock import FileLock, Timeout
 
@@ -265,24 +309,44 @@ def run_sweep(cells: Sequence[Cell], out: Path) -> list[Cell]:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DttError(f"--out {out} can't be a folder ({error.strerror}); give another.") from error
+    failed = []
     try:
         with FileLock(out / ".lock", timeout=0):
+            shutil.rmtree(out / "partial", ignore_errors=True)  # what a killed sweep left
             for load, group in groupby(cells, key=lambda cell: cell.load):
-                if pending := [cell for cell in group if not cell.is_finished(out)]:
-                    logger.info("%s: %s", load.model, ", ".join(cell.name for cell in pending))
-                    _run_load(load, pending, out)
+                failed += _failed_of(load, list(group), out)
     except Timeout as error:
         raise DttError(f"Another sweep runs in {out}; wait for it, or give another --out.") from error
-    return [cell for cell in cells if not cell.is_finished(out)]
+    return failed
+
+
+def _failed_of(load: Load, cells: Sequence[Cell], out: Path) -> list[Cell]:
+    """Run those cells of one load that are not finished yet, and return those that failed."""
+    pending = list(cells)
+    try:
+        pending = [cell for cell in cells if not cell.is_finished(out)]
+        if pending:
+            logger.info("%s: %s", load.model, ", ".join(cell.name for cell in pending))
+            _run_load(load, pending, out)
+        return [cell for cell in pending if not cell.is_finished(out)]
+    except Exception as error:  # whatever it is: it concerns this load, and others take hours
+        reason = str(error) if isinstance(error, DttError) else f"{type(error).__name__}: {error}"
+        names = ", ".join(cell.name for cell in pending)
+        print(f"dtt sweep: {names} can't be run: {printable(reason)}", file=sys.stderr, flush=True)
+        return pending
 
 
 def _run_load(load: Load, cells: Sequence[Cell], out: Path) -> None:
     """Evaluate `cells` in a process of its own, which ends with this one: it reads the job from our pipe."""
+    if load.identity["weights"] is None:
+        raise DttError(f"{load.model} is no folder and no model that the hub gives; check the name, or go online.")
+    if replace(load, tokens=load.tokens and replace(load.tokens)).identity != load.identity:
+        raise DttError(f"{load.model}, its adapter or its tokens were changed while the sweep ran; start it again.")
     model_args = {**load.model_args, "pretrained": load.model}
     if load.prompt_format:
         model_args["prompt_format"] = load.prompt_format
     if load.tokens:
-        model_args |= _token_arguments(load, load.tokens, out)
+        model_args |= token_arguments(load, load.tokens, out)
     job = {
         "engine": load.engine,
         "task": load.task,
@@ -302,18 +366,22 @@ def _run_load(load: Load, cells: Sequence[Cell], out: Path) -> None:
         except BaseException:
             worker.kill()
             raise
+    if worker.returncode < 0:
+        killed = signal.Signals(-worker.returncode).name
+        print(f"dtt sweep: {load.model}: its process was ended by {killed}; is there enough memory?", file=sys.stderr)
 
 
-def _token_arguments(load: Load, tokens: TokenSource, out: Path) -> dict[str, str]:
+def token_arguments(load: Load, tokens: TokenSource, out: Path) -> dict[str, str]:
     """Return the model arguments for the tokens, transferred first where the grid asks for it."""
     if tokens.source_model is None or tokens.method is None:
         entry = tokens.entry(load.model)
         return {"tokens": str(tokens.file)} | ({"tokens_model": entry} if entry else {})
-    key = sha256_json([load.model, load.identity["tokens"], load.identity["weights"]])
+    key = sha256_json([__version__, load.model, load.identity["tokens"], load.identity["weights"]])
     target = out / "tokens" / f"{key[:16]}.safetensors"
-    if not target.is_file():
+    try:
+        load_tokens(target)
+    except DttError:  # not there yet, or damaged
         from dtt_plugin.alignment import AlignmentCache, align, cache_folder
-        from dtt_plugin.checkpoint import open_checkpoint
         from dtt_plugin.transfer import transfer
 
         alignment = None

@@ -312,9 +312,9 @@ def save_as_upstream_json(path: str | Path, tokens: DefensiveTokens) -> None:
 
 
 def save_adapter(folder: str | Path, tokens: DefensiveTokens) -> None:
-    """Write `tokens` as a prompt-tuning adapter of PEFT into `folder`.
+    """Write `tokens` as a prompt-tuning adapter of PEFT, the new folder `folder`.
 
     Raises:
-        DttError: a file can't be written.
+        DttError: the folder exists, or a file can't be written.
     """
     write_adapter(Path(folder), tokens.rows, public_name(tokens.model), _noted(tokens))

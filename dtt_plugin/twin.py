@@ -29,10 +29,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from dtt_plugin.bake.staging import staged
 from dtt_plugin.checkpoint import Checkpoint, TensorLocation, open_checkpoint
 from dtt_plugin.errors import DttError
 from dtt_plugin.licence import inherited, origin_of
+from dtt_plugin.staging import staged
 from dtt_plugin.tokens import DefensiveTokens
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
@@ -95,7 +95,7 @@ def write_twin(model: str, out: Path, *, seed: int = 0, dtype: str = "float32") 
             f"{model} ({architecture}) can't be turned; a twin needs an unquantized {' or '.join(ARCHITECTURES)}."
         )
     rotation = random_rotation(checkpoint.input_embedding().shape[1], seed=seed)
-    with staged(out, force=False, replaceable=lambda _: False) as folder:
+    with staged(out) as folder:
         _write_tensors(folder / "model.safetensors", checkpoint, rotation, dtype)
         config = {**checkpoint.config(), "tie_word_embeddings": False}
         config.pop("torch_dtype", None)

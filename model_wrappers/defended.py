@@ -15,9 +15,11 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from dtt_plugin import __version__
 from dtt_plugin.bake.manifest import baked_facts
+from dtt_plugin.checkpoint_state import argument_states, state
 from dtt_plugin.costs import recorded_costs
 from dtt_plugin.defenses import NONE, TOKENS, parse_defense
 from dtt_plugin.errors import DttError
@@ -25,6 +27,7 @@ from dtt_plugin.files import sha256_bytes, sha256_json
 from dtt_plugin.formats import MODEL_FORMAT, check_format
 from dtt_plugin.model_wrappers.early_decision import Rule, rule_of
 from dtt_plugin.prompt import Prompt, PromptRenderer, has_defensive_tokens
+from dtt_plugin.public_names import is_hub_id, is_hub_model
 from dtt_plugin.tokens import DefensiveTokens, load_tokens
 
 if TYPE_CHECKING:
@@ -106,6 +109,7 @@ class Defended:
             "template_args": template_args,
         }
         tokens = self.arm.tokens
+        weights = state(model, revision, cache_dir=arguments.get("cache_dir") or arguments.get("download_dir"))
         self.renderer = PromptRenderer(
             self.tokenizer,
             prompt_format=self.arm.prompt_format,
@@ -121,7 +125,8 @@ class Defended:
             "dtt_plugin": __version__,
             "model": model,
             "revision": revision,
-            "weights": weights_state(model, revision),
+            "weights": weights,
+            "argument_states": argument_states(arguments, model),
             "defense": self.arm.name,
             "tokens_sha256": tokens.digest if tokens and self.arm.defended else None,
             "tokens_method": tokens.method if tokens and self.arm.defended else None,
@@ -133,7 +138,10 @@ class Defended:
             "engine_arguments": {key: str(value) for key, value in sorted(arguments.items())},
             "versions": installed_versions(),
         }
-        self.fingerprint = sha256_json([type(self).__name__, self._identity])
+        if weights is None:
+            logger.warning("In which state %s is can't be told, so no other run's answers are used for it.", model)
+        unlike_any_other = uuid4().hex if weights is None else None
+        self.fingerprint = sha256_json([type(self).__name__, self._identity, unlike_any_other])
         self._neutralised = 0
         self._generated_tokens = 0
         self._decided: Rule | None = None  # of the requests that are being generated
@@ -144,7 +152,7 @@ class Defended:
         if tokens and self.arm.defended:
             made_for = f"{tokens.model}, {tokens.method}"
             logger.info("DefensiveTokens: %d x %d, made for %s.", tokens.k, tokens.width, made_for)
-            if is_hub_id(model) and is_hub_id(tokens.model) and model != tokens.model:
+            if is_hub_model(model) and is_hub_id(tokens.model) and model != tokens.model:
                 logger.warning("These tokens were made for %s: on %s they are a direct copy.", tokens.model, model)
 
     def change_defense(self, defense: str) -> None:
@@ -330,24 +338,6 @@ class Answers:
     def find(self, method: str, arguments: Sequence[Any]) -> str | None:
         """Return the answer that is kept for a request, if any."""
         return None if self.dbdict is None else self.dbdict.get(self._key(method, arguments))
-
-
-def is_hub_id(model: str) -> bool:
-    """Return whether a model's name is a hub id rather than a path."""
-    return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not Path(model).exists()
-
-
-def weights_state(model: str, revision: str | None) -> str | list[tuple[str, int, int]]:
-    """Return the commit of a hub model, or name, size and modification time of a folder's files."""
-    folder = Path(model)
-    if folder.is_dir():
-        files = sorted(path for path in folder.iterdir() if path.is_file())
-        return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    from huggingface_hub import try_to_load_from_cache
-
-    # The hub's cache keeps a file below snapshots/COMMIT.
-    config = try_to_load_from_cache(model, "config.json", revision=revision) if is_hub_id(model) else None
-    return Path(config).parent.name if isinstance(config, str) else ""
 
 
 def installed_versions() -> dict[str, str]:

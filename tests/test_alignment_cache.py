@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 
 from dtt_plugin.alignment import AlignmentCache, AlignmentOptions, align, save_alignment
 from dtt_plugin.checkpoint import Checkpoint, open_checkpoint
+from dtt_plugin.cli import main
 from dtt_plugin.errors import DttError
 from tests.checkpoints import default_vocab_tokens, make_checkpoint
 
@@ -119,6 +122,38 @@ def test_two_processes_at_once_solve_once(pair: tuple[Checkpoint, Checkpoint], t
     assert [process.returncode for process in running] == [0, 0]
     assert said == ["False", "True"]
     assert not list((tmp_path / "cache").glob(".*.tmp"))
+
+
+@pytest.fixture
+def no_file_above_100_bytes() -> Iterator[None]:
+    """As on a full disk, where an empty lock file still has room."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("pair", "no_file_above_100_bytes")
+def test_a_full_cache_names_the_option_that_does_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = [str(tmp_path / name) for name in ("source", "target")]
+    for model in models:
+        os.utime(Path(model) / "model.safetensors", (1, 1))  # old enough for its digest to be noted
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DTT_CACHE_DIR", str(tmp_path / "cache"))
+        assert main(["align", *models]) == 2
+        assert "use --no-cache" in capsys.readouterr().err
+        assert main(["align", *models, "--no-cache"]) == 0
+    assert not list((tmp_path / "cache").rglob("*.dtt-tmp"))
+
+
+def test_a_digest_that_can_t_be_noted_is_only_read_again(
+    pair: tuple[Checkpoint, Checkpoint], cache: AlignmentCache
+) -> None:
+    os.utime(pair[0].input_embedding().file, (1, 1))
+    cache.folder.mkdir()
+    (cache.folder / "digests").write_text("no folder")
+    align(*pair, cache=cache)
+    assert align(*pair, cache=cache).cached
 
 
 def test_a_cache_folder_that_can_t_be_written_is_said(pair: tuple[Checkpoint, Checkpoint], tmp_path: Path) -> None:

@@ -23,11 +23,13 @@ from dtt_plugin.bake import (
     is_defended_checkpoint,
     prune,
     read_manifest,
-    staging,
 )
 from dtt_plugin.errors import DttError
+from dtt_plugin.files import remove_leftovers
+from dtt_plugin.staging import staged
 from dtt_plugin.tokens import save_tokens
 from tests.bake_helpers import random_tokens, tiny
+from tests.checkpoints import change_in_place
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RUNS = int(os.environ.get("DTT_TEST_KILLS", "20"))
@@ -117,9 +119,9 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, base:
 
 
 def test_a_temporary_folder_in_use_is_left_alone(tmp_path: Path) -> None:
-    with staging.staged(tmp_path / "out", force=False, replaceable=lambda _: True) as folder:
+    with staged(tmp_path / "out", force=False, replaceable=lambda _: True) as folder:
         os.utime(folder, (0, 0))
-        staging.remove_stale(tmp_path)
+        remove_leftovers(tmp_path)
         assert folder.is_dir()
         (folder / "file").write_text("x")
         os.utime(folder, (0, 0))
@@ -180,6 +182,7 @@ def test_a_second_start_writes_nothing(tmp_path: Path, base: Path, monkeypatch: 
     tokens = random_tokens(512)
     first = bake_cached(str(base), tokens)
     written = {path: path.stat().st_mtime_ns for path in first.iterdir()}
+    (base / "model-00001-of-00002.safetensors").touch()  # the same contents
     assert bake_cached(str(base), tokens) == first
     assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == written
     others = {
@@ -187,7 +190,7 @@ def test_a_second_start_writes_nothing(tmp_path: Path, base: Path, monkeypatch: 
         bake_cached(str(base), tokens, prompt_format="qwen2.5"),
         bake_cached(str(base), tokens, default_on=False),
     }
-    (base / "model-00001-of-00002.safetensors").touch()  # as a changed model would be
+    change_in_place(base / "model-00001-of-00002.safetensors")
     others.add(bake_cached(str(base), tokens))
     assert len(others | {first}) == 5
     assert [entry.folder for entry in cached_checkpoints()][-1] == first

@@ -15,10 +15,15 @@ from typing import Any
 import pytest
 from lm_eval.api.registry import get_model
 
+from dtt_plugin.alignment import align
+from dtt_plugin.checkpoint import open_checkpoint
 from dtt_plugin.cli import main
 from dtt_plugin.data import TOKENS_FILE
 from dtt_plugin.errors import DttError
-from dtt_plugin.sweep import read_sweep
+from dtt_plugin.sweep import read_sweep, run_sweep, token_arguments
+from dtt_plugin.tokens import load_tokens
+from dtt_plugin.transfer import transfer
+from tests.checkpoints import END, change_in_place, default_vocab_tokens, make_checkpoint
 from tests.conftest import ROOT, write_tokens
 from tests.lm_eval_output import planted, write_run
 
@@ -107,6 +112,67 @@ def test_what_yaml_alone_can_say_is_refused(line: str, message: str, tmp_path: P
         read_sweep(tmp_path / "sweep.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a x", "line 1: anchors and aliases"),
+        ("limit: 1\ntask: *t", "line 2: anchors and aliases"),
+        ("x: &x {a: 1}\ngen_kwargs: {<<: *x}", "line 1: anchors and aliases"),
+        ("[" * 1000 + "]" * 1000, "nested more than 20 deep"),
+        ("{a: " * 100_000, "nested more than 20 deep"),
+        ("gen_kwargs: {a: " + "1" * 2000 + "}", "this value is too long"),
+        ("limit: 0x" + "f" * 900, "is no list"),  # the grid's: so large a limit is only all records
+        ("limit: -0x" + "f" * 900, "is not a positive number"),
+        ("task: !!int '" + "1" * 5000 + "'", "this value is too long"),
+        ("task: '" + "x" * 200_000 + "'", "this value is too long"),
+        ("#" * (1 << 20) + "\na: 1", "is larger than 1 MiB"),
+        ("limit: 1\nlimit: 2", "line 2: the key 'limit' is there twice"),
+        ("gen_kwargs: {a: {b: 2020-01-01}}", "gen_kwargs, a, b: '2020-01-01' is neither text nor a number"),
+        ("gen_kwargs: {a: [!!binary aGk=]}", "is neither text nor a number"),
+        ("model_args: {a: !!set {b}}", "is neither text nor a number"),
+        ("gen_kwargs: {a: .nan}", "is neither text nor a number"),
+        ("model_args: {a: {1: b}}", "model_args, a has the key 1, which is no name"),
+        ("a: 2020-13-45", "can't be read as YAML"),
+    ],
+)
+def test_a_small_file_that_would_cost_much_or_means_something_else_is_refused(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "sweep.yaml").write_text(text)
+    started = time.monotonic()
+    with pytest.raises(DttError, match=message) as caught:
+        read_sweep(tmp_path / "sweep.yaml")
+    assert str(caught.value).startswith(str(tmp_path / "sweep.yaml"))
+    assert len(str(caught.value)) < 1000
+    assert time.monotonic() - started < 5
+
+
+def test_a_bomb_of_aliases_costs_nothing(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    (tmp_path / "sweep.yaml").write_text("gen_kwargs:\n  " + "\n  ".join(lines))
+    with pytest.raises(DttError, match="anchors and aliases"):
+        read_sweep(tmp_path / "sweep.yaml")
+
+
+def test_a_pipe_is_no_sweep_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "sweep.yaml")
+    with pytest.raises(DttError, match="is not a file"):
+        read_sweep(tmp_path / "sweep.yaml")
+
+
+def test_a_grid_of_thousands_is_listed_in_seconds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = write_tokens(tmp_path / "t.safetensors", width=32)
+    path = written(tmp_path, {"grid": [{"models": [f"owner/m{i}" for i in range(3000)], "tokens": [tokens]}]})
+    started = time.monotonic()
+    assert main(["sweep", str(path), "--dry-run"]) == 0
+    assert "12000 cells; 6000 models to load" in capsys.readouterr().out
+    assert time.monotonic() - started < 30
+    twice = written(tmp_path, {"grid": [{"models": [f"owner/m{i}" for i in range(3000)]}, {"models": ["owner/m7"]}]})
+    with pytest.raises(DttError, match="the grid has m7--none twice"):
+        read_sweep(twice)
+
+
 def test_settings_that_hold_themselves_are_refused_and_a_long_name_is_only_shortened(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text("gen_kwargs: &a {x: *a}\ngrid: [{models: [m], defenses: [none]}]")
     with pytest.raises(DttError, match="are no plain values"):
@@ -159,7 +225,10 @@ def test_a_key_changes_with_everything_that_decides_about_the_result(tiny: str, 
         assert keys(**changes).isdisjoint(before), changes
     write_tokens(tmp_path / "t.safetensors", width=32, seed=1)
     assert len(keys() & before) == 3, "new values under the same name: only the row with tokens is new"
+    rewritten = (Path(tiny) / "config.json").read_bytes()
     os.utime(Path(tiny) / "config.json")
+    assert len(keys() & before) == 3, "the same contents"
+    (Path(tiny) / "config.json").write_bytes(rewritten.replace(b"1e-05", b"2e-05"))
     assert keys().isdisjoint(before)
 
 
@@ -168,8 +237,31 @@ def test_a_key_changes_with_the_model_that_tokens_are_transferred_from(tiny: str
     transfer = {"source": str(source), "tokens": write_tokens(tmp_path / "t.safetensors", width=32)}
     content = {"grid": [{"models": [tiny], "defenses": ["tokens"], "tokens": [{"transfer": transfer}]}]}
     before = read_sweep(written(tmp_path, content))[0].key
-    os.utime(source / "config.json", ns=(1, 1))
+    change_in_place(source / "model.safetensors")
     assert read_sweep(written(tmp_path, content))[0].key != before
+
+
+def test_a_key_changes_with_an_adapter_and_with_the_commit_of_a_hub_model(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_text("one")
+    content: dict[str, Any] = {"grid": [{"models": [tiny], "defenses": ["none"]}]}
+    content["model_args"] = {"peft": str(tmp_path / "adapter")}
+    before = read_sweep(written(tmp_path, content))[0].key
+    change_in_place(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert read_sweep(written(tmp_path, content))[0].key != before
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--owner--name"
+    (repository / "refs").mkdir(parents=True)
+    keys = set()
+    for commit in ("a" * 40, "b" * 40):
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "refs" / "main").write_text(commit)
+        hub = {"grid": [{"models": ["owner/name"], "defenses": ["none"]}]}
+        keys.add(read_sweep(written(tmp_path, hub))[0].key)
+        keys.add(read_sweep(written(tmp_path, hub | {"model_args": {"revision": "a" * 40}}))[0].key)
+    assert len(keys) == 3
 
 
 def test_the_table_at_the_end_is_that_of_the_files_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,6 +289,99 @@ def test_an_arm_that_shares_a_load_is_the_arm_loaded_alone(tiny: str, tiny_token
         assert shared.apply_chat_template(messages) == alone.apply_chat_template(messages)
     with pytest.raises(DttError, match=r"loaded for defense='reminder\+tokens'; load it anew for 'none'"):
         shared.change_defense("none")
+
+
+def test_every_load_fails_for_itself_and_the_rest_ends_in_the_table(
+    tiny: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A transfer with procrustes runs; beside it fail another width, absent and damaged files, a model that breaks."""
+    make_checkpoint(tmp_path / "wide", width=64, seed=2)
+    make_checkpoint(tmp_path / "other", seed=3)
+    alien = ["!" + token for token in default_vocab_tokens()]
+    make_checkpoint(tmp_path / "alien", seed=4, vocab_tokens=alien, special=["<a>", "<b>", END])
+    shutil.copytree(tiny, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"x" * 100)
+    (tmp_path / "damaged.safetensors").write_text("x")
+    good, wide = (write_tokens(tmp_path / f"{width}.safetensors", width=width) for width in (32, 64))
+
+    def moved(source: str, tokens: str, method: str = "procrustes") -> dict[str, Any]:
+        return {"transfer": {"source": str(tmp_path / source), "tokens": tokens, "method": method}}
+
+    tokens = [
+        moved("wide", wide),
+        moved("alien", good),
+        moved("absent", good),
+        moved("other", wide),
+        moved("broken", good),
+        str(tmp_path / "absent.safetensors"),
+        str(tmp_path / "damaged.safetensors"),
+        moved("other", good),
+    ]
+    content = {
+        "engine": "dtt_hf",
+        "task": "injection_demo",
+        "limit": 1,
+        "gen_kwargs": {"max_gen_toks": 4},
+        "model_args": {"dtype": "float32", "device": "cpu", "max_length": 4096},
+        "grid": [
+            {"models": [str(tmp_path / "nowhere"), "owner/nowhere", str(tmp_path / "broken")], "defenses": ["none"]},
+            {"models": [tiny], "defenses": ["tokens"], "tokens": tokens},
+        ],
+    }
+    path, out = written(tmp_path, content), tmp_path / "out"
+    assert main(["sweep", str(path), "--dry-run"]) == 2
+    assert "2 of 11 cells can't be run: " in capfd.readouterr().err
+    assert main(["sweep", str(path), "--out", str(out)]) == 2
+    told = capfd.readouterr()
+    assert "tokens (procrustes)" in told.out, "the leaderboard of what has run"
+    for sentence in (
+        "nowhere is no folder",
+        "is 64 wide and that of",
+        "The rows are 64 wide",
+        "1 anchors can't determine a map",
+        "absent",
+        "damaged.safetensors",
+    ):
+        assert sentence in told.err
+    assert "10 of 11 cells failed" in told.err
+    (results,) = (out / "runs").rglob("results_*.json")
+    facts = json.loads(results.read_text())["config"]["dtt_plugin"]
+    expected = transfer(
+        load_tokens(good),
+        align(open_checkpoint(str(tmp_path / "other")), open_checkpoint(tiny)),
+        method="procrustes",
+        target_model=tiny,
+    )
+    assert facts["tokens_sha256"] == expected.digest
+    assert facts["tokens_method"] == "procrustes"
+
+
+def test_transferred_tokens_that_were_damaged_are_transferred_again(tiny: str, tmp_path: Path) -> None:
+    transfer = {"source": tiny, "tokens": write_tokens(tmp_path / "t.safetensors", width=32), "method": "random"}
+    content = {"grid": [{"models": [tiny], "defenses": ["tokens"], "tokens": [{"transfer": transfer}]}]}
+    (cell,) = read_sweep(written(tmp_path, content))
+    assert cell.load.tokens
+    file = Path(token_arguments(cell.load, cell.load.tokens, tmp_path / "out")["tokens"])
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + b"x")
+    assert token_arguments(cell.load, cell.load.tokens, tmp_path / "out") == {"tokens": str(file)}
+    assert file.read_bytes() == whole
+
+
+def test_what_changes_while_the_sweep_runs_is_not_filed_under_the_old_state(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = write_tokens(tmp_path / "t.safetensors", width=32)
+    path = written(tmp_path, {"grid": [{"models": [tiny], "defenses": ["tokens"], "tokens": [tokens]}]})
+    for change in (
+        lambda: write_tokens(tmp_path / "t.safetensors", width=32, seed=1),
+        lambda: change_in_place(Path(tiny) / "model.safetensors"),
+    ):
+        (cell,) = read_sweep(path)
+        assert not cell.is_finished(tmp_path / "out")
+        change()
+        assert run_sweep([cell], tmp_path / "out") == [cell]
+        assert "were changed while the sweep ran; start it again" in capsys.readouterr().err
 
 
 def start(path: Path, out: Path) -> subprocess.Popen[str]:

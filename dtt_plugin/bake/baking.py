@@ -18,7 +18,6 @@ from dtt_plugin.bake.manifest import (
     write_manifest,
 )
 from dtt_plugin.bake.plan import BakePlan, make_plan
-from dtt_plugin.bake.staging import check_free, staged
 from dtt_plugin.bake.template import defended_templates
 from dtt_plugin.bake.tokenizer import DEFAULT_TEMPLATE, TokenizerFiles
 from dtt_plugin.bake.verify import verify as verify_checkpoint
@@ -29,6 +28,7 @@ from dtt_plugin.costs import peak_memory_mb, recorded_costs
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sync
 from dtt_plugin.formats import check_format
+from dtt_plugin.staging import check_free, staged
 from dtt_plugin.tokens import DefensiveTokens
 from dtt_plugin.vllm_plugin import CONFIG_KEY
 

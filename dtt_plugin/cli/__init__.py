@@ -38,6 +38,7 @@ COMMANDS = (
     "demo",
     "doctor",
 )
+_GONE = "The current folder was removed; change to another one."
 
 _LONGEST_SENTENCE = 2000
 
@@ -67,12 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         sentence = one_line(str(error))
         if len(sentence) > 2 * _LONGEST_SENTENCE:  # names in damaged files can have megabytes
             sentence = f"{sentence[:_LONGEST_SENTENCE]} ... {sentence[-_LONGEST_SENTENCE:]}"
-        print(f"dtt {args.command}: {sentence}", file=sys.stderr)
+        hint = f" {_GONE}" if _folder_is_gone() else ""
+        print(f"dtt {args.command}: {sentence}{hint}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `head` has read enough; the code is that of a program that SIGPIPE ended
         _discard_output()
         return 141
     except OSError as error:
+        if _folder_is_gone():
+            print(f"dtt {args.command}: {_GONE}", file=sys.stderr)
+            return 2
         if error.errno != errno.ENOSPC:
             raise
         _discard_output()
@@ -82,6 +87,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dtt {args.command}: interrupted", file=sys.stderr)
         return 130
     return code
+
+
+def _folder_is_gone() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _discard_output() -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dtt_plugin.files import sha256_bytes, sha256_json
-from dtt_plugin.public_names import is_hub_id, public_name
+from dtt_plugin.public_names import is_hub_model, public_name
 
 
 def _names(words: str) -> frozenset[str]:
@@ -278,7 +278,7 @@ def told_apart(names: Iterable[str]) -> dict[str, str]:
     brief = {name: _brief(name) for name in names}
     taken = Counter(brief.values())
     return {
-        name: text if taken[text] == 1 else name if is_hub_id(name) else f"{text} ({_digest(name)})"
+        name: text if taken[text] == 1 else name if is_hub_model(name) else f"{text} ({_digest(name)})"
         for name, text in brief.items()
     }
 

@@ -27,7 +27,7 @@ from dtt_plugin.defenses import NONE, TOKENS, parse_defense
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_bytes, sha256_json
 from dtt_plugin.leaderboard.identity import Identity, canonical, parse_arguments, read_identity, told_apart
-from dtt_plugin.public_names import is_hub_id, public_name
+from dtt_plugin.public_names import is_hub_model, public_name
 from dtt_plugin.tasks.metrics import is_hacked, is_refusal
 
 BENIGN = "benign"
@@ -185,7 +185,7 @@ class Difference:
         if self.name in (COMPARABLE["record_ids"], COMPARABLE["data_digest"]):
             return self.name
         shown = told_apart([self.a, self.b])
-        a, b = (value if is_hub_id(value) else shown[value] or "none" for value in (self.a, self.b))
+        a, b = (value if is_hub_model(value) else shown[value] or "none" for value in (self.a, self.b))
         return f"{self.name} ({a} {first}, {b} {second})"
 
 
@@ -609,7 +609,7 @@ def _defense(
         names.append(TOKENS)
         method = _text(baked.get("method")) or "baked"
     made_for = _text(facts.get("tokens_model"))
-    if method == "native" and is_hub_id(made_for) and is_hub_id(model) and made_for != model:
+    if method == "native" and is_hub_model(made_for) and is_hub_model(model) and made_for != model:
         method = "copy"
     shown = [f"{name} ({method or 'unknown'})" if name == TOKENS else name for name in names]
     return "+".join(shown) or NONE, method

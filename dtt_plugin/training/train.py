@@ -204,7 +204,7 @@ def _labels(
         records,
         new_tokens=options.label_tokens,
         pad=chat.tokenizer.pad_token_id,
-        weights=run.identity["weights"] + run.identity["settings"],
+        weights=run.identity["weights"],
     )
 
 

@@ -36,10 +36,15 @@ EMBEDDING_NAMES = (
     "backbone.embedding.weight",
 )
 HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "output.weight")
+COPIED_HEADS = (*HEAD_NAMES, "shared_head.head.weight")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _LONGEST_NAME = 255
 """Bytes; file systems take no longer ones."""
 OTHER_TOWERS = ("vision", "visual", "audio", "image", "encoder.", "position")
+
+
+# A layer that predicts further tokens (DeepSeek-V3, GLM-4.5) has copies of embedding and head of its own.
+_COPIES = re.compile(r"(^|\.)(layers\.\d+|mtp\w*)\.")
 
 
 def embedding_names(names: Any) -> list[str]:
@@ -50,6 +55,11 @@ def embedding_names(names: Any) -> list[str]:
         if any(name == ending or name.endswith("." + ending) for ending in EMBEDDING_NAMES)
         and not any(tower in name for tower in OTHER_TOWERS)
     ]
+
+
+def is_copy(name: str) -> bool:
+    """Return whether a tensor belongs to a layer, where a copy of embedding or head may stand for speculation."""
+    return _COPIES.search(name) is not None
 
 
 def check_within(path: Path, folder: Path) -> None:

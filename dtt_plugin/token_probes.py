@@ -17,6 +17,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dtt_plugin.control_tokens import control_texts, neutralise, separator_for
+from dtt_plugin.errors import DttError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -52,7 +53,7 @@ def first_disguise(tokenizer: Tokenizer, controls: Mapping[str, int]) -> Disguis
             alone are ordinary text.
 
     Raises:
-        DttError: no separator could break the tokens.
+        DttError: no separator could break the tokens, or there are texts that the tokenizer can't encode.
     """
     texts = control_texts(controls)
     separator = separator_for(texts)
@@ -73,7 +74,7 @@ def first_disguise(tokenizer: Tokenizer, controls: Mapping[str, int]) -> Disguis
 
 def unknown_token_ids(tokenizer: Tokenizer) -> set[int]:
     """Return the ids that stand for a character which the vocabulary lacks; anyone can write such a character."""
-    ids: list[int] = tokenizer.encode(_NO_TOKEN, add_special_tokens=False).ids
+    ((_, ids),) = _encoded(tokenizer, [_NO_TOKEN])
     return set(ids)
 
 
@@ -175,5 +176,10 @@ def _in_groups(tokens: list[str], size: int = 64) -> Iterator[list[str]]:
 
 
 def _encoded(tokenizer: Tokenizer, texts: list[str]) -> Iterator[tuple[str, list[int]]]:
-    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    try:
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise DttError(
+            f"The tokenizer can't encode every text ({error}), so untrusted data could stop it; use another model."
+        ) from error
     return zip(texts, (encoding.ids for encoding in encodings), strict=True)

@@ -41,6 +41,7 @@ def check_tokenizer(
         DttError: something else is the case; such a model can't be defended.
     """
     backend = read_backend(folder / "tokenizer.json")
+    unknown = unknown_token_ids(backend)
     defensive = dict(zip(names, token_ids, strict=True))
     for name, ids in [*((name, [token_id]) for name, token_id in defensive.items()), ("".join(names), list(token_ids))]:
         if backend.encode(name, add_special_tokens=False).ids != ids:
@@ -60,7 +61,7 @@ def check_tokenizer(
         ids: list[int] = backend.encode(text, add_special_tokens=keep_bos is False).ids
         return ids
 
-    _check_conversation(source, rendered, encode, controls, token_ids, unknown_token_ids(backend))
+    _check_conversation(source, rendered, encode, controls, token_ids, unknown)
     engines = [load_as_engine(folder)]
     if any(path for pattern in _MISTRAL_FILES for path in source.folder.glob(pattern)):
         engines.append(load_as_vllm(folder))

@@ -33,8 +33,8 @@ def load_as_engine(folder: Path) -> Any | None:
     except Exception as error:  # whatever it stumbles over in files that anyone may have written
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise DttError(
-            f"transformers can't load the tokenizer of {folder} without code of the model's own ({reason}), so what "
-            "an engine does with untrusted text can't be checked; use a checkpoint whose tokenizer loads."
+            f"transformers can't load the tokenizer of {folder} ({reason}); no code of the model's own is run, so use "
+            "a checkpoint whose tokenizer loads without."
         ) from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise DttError(

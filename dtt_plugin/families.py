@@ -22,8 +22,7 @@ TIED_BY_DEFAULT = _names(
     "granite_swa hunyuan_vl jetmoe kosmos-2 kosmos-2.5 lfm2 lfm2_moe lfm2_vl mamba marian mbart megatron-bert "
     "minicpm3 modernbert-decoder mpt mvp openai-gpt opt paddleocr_vl paligemma pegasus plbart pp_chart2table "
     "prophetnet recurrent_gemma roberta roberta-prelayernorm roc_bert roformer shieldgemma2 smollm3 starcoder2 "
-    "t5gemma2 trocr udop vaultgemma whisper xglm xlm xlm-roberta xlm-roberta-xl xlnet xmod youtu zamba zamba2 "
-    "zaya"
+    "t5gemma2 trocr udop vaultgemma whisper xglm xlm xlm-roberta xlm-roberta-xl xlnet xmod youtu zamba zamba2 zaya"
 )
 """Their head is the input embedding where config.json leaves `tie_word_embeddings` out (transformers 5.19)."""
 

@@ -179,8 +179,8 @@ def _check_head(checkpoint: Checkpoint, embedding: TensorLocation, head: TensorL
     config = checkpoint.config()
     if family := always_tied(config):
         raise DttError(
-            f"{checkpoint.name} ({family}) computes its output from the input embedding in every engine that vLLM starts, "
-            "whatever the configuration says, so a defended checkpoint of it would generate its DefensiveTokens; "
+            f"{checkpoint.name} ({family}) computes its output from the input embedding in every engine that vLLM "
+            "starts, so a defended checkpoint of it would generate its DefensiveTokens; "
             + ("such a model is not supported." if _per_layer_tables(checkpoint) else "use --model dtt_hf instead.")
         )
     if head is not None:

@@ -46,9 +46,16 @@ def refused(base: Path, out: Path, sentence: str, **options: Any) -> None:
 
 
 FLAGS = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+
+
+def table(token: str) -> dict[str, Any]:
+    """Return a token as transformers writes it into tokenizer_config.json."""
+    return {"__type": "AddedToken", "content": token, **FLAGS}
+
+
 ELSEWHERE: dict[str, Callable[[Path], None]] = {
     "additional_special_tokens": lambda f: edit(f, CONFIG, additional_special_tokens=[TOOL]),
-    "extra_special_tokens, a list": lambda f: edit(f, CONFIG, extra_special_tokens=[{"content": TOOL, **FLAGS}]),
+    "extra_special_tokens, a list": lambda f: edit(f, CONFIG, extra_special_tokens=[table(TOOL)]),
     "extra_special_tokens, a table": lambda f: edit(f, CONFIG, extra_special_tokens={"tool_token": TOOL}),
     "a key of its own": lambda f: edit(f, CONFIG, tool_token=TOOL),
     "pad_token": lambda f: edit(f, CONFIG, pad_token=TOOL),
@@ -107,19 +114,19 @@ def test_files_that_disagree_about_an_id_are_refused(tmp_path: Path) -> None:
 def test_without_transformers_only_what_the_files_tell_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
     base = tiny(tmp_path / "base", extra_rows=6)
     edit(base, SPECIAL_MAP, mask_token="hello")  # a token of the vocabulary, which becomes a control token
     edit(base, CONFIG, tokenizer_class="LlamaTokenizer")
-    with caplog.at_level(logging.WARNING):
+    with monkeypatch.context() as without, caplog.at_level(logging.WARNING):
+        without.setitem(sys.modules, "transformers", None)
         report = bake(str(base), random_tokens(32), tmp_path / "baked")
-    assert "tokens that LlamaTokenizer adds by itself are not known" in caplog.text
+        assert "tokens that LlamaTokenizer adds by itself are not known" in caplog.text
+        edit(base, CONFIG, additional_special_tokens=[TOOL])
+        refused(base, tmp_path / "out", r"has no id for '<\|tool\|>', .*pip install 'dtt-plugin\[hf\]'")
     assert report.token_ids[0] == N_FILE
-    added = json.loads((tmp_path / "baked" / "tokenizer.json").read_text())["added_tokens"]
-    assert {"hello", *defensive_token_names(5)} <= {entry["content"] for entry in added}
-    assert "['hello', 'h ello']" in (tmp_path / "baked" / "chat_template.jinja").read_text()
-    edit(base, CONFIG, additional_special_tokens=[TOOL])
-    refused(base, tmp_path / "out", r"has no id for '<\|tool\|>', .* pip install 'dtt-plugin\[hf\]'")
+    baked = engine(tmp_path / "baked")
+    assert {"hello", *defensive_token_names(5)} <= baked.get_added_vocab().keys()
+    assert "hello" not in baked.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
 
 
 def test_a_reserved_token_that_a_configuration_names_is_not_overwritten(tmp_path: Path) -> None:
@@ -270,7 +277,7 @@ def test_nothing_stands_in_front_of_the_tokens_whatever_file_names_the_bos(
     base = tiny(tmp_path / "base")
     adds_in_front(base, BOS, kind)
     if named_in != "no file":
-        edit(base, named_in, bos_token={"content": BOS, **FLAGS} if named_in == CONFIG else BOS)
+        edit(base, named_in, bos_token=table(BOS) if named_in == CONFIG else BOS)
     bos_id = engine(base)("a").input_ids[0]
     assert bos_id == N_FILE - 3
     report = bake(str(base), random_tokens(32), tmp_path / "baked")

@@ -142,6 +142,12 @@ def _check_base(
             f"The tokens have width {tokens.width} and {checkpoint.name} has width {embedding.shape[1]}; "
             f"they were made for {tokens.model or 'another model'}: transfer them with `dtt transfer`."
         )
+    if family := always_tied(checkpoint.config()):
+        raise DttError(
+            f"{checkpoint.name} ({family}) computes its output from the input embedding in every engine that vLLM "
+            "starts, so a defended checkpoint of it would generate its DefensiveTokens; "
+            + ("such a model is not supported." if _per_layer_tables(checkpoint) else "use --model dtt_hf instead.")
+        )
     if tokenizer.defended:
         raise DttError(f"{checkpoint.name} already has DefensiveTokens; bake into the base model it was made from.")
     if (stray := tokenizer.first_without_row(embedding.shape[0])) is not None:
@@ -171,18 +177,7 @@ def _check_base(
 
 
 def _check_head(checkpoint: Checkpoint, embedding: TensorLocation, head: TensorLocation | None) -> None:
-    """Refuse where engines would not take the head that baking writes, or the model's own is not known.
-
-    Raises:
-        DttError: for one of these reasons.
-    """
-    config = checkpoint.config()
-    if family := always_tied(config):
-        raise DttError(
-            f"{checkpoint.name} ({family}) computes its output from the input embedding in every engine that vLLM "
-            "starts, so a defended checkpoint of it would generate its DefensiveTokens; "
-            + ("such a model is not supported." if _per_layer_tables(checkpoint) else "use --model dtt_hf instead.")
-        )
+    """Refuse where the model's own head is not known, or engines would not find the one that baking writes."""
     if head is not None:
         return
     other = [
@@ -198,7 +193,7 @@ def _check_head(checkpoint: Checkpoint, embedding: TensorLocation, head: TensorL
             f"{checkpoint.name} has no output head of a known name; {other[0]} has the embedding's shape and may be "
             "it, and engines would not find the one that baking writes; such a model is not supported."
         )
-    if family := next((family for family in families(config) if family in OTHER_HEAD), None):
+    if family := next((family for family in families(checkpoint.config()) if family in OTHER_HEAD), None):
         raise DttError(
             f"{checkpoint.name} ({family}) calls its output head neither lm_head nor embed_out, so engines would not "
             "find the one that baking writes; such a model is not supported."

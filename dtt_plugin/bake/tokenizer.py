@@ -68,6 +68,7 @@ class TokenizerFiles:
             path = folder / "tokenizer.json"
             raise DttError(f"{path} has no readable vocabulary or added_tokens; download it again.") from error
         self._templates = self._read_templates()
+        self._others = self._named()
         self._model_size, self._largest_id = len(ids), max([*ids, *added.values()])
 
     @cached_property
@@ -120,7 +121,7 @@ class TokenizerFiles:
         from tokenizers import AddedToken
 
         known: dict[int, AddedToken] = dict(backend.get_added_tokens_decoder())
-        for text in self._named():
+        for text in self._others:
             token_id = backend.token_to_id(text)
             if token_id is None:
                 raise DttError(
@@ -166,7 +167,7 @@ class TokenizerFiles:
     @property
     def added_tokens(self) -> list[str]:
         """Every added token: what must be broken in untrusted text."""
-        return sorted({*(token.content for token in self.known.values()), *self._named()})
+        return sorted({*(token.content for token in self.known.values()), *self._others})
 
     @property
     def defended(self) -> bool:

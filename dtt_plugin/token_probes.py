@@ -12,7 +12,7 @@ import json
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,7 +36,7 @@ _NO_TOKEN = "\U000f1b5d"
 
 
 class Disguise(NamedTuple):
-    """A text without the control token `token` that is encoded to it."""
+    """A text without the control token `token` that is encoded to it, or a pattern of such texts."""
 
     text: str
     token: str
@@ -69,7 +69,7 @@ def first_disguise(tokenizer: Tokenizer, controls: Mapping[str, int]) -> Disguis
         for text, ids in _encoded(tokenizer, safe):
             if found := [token_id for token_id in ids if token_id in names]:
                 return Disguise(text, names[found[0]])
-    return None
+    return _by_pattern(tokenizer, names.values())
 
 
 def unknown_token_ids(tokenizer: Tokenizer) -> set[int]:
@@ -141,17 +141,35 @@ def _reversals(tokenizer: Tokenizer) -> dict[str, list[str]]:
             result = result[len(front) : -1]
             if result != character and len(found[result]) < (2 if result else 4):
                 found[result].append(character)
-    for replaced, result in _replacements(json.loads(normalizer.__getstate__())):
+    for replaced, result in _replacements(tokenizer, "String"):
         found[result].append(replaced)
     return found
 
 
-def _replacements(normalizer: Any) -> Iterator[tuple[str, str]]:
-    for part in normalizer.get("normalizers", ()):
-        yield from _replacements(part)
-    pattern = normalizer.get("pattern")
-    if isinstance(pattern, dict) and "String" in pattern:
-        yield pattern["String"], normalizer["content"]
+def _by_pattern(tokenizer: Tokenizer, tokens: Collection[str]) -> Disguise | None:
+    """Return a token that text of a pattern may be turned into: what a pattern matches can't be listed."""
+    normalised = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.normalized}
+    if type(tokenizer.model).__name__ == "Unigram":  # which finds tokens in text that is normalised
+        normalised |= {*tokens}
+    for pattern, result in _replacements(tokenizer, "Regex"):
+        for token in sorted(normalised.intersection(tokens)):
+            if result in token or "$" in result:
+                return Disguise(pattern, token)
+    return None
+
+
+def _replacements(tokenizer: Tokenizer, kind: str) -> Iterator[tuple[str, str]]:
+    """Yield (replaced, result) of every Replace in the normaliser whose pattern is of a kind, String or Regex."""
+
+    def search(part: Any) -> Iterator[tuple[str, str]]:
+        for inner in part.get("normalizers", ()):
+            yield from search(inner)
+        pattern = part.get("pattern")
+        if isinstance(pattern, dict) and kind in pattern:
+            yield pattern[kind], part["content"]
+
+    if tokenizer.normalizer is not None:
+        yield from search(json.loads(tokenizer.normalizer.__getstate__()))
 
 
 def _reversed(token: str, reversals: Mapping[str, Sequence[str]]) -> list[str]:

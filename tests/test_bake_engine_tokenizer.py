@@ -235,6 +235,25 @@ def test_an_unknown_token_that_is_a_marker_is_refused(tmp_path: Path) -> None:
     refused(base, tmp_path / "out", r"becomes '<\|im_end\|>'|other control tokens in a prompt")
 
 
+def test_a_tokenizer_that_cuts_or_pads_does_so_no_more(tmp_path: Path) -> None:
+    base = tiny(tmp_path / "base")
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["truncation"] = {"direction": "Left", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    pad = {"pad_id": 265, "pad_type_id": 0, "pad_token": BOS, "pad_to_multiple_of": None}
+    tokenizer["padding"] = {"strategy": {"Fixed": 64}, "direction": "Left", **pad}
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    report = bake(str(base), random_tokens(32), tmp_path / "baked")
+    text = engine(tmp_path / "baked").apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+    backend = Tokenizer.from_file(str(tmp_path / "baked" / "tokenizer.json"))
+    assert backend.encode(text).ids[:5] == list(report.token_ids)
+
+
+def test_a_class_that_splits_special_tokens_is_refused(tmp_path: Path) -> None:
+    base = tiny(tmp_path / "base")
+    edit(base, CONFIG, split_special_tokens=True)
+    refused(base, tmp_path / "out", "a rendered conversation would not begin with the DefensiveTokens")
+
+
 # What other files would overrule ----------------------------------------------------------------------
 
 

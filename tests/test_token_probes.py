@@ -84,6 +84,18 @@ def test_harmless_normalisers_are_accepted(normalizer: Any, normalized: bool) ->
     assert first_disguise(tokenizer, controls(tokenizer)) is None
 
 
+PATTERNS = [("~~", "|"), ("&(lt|LT);", "<"), (r"<\s+", "<"), (r"(.)\1", "$1"), ("(?i)zero-?width", "")]
+
+
+@pytest.mark.parametrize(("pattern", "result"), PATTERNS)
+def test_a_pattern_whose_result_stands_in_a_normalised_token_is_taken_for_a_danger(pattern: str, result: str) -> None:
+    """What it matches can't be listed."""
+    for normalized in (True, False):
+        tokenizer = byte_level(normalizers.Replace(Regex(pattern), result), normalized=normalized)
+        assert (first_disguise(tokenizer, controls(tokenizer)) is not None) is normalized
+    assert first_disguise(sentencepiece(normalizers.Replace(Regex(" {2,}"), " ")), {"<s>": 1}) is None
+
+
 def test_a_token_with_a_space_that_is_written_otherwise_is_found() -> None:
     spaces = normalizers.Replace(" ", "▁")
     tokenizer = byte_level(spaces, tokens=("<|end of turn|>",), normalized=True)

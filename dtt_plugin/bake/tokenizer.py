@@ -202,8 +202,10 @@ class TokenizerFiles:
         return list(range(start, start + k))
 
     def first_without_row(self, n_rows: int) -> str | None:
-        """Return the added token whose id is the first that is no row of a matrix of `n_rows`, if there is one."""
-        return next((token.content for token_id, token in sorted(self.known.items()) if token_id >= n_rows), None)
+        """Return a token that only files beside tokenizer.json, or the class, add behind the last of `n_rows` rows."""
+        listed = {entry["id"] for entry in self._added}
+        beyond = [token_id for token_id in sorted(self.known) if token_id >= n_rows and token_id not in listed]
+        return self.known[beyond[0]].content if beyond else None
 
     def reserved_ids(self, k: int) -> list[int]:
         """Return the k highest ids of unused reserved tokens, ascending.
@@ -316,6 +318,9 @@ class TokenizerFiles:
             [entry for entry in (*self._added, *others) if entry["id"] not in token_ids] + entries,
             key=lambda entry: entry["id"],
         )
+        for key in ("truncation", "padding"):
+            if tokenizer.get(key):  # it would cut the tokens off, or stand in front of them
+                tokenizer[key] = None
         _rename_in_model(tokenizer["model"], replaced, dict(zip(token_ids, names, strict=True)))
         if not keep_bos:
             tokenizer["post_processor"] = _with_nothing_in_front(tokenizer.get("post_processor"))
@@ -372,7 +377,7 @@ def _no_tokenizer(folder: Path) -> str:
 
 
 def read_backend(path: Path) -> Tokenizer:
-    """Load a tokenizer.json with the library `tokenizers`.
+    """Load a tokenizer.json with the library `tokenizers`, without its padding and truncation.
 
     Raises:
         DttError: it refuses the file.
@@ -380,7 +385,10 @@ def read_backend(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_file(str(path))
+        backend = Tokenizer.from_file(str(path))
+        backend.no_padding()
+        backend.no_truncation()
+        return backend
     except BaseException as error:  # plain Exception, and for some files a panic, which is none
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise

@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dtt_plugin.checkpoint_folder import (
+    COPIED_HEADS,
     EMBEDDING_NAMES,
     HEAD_NAMES,
     INDEX_FILE,
     SINGLE_FILE,
     embedding_names,
+    is_copy,
     read_json_table,
     shards_of_index,
 )
 from dtt_plugin.errors import DttError
+from dtt_plugin.families import TIED_BY_DEFAULT
 from dtt_plugin.hub import download_checkpoint
 from dtt_plugin.public_names import is_hub_id
 from dtt_plugin.tensor_files import DTYPES, FLOAT_DTYPES, TensorLocation, read_header
@@ -81,6 +84,8 @@ class Checkpoint:
         if not found:
             raise DttError(self._no_embedding())
         if len(found) > 1:
+            found = [location for location in found if not is_copy(location.name)] or found
+        if len(found) > 1:
             rows = self._text_config().get("vocab_size")
             found = [location for location in found if location.shape[0] == rows] or found
         if len(found) > 1:
@@ -93,17 +98,35 @@ class Checkpoint:
         tensors = self.tensors()
         for ending in HEAD_NAMES:
             for name, location in tensors.items():
-                if (name == ending or name.endswith("." + ending)) and len(location.shape) == 2:
+                is_head = name == ending or name.endswith("." + ending)
+                if is_head and len(location.shape) == 2 and not is_copy(name):
                     return location
         return None
 
     @property
     def tied(self) -> bool:
-        """Whether the output head is the input embedding."""
-        if self.output_head() is None:
-            return True
-        flag = self.config().get("tie_word_embeddings", self._text_config().get("tie_word_embeddings"))
-        return bool(flag)
+        """Whether the output head is the input embedding, as far as can be said: also where no head is stored."""
+        return self.output_head() is None or self.says_tied
+
+    @property
+    def says_tied(self) -> bool:
+        """What config.json says of head and embedding; where it says nothing, what its family does."""
+        for table in (self.config(), self._text_config()):
+            if table.get("tie_word_embeddings") is not None:
+                return bool(table["tie_word_embeddings"])
+        return self.config().get("model_type") in TIED_BY_DEFAULT
+
+    def copies(self, location: TensorLocation) -> list[TensorLocation]:
+        """Return the other matrices of the same kind inside layers, which serve speculative decoding alone."""
+        kind = COPIED_HEADS if location == self.output_head() else EMBEDDING_NAMES
+        return [
+            other
+            for name, other in self.tensors().items()
+            if name != location.name
+            and is_copy(name)
+            and name.endswith(kind)
+            and (other.shape, other.dtype) == (location.shape, location.dtype)
+        ]
 
     def _text_config(self) -> dict[str, Any]:
         config = self.config()
@@ -155,6 +178,10 @@ def open_checkpoint(
         DttError: nothing usable is there; the sentence says what to do.
     """
     path = Path(model).expanduser()
+    try:
+        path.is_file()
+    except OSError as error:  # a name that no file system takes
+        raise DttError(f"{model[:80]!r} can't be opened: {error.strerror}.") from error
     if path.is_file():
         if need == "all" and (path.parent / INDEX_FILE).is_file():
             raise DttError(f"{model} is one of several weight files; give their folder, {path.parent}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,14 @@ EMBEDDING_NAMES = (
     "backbone.embedding.weight",
 )
 HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "output.weight")
+COPIED_HEADS = (*HEAD_NAMES, "shared_head.head.weight")
+_LONGEST_NAME = 255
+"""Bytes; file systems take no longer ones."""
 OTHER_TOWERS = ("vision", "visual", "audio", "image", "encoder.", "position")
+
+
+# A layer that predicts further tokens (DeepSeek-V3, GLM-4.5) has copies of embedding and head of its own.
+_COPIES = re.compile(r"(^|\.)(layers\.\d+|mtp\w*)\.")
 
 
 def embedding_names(names: Any) -> list[str]:
@@ -47,6 +55,27 @@ def embedding_names(names: Any) -> list[str]:
     ]
 
 
+def is_copy(name: str) -> bool:
+    """Return whether a tensor belongs to a layer, where a copy of embedding or head may stand for speculation."""
+    return _COPIES.search(name) is not None
+
+
+def check_within(path: Path, folder: Path) -> None:
+    """Refuse a small file that is a link out of the model's folder.
+
+    Its text would be copied into a checkpoint that may be published. In a hub cache a snapshot's links lead to
+    the blobs of the same repository. Weights may lie anywhere: people keep them on other disks, and a file that
+    is no safetensors is not read.
+
+    Raises:
+        DttError: it leads elsewhere.
+    """
+    real, root = path.resolve(), folder.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if not (real.is_relative_to(root) or real.is_relative_to(blobs)):
+        raise DttError(f"{path} is a link to a file outside the model's folder; put the file itself there.")
+
+
 def read_json_table(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
     """Read the JSON object in `path`.
 
@@ -55,12 +84,13 @@ def read_json_table(path: Path, *, missing: dict[str, Any] | None = None) -> dic
         missing: what to return where there is no such file; without it that is an error.
 
     Raises:
-        DttError: the file is missing, unreadable or not a JSON object.
+        DttError: the file is missing, unreadable or not a JSON object, or a link that leads out of its folder.
     """
     try:
+        check_within(path, path.parent)
         value = read_json(path)
     except FileNotFoundError as error:
-        if missing is not None:
+        if missing is not None and not path.is_symlink():
             return missing
         raise DttError(f"{path} is missing; download the checkpoint again.") from error
     except OSError as error:
@@ -76,7 +106,7 @@ def read_json_table(path: Path, *, missing: dict[str, Any] | None = None) -> dic
 
 def _plain_name(file: str) -> bool:
     """Return whether `file` names a file of one folder, in the way that every file system takes."""
-    return 0 < len(file.encode()) < 256 and Path(file).name == file and not set(file) & set("\\\0")
+    return Path(file).name == file and file not in ("", ".", "..") and not set(file) & set("\\\0")
 
 
 def shards_of_index(index: Path, *, need_embedding_only: bool = False) -> list[str]:
@@ -98,6 +128,8 @@ def shards_of_index(index: Path, *, need_embedding_only: bool = False) -> list[s
     files = sorted({weight_map[name] for name in wanted or weight_map})
     for file in files:
         # A link inside a hub snapshot leads to its blob, so the name is judged and not where it leads.
+        if len(file.encode()) > _LONGEST_NAME:
+            raise DttError(f"{index} names a file with a name of {len(file.encode())} bytes; download it again.")
         if not _plain_name(file):
             raise DttError(f"{index} names a file outside its folder ({file!r}); don't use this checkpoint.")
     return files

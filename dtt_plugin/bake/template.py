@@ -46,7 +46,7 @@ def defended_templates(
     return templates
 
 
-def _render(template: str, tokenizer: TokenizerFiles, messages: list[dict[str, str]]) -> str | None:
+def render(template: str, tokenizer: TokenizerFiles, messages: list[dict[str, str]], **variables: Any) -> str | None:
     """Render as transformers does; None where the template refuses or needs what only an engine has.
 
     Raises:
@@ -63,11 +63,7 @@ def _render(template: str, tokenizer: TokenizerFiles, messages: list[dict[str, s
     )
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda pattern: pattern
-    specials: dict[str, Any] = {
-        key: value["content"] if isinstance(value, dict) else value
-        for key, value in tokenizer.config.items()
-        if key.endswith("_token") and value
-    }
+    variables = {**tokenizer.special_tokens, **variables}
     try:
         compiled = environment.from_string(_GENERATION_TAG.sub("", template))
     except jinja2.TemplateSyntaxError as error:
@@ -76,7 +72,7 @@ def _render(template: str, tokenizer: TokenizerFiles, messages: list[dict[str, s
             "correct it, or choose a published format with --prompt-format."
         ) from error
     try:
-        return compiled.render(messages=messages, add_generation_prompt=True, **specials)
+        return compiled.render(messages=messages, add_generation_prompt=True, **variables)
     except Exception:  # a template is a program of the model's: whatever it raises, it does not render this
         return None
 
@@ -84,16 +80,16 @@ def _render(template: str, tokenizer: TokenizerFiles, messages: list[dict[str, s
 def _renders_bos(template: str | None, tokenizer: TokenizerFiles) -> bool:
     if not template:
         return False
-    rendered = _render(template, tokenizer, [{"role": "user", "content": _USER}])
+    rendered = render(template, tokenizer, [{"role": "user", "content": _USER}])
     return rendered is None or rendered.startswith(tokenizer.bos)
 
 
 def _check_system_role(template: str | None, tokenizer: TokenizerFiles) -> None:
     """Refuse a template that can render a conversation but not its trusted instruction."""
-    if not template or _render(template, tokenizer, [{"role": "user", "content": _USER}]) is None:
+    if not template or render(template, tokenizer, [{"role": "user", "content": _USER}]) is None:
         return
     messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}]
-    rendered = _render(template, tokenizer, messages)
+    rendered = render(template, tokenizer, messages)
     if rendered is None or _SYSTEM not in rendered:
         raise DttError(
             f"The chat template of {tokenizer.folder} has no system role; bake with --system-in-user to put the "

@@ -11,6 +11,7 @@ import numpy as np
 from dtt_plugin.bake.manifest import altered_since, is_defended_checkpoint, read_manifest
 from dtt_plugin.checkpoint import open_checkpoint
 from dtt_plugin.errors import DttError
+from dtt_plugin.formats import protection
 from dtt_plugin.peft_adapter import CONFIG_FILE as ADAPTER_CONFIG
 from dtt_plugin.tensor_files import read_header
 from dtt_plugin.tokens import FORMAT as TOKENS_FORMAT
@@ -123,6 +124,7 @@ def _defended(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     tokens = manifest["tokens"]
     altered = altered_since(path, manifest)
+    plain_markers = [str(marker) for marker in manifest.get("plain_text_markers", [])]
     changes = [
         *(f"{name} is missing" for name in altered.missing),
         *(f"{name} was changed" for name in altered.changed),
@@ -140,6 +142,8 @@ def _defended(path: Path) -> dict[str, Any]:
         "token_ids": manifest["token_ids"],
         "prompt_format": manifest["prompt_format"],
         "default": "on" if manifest["default_on"] else "off: a plain server is undefended",
+        "trusts": "system, developer" + ", assistant" * bool(manifest.get("trust_assistant", True)),
+        "not_protected": protection(manifest["prompt_format"], plain_markers),
         "untied": manifest["base_tied"],
         "reuse_reserved": manifest["reuse_reserved"],
         "verified_when_baked": all(entry["sha256"] for entry in manifest["changed_tensors"].values()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from dtt_plugin.checkpoint_folder import read_json_table
 from dtt_plugin.costs import recorded_costs
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_bytes, write_json
+from dtt_plugin.formats import protection
 
 MANIFEST = "dtt_checkpoint.json"
 FORMAT = "dtt.checkpoint/1"
@@ -74,6 +75,8 @@ def manifest_of(
     *,
     prompt_format: str,
     default_on: bool,
+    trust_assistant: bool,
+    plain_markers: Sequence[str],
     reuse_reserved: bool,
     template: str,
     tensor_digests: Mapping[str, str],
@@ -102,6 +105,8 @@ def manifest_of(
         "reuse_reserved": reuse_reserved,
         "prompt_format": prompt_format,
         "default_on": default_on,
+        "trust_assistant": trust_assistant,
+        "plain_text_markers": list(plain_markers),
         "chat_template_sha256": sha256_bytes(template.encode()),
         "changed_tensors": {
             change.name: {
@@ -227,7 +232,9 @@ def files_of(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in paths if path.name != MANIFEST)
 
 
-def card(plan: BakePlan, *, prompt_format: str, default_on: bool) -> str:
+def card(
+    plan: BakePlan, *, prompt_format: str, default_on: bool, trust_assistant: bool, plain_markers: Sequence[str]
+) -> str:
     """Return the README.md of a defended checkpoint."""
     tokens = plan.tokens
     state = (
@@ -237,6 +244,8 @@ def card(plan: BakePlan, *, prompt_format: str, default_on: bool) -> str:
     )
     base = plan.checkpoint.name + (f" (revision {plan.checkpoint.revision})" if plan.checkpoint.revision else "")
     source = f", from {tokens.source_model}" if tokens.source_model else ""
+    sentence = protection(prompt_format, plain_markers)
+    unprotected = f"- {sentence}\n" if sentence else ""
     return (
         f"# {Path(plan.checkpoint.name).name} with DefensiveTokens\n\n"
         f"A copy of `{base}` with {tokens.k} DefensiveTokens ({tokens.method}{source}) against prompt\n"
@@ -244,8 +253,10 @@ def card(plan: BakePlan, *, prompt_format: str, default_on: bool) -> str:
         f"- Tokens: {', '.join(f'`{name}`' for name in plan.names)}, ids {plan.token_ids[0]} to "
         f"{plan.token_ids[-1]}, SHA-256 of their values {tokens.digest}\n"
         f"- Prompt format: {prompt_format}\n"
-        "- System messages are trusted. User and tool messages are data: the chat template breaks control\n"
-        "  tokens in them.\n"
+        f"- System and developer messages{' and the assistant' * trust_assistant} are trusted. All else is data:\n"
+        f"  {'' if trust_assistant else 'assistant, '}user and tool messages, documents, tools. The chat template"
+        " breaks control tokens in it.\n"
+        f"{unprotected}"
         "- Without the tokens the logits of the original vocabulary are those of the base model.\n\n"
         f"Made by dtt-plugin {__version__}; `dtt inspect` on this folder checks it.\n"
     )

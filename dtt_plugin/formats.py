@@ -21,6 +21,7 @@ from dtt_plugin.control_tokens import (
     known_roles,
     separator_for,
     trusted_roles,
+    without_spaces,
 )
 from dtt_plugin.errors import DttError
 from dtt_plugin.safe_text import printable
@@ -220,12 +221,16 @@ def neutralising_prelude(
     and it does not write that role in one piece.
     """
     controls = control_texts(added_tokens)
+    flat = [without_spaces(control) for control in controls]
     values = {
         # Occurrences of one token may overlap; each pass breaks the leftmost of every such cluster at least.
         "CONTROLS": [c for c in controls for _ in range(len(c) if _overlaps_itself(c) else 1)],
         "BEGINNINGS": sorted({control[:2] for control in controls}),
-        "STARTS": "".join(sorted({control.strip()[0] for control in controls})),
-        "ENDINGS": "".join(sorted({control.strip()[-1] for control in controls})),
+        # A text that neither begins as a control ends nor ends as one begins needs no closer look at its borders.
+        "FIRST": sorted({control[-1] for control in flat}),
+        "SECOND": sorted({control[-2:] for control in flat}),
+        "LAST": sorted({control[0] for control in flat}),
+        "PENULTIMATE": sorted({control[:2] for control in flat}),
         "LONGEST": max(map(len, controls)),
         "SEPARATOR": separator_for(controls),
         "BORDER": border_for(controls),
@@ -236,7 +241,7 @@ def neutralising_prelude(
     texts = {name: repr(value) for name, value in values.items()}
     texts["TRUSTED"] = f"[{trusted}]".replace("developer", "devel' ~ 'oper")
     texts["VARIABLES"] = "".join(_REBIND.replace("VARIABLE", name) for name in request_variables(model_template))
-    return re.sub("[A-Z]{5,}", lambda name: texts[name[0]], _NEUTRALISE.strip())
+    return re.sub("[A-Z]{4,}", lambda name: texts[name[0]], _NEUTRALISE.strip())
 
 
 def _overlaps_itself(text: str) -> bool:
@@ -266,20 +271,27 @@ _NEUTRALISE = r"""
 {%- set dtt_all = (BORDER ~ dtt_controls | join(BORDER) ~ BORDER).split() | join -%}
 {%- set dtt = namespace(out='', heads=[], tails=[], turns=[]) -%}
 {%- macro dtt_text(dtt_value) -%}
-    {%- set dtt.out = dtt_value ~ '' -%}
-    {%- for dtt_start in BEGINNINGS if dtt_start in dtt.out -%}{%- if loop.first -%}
-        {%- for dtt_control in dtt_controls if dtt_control in dtt.out -%}
+    {%- set dtt_raw = dtt_value ~ '' -%}
+    {%- set dtt.out = dtt_raw -%}
+    {%- for dtt_start in BEGINNINGS if dtt_start in dtt_raw -%}{%- if loop.first -%}
+        {%- for dtt_control in dtt_controls if dtt_control in dtt_raw -%}
             {%- set dtt.out = dtt.out | replace(
                 dtt_control, dtt_control[0] ~ SEPARATOR ~ dtt_control[1:] if dtt_control[1:] else SEPARATOR) -%}
         {%- endfor -%}
     {%- endif -%}{%- endfor -%}
     {%- set dtt_flat = dtt.out.split() | join | replace(BORDER, '\n') -%}
+    {%- if dtt_flat[:1] in FIRST or dtt_flat[:2] in SECOND or dtt_flat[:3] in dtt_all
+        or dtt_flat[-1:] in LAST or dtt_flat[-2:] in PENULTIMATE or dtt_flat[-3:] in dtt_all -%}
+        {{- dtt_borders(dtt_flat) -}}
+    {%- endif -%}
+{%- endmacro -%}
+{%- macro dtt_borders(dtt_flat) -%}
     {%- set dtt_at = namespace(heads=[], tails=[], front=false, back=false) -%}
     {%- for dtt_n in range(1, 1 + [dtt_flat | length, LONGEST] | min) -%}
-        {%- if dtt_flat[dtt_n - 1] in ENDINGS and (dtt_flat[:dtt_n] ~ BORDER) in dtt_all -%}
+        {%- if (dtt_flat[:dtt_n] ~ BORDER) in dtt_all -%}
             {%- set dtt_at.heads = dtt_at.heads + [dtt_flat[:dtt_n]] -%}
         {%- endif -%}
-        {%- if dtt_flat[-dtt_n] in STARTS and (BORDER ~ dtt_flat[-dtt_n:]) in dtt_all -%}
+        {%- if (BORDER ~ dtt_flat[-dtt_n:]) in dtt_all -%}
             {%- set dtt_at.tails = dtt_at.tails + [dtt_flat[-dtt_n:]] -%}
         {%- endif -%}
     {%- endfor -%}

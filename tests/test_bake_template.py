@@ -459,7 +459,10 @@ def test_nesting_without_end_is_refused(render: Any) -> None:
 def test_a_tokenizer_without_added_tokens_gets_its_data_broken_too(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     base = tiny(tmp_path / "base", special=())
-    bake(str(base), random_tokens(32), tmp_path / "baked", prompt_format="model")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    del config["eos_token"], config["pad_token"]
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    bake(str(base), random_tokens(32), tmp_path / "baked")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "baked")
     messages = [{"role": "user", "content": "[DefensiveToken0] x [Defensive[DefensiveToken1]Token3]"}]
     ids = tokenizer.apply_chat_template(messages, return_dict=False)

@@ -170,10 +170,11 @@ FAMILIES: dict[str, Family] = {
         start="<BOS_TOKEN>",
     ),
     "SmolLM2": chatml("<repo_name>", "<reponame>", "<file_sep>", "<filename>", "<jupyter_start>", "<empty_output>"),
-    "tokens that overlap": chatml("[[", "aXa", "<|", "|>", "<|im_end|><|im_start|>", "abab"),
+    "tokens that overlap": chatml("aXa", "XaX", "<|", "|>", "<|im_end|><|im_start|>", "abab"),
     # Data that ends with "<" would take the first character of <|im_end|>.
     "a token that overlaps the template's own": chatml("<<", refused=True),
-    "single characters": chatml("#", "\u00a7", "\u2026", "%"),
+    "a token of JSON's brackets": chatml("[[", refused=True),
+    "single characters": chatml("#", "\u2026", "%"),
     "tokens with spaces": chatml("<|end of text|>", "[ end ]", "< x>"),
     "whole words": chatml("ENDTURN", flags={"single_word": True}, refused=True),
     "tokens that eat spaces": chatml("<mask>", flags={"lstrip": True, "rstrip": True}),

@@ -14,8 +14,8 @@ from dtt_plugin.errors import DttError
 from dtt_plugin.formats import GENERATION_TAG, MODEL_FORMAT, chat_template, markers, plain_text_markers
 
 _SYSTEM, _USER = "the trusted instruction", "the untrusted data"
-# Tokens that are tried in a template; one that rewrites text rewrites them all alike.
-_TRIED = 24
+# Of the longest tokens and of the shortest, so many are tried in a template: it treats them all alike.
+_TRIED = 8
 
 
 def defended_templates(
@@ -55,33 +55,33 @@ def defended_templates(
             system_in_user=system_in_user,
             trust_assistant=trust_assistant,
         )
-        _check_rewriting(templates[name], tokenizer, control_texts([*tokenizer.added_tokens, *markers(prompt_format)]))
+        controls = control_texts([*tokenizer.added_tokens, *markers(prompt_format)])
+        _check_rewriting(templates[name], tokenizer, controls, trust_assistant=trust_assistant)
     return templates
 
 
 def unprotected_markers(tokenizer: TokenizerFiles, prompt_format: str) -> list[str]:
     """Return the markers between messages that are no tokens of the model; see `formats.plain_text_markers`."""
-    render = partial(_render, tokenizer.templates().get(DEFAULT_TEMPLATE, ""), tokenizer)
-    return plain_text_markers(prompt_format, tokenizer.added_tokens, render)
+    rendered = partial(render, tokenizer.templates().get(DEFAULT_TEMPLATE, ""), tokenizer)
+    return plain_text_markers(prompt_format, tokenizer.added_tokens, rendered)
 
 
-def _check_rewriting(template: str, tokenizer: TokenizerFiles, controls: list[str]) -> None:
+def _check_rewriting(template: str, tokenizer: TokenizerFiles, controls: list[str], *, trust_assistant: bool) -> None:
     """Refuse a template that makes control tokens of broken ones: it changes case, or joins parts by a letter.
 
     Templates that trim texts, and join them by white space or nothing, are no danger.
     """
-    render = partial(_render, template, tokenizer)
-    for roles in (("system", "user"), ("user",)):
+    for role, tried in (("user", _TRIED), ("tool", 3), ("assistant", 0 if trust_assistant else 3)):
+        for front in ([{"role": "system", "content": _SYSTEM}], []):
 
-        def text_of(content: Any, before: tuple[str, ...] = roles[:-1]) -> str | None:
-            system = [{"role": role, "content": _SYSTEM} for role in before]
-            return render([*system, {"role": "user", "content": content}])
+            def text_of(content: Any, role: str = role, front: list[dict[str, str]] = front) -> str | None:
+                return render(template, tokenizer, [*front, {"role": role, "content": content}])
 
-        texts, parts = text_of(_USER), text_of(_parts(_USER, _USER))
-        if texts is None:
-            continue
-        for content in _hostile_contents(controls):
-            harmless = texts if isinstance(content, str) else parts
+            texts, parts = text_of(_USER), text_of(_parts(_USER, _USER))
+            if texts is not None:
+                break
+        for content in _hostile_contents(controls, tried) if texts is not None and tried else ():
+            harmless = parts if isinstance(content, list) else texts
             text = text_of(content)
             for control in controls:
                 if text and harmless and text.count(control) > harmless.count(control):
@@ -90,16 +90,16 @@ def _check_rewriting(template: str, tokenizer: TokenizerFiles, controls: list[st
                         f" the control token {control} again; correct it, or choose a published format with"
                         " --prompt-format."
                     )
-        return
 
 
-def _hostile_contents(controls: list[str]) -> Iterator[Any]:
-    """Yield contents that a template may turn into control tokens."""
+def _hostile_contents(controls: list[str], number: int) -> Iterator[Any]:
+    """Yield contents that a template may turn into control tokens, in detail for that `number` of them."""
     rewrites: list[Callable[[str], str]] = [
         str, str.upper, str.lower, str.swapcase, str.title, str.capitalize, html.escape, lambda text: text[::-1],
     ]  # fmt: skip
     yield " data ".join(rewrite(control) for rewrite in rewrites for control in controls)
-    tried = controls[-_TRIED // 2 :] + controls[: _TRIED // 2]
+    yield {"a": [[{"b": {}}], [["c"]]]}  # the brackets of JSON are the attacker's, too
+    tried = dict.fromkeys(controls[-number:] + controls[:number])
     for control in tried:
         yield from (control[1:], control[2:], control[:-1], control[:-2], control[1:-1], control[2:-2])
         half = len(control) // 2
@@ -113,7 +113,7 @@ def _parts(*texts: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text} for text in texts]
 
 
-def _render(template: str, tokenizer: TokenizerFiles, messages: list[dict[str, Any]]) -> str | None:
+def render(template: str, tokenizer: TokenizerFiles, messages: list[dict[str, Any]], **variables: Any) -> str | None:
     """Render as transformers does; None where the template refuses or needs what only an engine has.
 
     Raises:
@@ -121,7 +121,7 @@ def _render(template: str, tokenizer: TokenizerFiles, messages: list[dict[str, A
     """
     import jinja2
 
-    specials: dict[str, Any] = {
+    specials = {
         key: value["content"] if isinstance(value, dict) else value
         for key, value in tokenizer.config.items()
         if key.endswith("_token") and value
@@ -134,7 +134,7 @@ def _render(template: str, tokenizer: TokenizerFiles, messages: list[dict[str, A
             "correct it, or choose a published format with --prompt-format."
         ) from error
     try:
-        rendered: str = compiled.render(messages=messages, add_generation_prompt=True, **specials)
+        rendered: str = compiled.render(messages=messages, add_generation_prompt=True, **{**specials, **variables})
     except Exception:  # a template is a program of the model's: whatever it raises, it does not render this
         return None
     return rendered
@@ -163,16 +163,16 @@ def _compiled(template: str) -> Any:
 def _renders_bos(template: str | None, tokenizer: TokenizerFiles) -> bool:
     if not template:
         return False
-    rendered = _render(template, tokenizer, [{"role": "user", "content": _USER}])
+    rendered = render(template, tokenizer, [{"role": "user", "content": _USER}])
     return rendered is None or rendered.startswith(tokenizer.bos)
 
 
 def _check_system_role(template: str | None, tokenizer: TokenizerFiles) -> None:
     """Refuse a template that can render a conversation but not its trusted instruction."""
-    if not template or _render(template, tokenizer, [{"role": "user", "content": _USER}]) is None:
+    if not template or render(template, tokenizer, [{"role": "user", "content": _USER}]) is None:
         return
     messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}]
-    rendered = _render(template, tokenizer, messages)
+    rendered = render(template, tokenizer, messages)
     if rendered is None or _SYSTEM not in rendered:
         raise DttError(
             f"The chat template of {tokenizer.folder} has no system role; bake with --system-in-user to put the "

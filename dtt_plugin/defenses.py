@@ -66,6 +66,8 @@ def apply_prompt_defenses(messages: Sequence[Message], defenses: Collection[str]
             " (the untrusted data); this task gives none, so the defense can't be applied to it."
         )
     instruction = system["content"]
+    if not isinstance(instruction, str) or not isinstance(user["content"], str):
+        raise DttError(f"defense={'+'.join(wanted)} needs messages whose content is text, not parts.")
     if "reminder" in wanted:
         system["content"] = instruction + REMINDER
     if "sandwich" in wanted:

@@ -22,6 +22,7 @@ from dtt_plugin.bake.manifest import (
 from dtt_plugin.checkpoint import open_checkpoint
 from dtt_plugin.costs import recorded_costs
 from dtt_plugin.errors import DttError
+from dtt_plugin.formats import protection
 from dtt_plugin.input_files import open_regular
 from dtt_plugin.licence import licence_of
 from dtt_plugin.peft_adapter import CONFIG_FILE as ADAPTER_CONFIG
@@ -157,6 +158,7 @@ def _defended(path: Path) -> dict[str, Any]:
     altered = altered_since(path, manifest)
     default, mismatch = _default(path, manifest)
     sampled = sampled_files(manifest)
+    plain_markers = [str(marker) for marker in manifest.get("plain_text_markers", [])]
     changes = [
         *(f"{name} is missing" for name in altered.missing),
         *(f"{name} was changed" for name in altered.changed),
@@ -174,6 +176,8 @@ def _defended(path: Path) -> dict[str, Any]:
         "token_ids": manifest["token_ids"],
         "prompt_format": manifest["prompt_format"],
         "default": default,
+        "trusts": "system, developer" + ", assistant" * bool(manifest.get("trust_assistant", True)),
+        "not_protected": protection(manifest["prompt_format"], plain_markers),
         "untied": manifest["base_tied"],
         "reuse_reserved": manifest["reuse_reserved"],
         "verified_when_baked": all(entry["sha256"] for entry in manifest["changed_tensors"].values()),

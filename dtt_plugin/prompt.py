@@ -15,15 +15,23 @@ from typing import Any
 
 from dtt_plugin.control_tokens import (
     DEFENSIVE_TOKEN_PREFIX,
-    TRUSTED_ROLES,
+    Neutraliser,
     control_texts,
-    neutralise,
     separator_for,
+    strings_in,
+    trusted_roles,
 )
 from dtt_plugin.defenses import TOKENS, Message, apply_prompt_defenses
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_json
-from dtt_plugin.formats import MODEL_FORMAT, chat_template, markers
+from dtt_plugin.formats import (
+    MODEL_FORMAT,
+    chat_template,
+    markers,
+    plain_text_markers,
+    protection,
+    request_variables,
+)
 
 logger = logging.getLogger("dtt_plugin")
 
@@ -79,18 +87,23 @@ class PromptRenderer:
         if extra_bos and not tokenizer.bos_token:
             raise DttError("add_bos_token=True: this model's tokenizer has no BOS token; leave the argument out.")
         self._front = tokenizer.bos_token if extra_bos else ""
-        known = tokenizer.get_vocab()
-        if foreign := [marker for marker in markers(prompt_format) if marker not in known]:
-            logger.warning(
-                "prompt_format=%s: %s no token of this model, so it will read it as plain text.",
-                prompt_format,
-                f"{', '.join(foreign)} {'is' if len(foreign) == 1 else 'are'}",
-            )
         added = tokenizer.get_added_vocab()
-        self.controls = control_texts([*added, *tokenizer.all_special_tokens])
+        tokens = [*added, *tokenizer.all_special_tokens]
+        self.controls = control_texts([*tokens, *markers(prompt_format)])
+        if said := protection(prompt_format, plain_text_markers(prompt_format, tokens, self._try)):
+            logger.warning("%s", said)
         self.separator = separator_for(self.controls)
         self._control_ids = {i for text, i in added.items() if text.strip()} | set(tokenizer.all_special_ids)
+        neutraliser = Neutraliser(self.controls)
+        for name in self.template_args.keys() & set(request_variables(self.template)):
+            self.template_args[name] = neutraliser.value(self.template_args[name])
         self._opening = self._common_opening()
+
+    def _try(self, messages: Sequence[Message]) -> str | None:
+        try:
+            return self._apply(self.template, messages)
+        except DttError:
+            return None
 
     def _missing_bos(self, model_template: str | None) -> str:
         """Return the BOS text where the tokenizer adds a BOS to plain text and the template renders none."""
@@ -149,21 +162,13 @@ class PromptRenderer:
             DttError: the template drops the instruction or the data, a prompt defense does not apply, or
                 untrusted data would still yield a control token.
         """
-        safe: list[Message] = []
-        count = 0
-        for message in messages:
-            if message["role"] not in TRUSTED_ROLES:
-                if not isinstance(message["content"], str):
-                    raise DttError(f"A {message['role']} message has content that is no text; it can't be rendered.")
-                text, broken = neutralise(message["content"], self.controls, self.separator)
-                count += broken
-                message = {**message, "content": text}
-            safe.append(message)
+        neutraliser = Neutraliser(self.controls, template=self.template)
+        safe: list[Message] = neutraliser.messages(messages)
         defended = apply_prompt_defenses(safe, self.defenses)
         text = self._front + self._apply(self.template, defended, generation_prompt)
         self._check_complete(text, defended)
-        self._check_control_ids(text, messages, generation_prompt)
-        return Prompt(text, defended, count)
+        self._check_control_ids(text, safe, generation_prompt)
+        return Prompt(text, defended, neutraliser.occurrences)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a rendered prompt, or of a continuation: nothing is added."""
@@ -172,7 +177,7 @@ class PromptRenderer:
 
     def _check_complete(self, text: str, messages: Sequence[Message]) -> None:
         for message in messages:
-            if message["role"] != "assistant" and message["content"].strip() not in text:
+            if message["role"] != "assistant" and any(part.strip() not in text for part in _texts(message["content"])):
                 raise DttError(
                     f"The chat template (prompt_format={self.prompt_format}) drops or rewrites the"
                     f" {message['role']} message; choose a published format with prompt_format=, or another model."
@@ -180,13 +185,21 @@ class PromptRenderer:
 
     def _check_control_ids(self, text: str, messages: Sequence[Message], generation_prompt: bool) -> None:
         """Second line of defense: the prompt has the control ids of the same prompt with harmless data."""
-        harmless = [
-            message if message["role"] in TRUSTED_ROLES else {**message, "content": _INNOCUOUS} for message in messages
-        ]
+        harmless: list[Message] = []
+        surplus: Counter[int] = Counter()
+        for message in messages:
+            if message["role"] not in trusted_roles():
+                # Of other fields and shapes a template may need any value, so each string is looked at by itself.
+                content = message.get("content")
+                plain = {"role", "content"} if isinstance(content, str) else {"role"}
+                for string in strings_in({key: item for key, item in message.items() if key not in plain}):
+                    surplus += self._count_controls(string)
+                message = {**message, "content": _harmless(content)}
+            harmless.append(message)
         expected = self._front + self._apply(
             self.template, apply_prompt_defenses(harmless, self.defenses), generation_prompt
         )
-        surplus = self._count_controls(text) - self._count_controls(expected)
+        surplus += self._count_controls(text) - self._count_controls(expected)
         if surplus:
             names = ", ".join(self.tokenizer.convert_ids_to_tokens(list(surplus)))
             raise DttError(
@@ -203,6 +216,24 @@ class PromptRenderer:
         return sha256_json(
             [self.template, self.defenses, self._front, self.template_args, self.controls, self.separator]
         )
+
+
+def _texts(content: Any) -> list[str]:
+    """Return the texts of a content: it may be one, or parts as the OpenAI API has them."""
+    if isinstance(content, str):
+        return [content]
+    if isinstance(content, Mapping):
+        return _texts(content.get("text"))
+    return [text for part in content for text in _texts(part)] if isinstance(content, list) else []
+
+
+def _harmless(content: Any) -> Any:
+    """Return a content of the same shape with other texts."""
+    if isinstance(content, Mapping) and "text" in content:
+        return {**content, "text": _harmless(content["text"])}
+    if isinstance(content, list):
+        return [_harmless(part) for part in content]
+    return _INNOCUOUS if isinstance(content, str) else content
 
 
 def model_template(tokenizer: Any) -> str | None:

@@ -20,7 +20,7 @@ from dtt_plugin.bake.manifest import (
     write_manifest,
 )
 from dtt_plugin.bake.plan import BakePlan, make_plan
-from dtt_plugin.bake.template import defended_templates
+from dtt_plugin.bake.template import defended_templates, unprotected_markers
 from dtt_plugin.bake.tokenizer import DEFAULT_TEMPLATE, TokenizerFiles
 from dtt_plugin.bake.verify import verify as verify_checkpoint
 from dtt_plugin.bake.weights import write_overlay, write_weights
@@ -62,6 +62,9 @@ class BakeReport:
     """The base model's output head was its input embedding; the result has a head of its own."""
     prompt_format: str
     default_on: bool
+    trust_assistant: bool
+    plain_text_markers: tuple[str, ...]
+    """Markers between messages that are no tokens of the model; `formats.protection` says what that means."""
     changed_tensors: tuple[str, ...]
     bytes_written: int
     """Of weight files that were not linked."""
@@ -80,6 +83,7 @@ def bake(
     default_on: bool = True,
     reuse_reserved: bool = False,
     system_in_user: bool = False,
+    trust_assistant: bool = False,
     keep_bos: bool = False,
     overlay: bool = False,
     copy: bool = False,
@@ -100,6 +104,7 @@ def bake(
         default_on: whether the tokens stand in prompts of requests that leave `add_defensive_tokens` out.
         reuse_reserved: overwrite unused reserved tokens, so that no tensor changes its shape.
         system_in_user: for templates without a system role: put the system message in front of the user's.
+        trust_assistant: leave control tokens in assistant messages as they are.
         keep_bos: let the tokenizer go on adding a BOS to plain text by itself.
         overlay: write the changed tensors alone, for loaders that read files in the order of their names
             (transformers, vLLM's default); no tensor may grow.
@@ -122,8 +127,14 @@ def bake(
     plan = make_plan(checkpoint, tokens, tokenizer, reuse_reserved=reuse_reserved)
     prompt_format = check_format(prompt_format or tokens.prompt_format)
     templates = defended_templates(
-        tokenizer, prompt_format, k=tokens.k, default_on=default_on, system_in_user=system_in_user
+        tokenizer,
+        prompt_format,
+        k=tokens.k,
+        default_on=default_on,
+        system_in_user=system_in_user,
+        trust_assistant=trust_assistant,
     )
+    plain_markers = unprotected_markers(tokenizer, prompt_format)
     with (
         staged(out, force=force, replaceable=is_defended_checkpoint) as folder,
         ThreadPoolExecutor(1, thread_name_prefix="dtt-sync") as disk,
@@ -140,7 +151,14 @@ def bake(
         # The disk writes while the rest is made and verified.
         synced = disk.map(sync, [folder / name for name in how if how[name] in ("written", "copied")])
         (folder / "README.md").write_text(
-            card(plan, prompt_format=prompt_format, default_on=default_on), encoding="utf-8"
+            card(
+                plan,
+                prompt_format=prompt_format,
+                default_on=default_on,
+                trust_assistant=trust_assistant,
+                plain_markers=plain_markers,
+            ),
+            encoding="utf-8",
         )
         digests = verify_checkpoint(plan, folder) if verify else {}
         list(synced)  # or a full disk is said here
@@ -148,6 +166,8 @@ def bake(
             plan,
             prompt_format=prompt_format,
             default_on=default_on,
+            trust_assistant=trust_assistant,
+            plain_markers=plain_markers,
             reuse_reserved=reuse_reserved,
             template=templates[DEFAULT_TEMPLATE],
             tensor_digests=digests,
@@ -169,6 +189,8 @@ def bake(
         untied=plan.untie,
         prompt_format=prompt_format,
         default_on=default_on,
+        trust_assistant=trust_assistant,
+        plain_text_markers=tuple(plain_markers),
         changed_tensors=tuple(change.name for change in plan.changes),
         bytes_written=written,
         bytes_linked=sum(sizes.values()) - written,

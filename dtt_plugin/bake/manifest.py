@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from dtt_plugin.checkpoint_folder import read_json_table
 from dtt_plugin.costs import recorded_costs
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_bytes, write_json
-from dtt_plugin.formats import default_of_template
+from dtt_plugin.formats import default_of_template, protection
 from dtt_plugin.input_files import read_bytes
 from dtt_plugin.licence import inherited, licence_of
 from dtt_plugin.public_names import public_name, public_text
@@ -80,6 +80,8 @@ def manifest_of(
     *,
     prompt_format: str,
     default_on: bool,
+    trust_assistant: bool,
+    plain_markers: Sequence[str],
     reuse_reserved: bool,
     template: str,
     tensor_digests: Mapping[str, str],
@@ -110,6 +112,8 @@ def manifest_of(
         "reuse_reserved": reuse_reserved,
         "prompt_format": prompt_format,
         "default_on": default_on,
+        "trust_assistant": trust_assistant,
+        "plain_text_markers": list(plain_markers),
         "chat_template_sha256": sha256_bytes(template.encode()),
         "changed_tensors": {
             change.name: {
@@ -280,7 +284,9 @@ def _entries_of(folder: Path) -> set[str]:
     return entries - {MANIFEST}
 
 
-def card(plan: BakePlan, *, prompt_format: str, default_on: bool) -> str:
+def card(
+    plan: BakePlan, *, prompt_format: str, default_on: bool, trust_assistant: bool, plain_markers: Sequence[str]
+) -> str:
     """Return the README.md of a defended checkpoint."""
     tokens = plan.tokens
     state = (
@@ -291,6 +297,8 @@ def card(plan: BakePlan, *, prompt_format: str, default_on: bool) -> str:
     name = public_name(plan.checkpoint.name)
     base = name + (f" (revision {plan.checkpoint.revision})" if plan.checkpoint.revision else "")
     source = f", from {public_name(tokens.source_model)}" if tokens.source_model else ""
+    sentence = protection(prompt_format, plain_markers)
+    unprotected = f"- {sentence}\n" if sentence else ""
     licence = licence_of(tokens)
     terms = f"The tokens come from published ones, which are {licence}: no commercial use.\n\n" if licence else ""
     return (
@@ -300,8 +308,10 @@ def card(plan: BakePlan, *, prompt_format: str, default_on: bool) -> str:
         f"- Tokens: {', '.join(f'`{name}`' for name in plan.names)}, ids {plan.token_ids[0]} to "
         f"{plan.token_ids[-1]}, SHA-256 of their values {tokens.digest}\n"
         f"- Prompt format: {prompt_format}\n"
-        "- System messages are trusted. User and tool messages are data: the chat template breaks control\n"
-        "  tokens in them.\n"
+        f"- System and developer messages{' and the assistant' * trust_assistant} are trusted. All else is data:\n"
+        f"  {'' if trust_assistant else 'assistant, '}user and tool messages, documents, tools. The chat template"
+        " breaks control tokens in it.\n"
+        f"{unprotected}"
         "- Without the tokens the logits of the original vocabulary are those of the base model.\n\n"
         f"{terms}Made by dtt-plugin {__version__}; `dtt inspect` on this folder checks it.\n"
     )

@@ -17,6 +17,9 @@ from collections.abc import Sequence
 from dtt_plugin.control_tokens import TRUSTED_ROLES, broken, control_texts, separator_for
 from dtt_plugin.errors import DttError
 
+TOKENS_SWITCH = "add_defensive_tokens"
+"""The template variable that switches the DefensiveTokens."""
+
 MODEL_FORMAT = "model"
 """The model's own chat template, with the DefensiveTokens in front of everything."""
 
@@ -93,9 +96,9 @@ def chat_template(
     Raises:
         DttError: unknown format, or the format "model" and a model without a template.
     """
-    switch = "add_defensive_tokens is not defined or add_defensive_tokens"
+    switch = f"{TOKENS_SWITCH} is not defined or {TOKENS_SWITCH}"
     if not default_on:
-        switch = "add_defensive_tokens is defined and add_defensive_tokens"
+        switch = f"{TOKENS_SWITCH} is defined and {TOKENS_SWITCH}"
     names = "".join(defensive_token_names(k))
     tokens = f"{{%- if {switch} -%}}{{{{- {names!r} -}}}}{{%- endif -%}}" if k else ""
     tokens += neutralising_prelude(control_tokens) if control_tokens else ""
@@ -106,7 +109,8 @@ def chat_template(
                 "The model's tokenizer has no chat template; choose a published one with prompt_format= "
                 f"({', '.join(_PUBLISHED)}), or use an instruction-tuned model."
             )
-        return tokens + (f"{{{{- {bos!r} -}}}}" if bos else "") + model_template
+        tokens += f"{{{{- {bos!r} -}}}}" if bos else ""
+        return tokens + _THEN_AS_IT_IS + model_template if tokens else model_template
     start, before_role, after_role, after_content, generation = (repr(part) for part in _PUBLISHED[prompt_format])
     return (
         f"{tokens}{{{{- {start} -}}}}"
@@ -116,6 +120,11 @@ def chat_template(
         "{%- endfor -%}"
         f"{{%- if add_generation_prompt -%}}{{{{- {generation} -}}}}{{%- endif -%}}"
     )
+
+
+# Chat templates are rendered with trim_blocks and lstrip_blocks. The line feed is eaten with the comment, so the
+# model's template starts on a line of its own and keeps the white space that it has without us, no more and no less.
+_THEN_AS_IT_IS = "{#- The model's own template. #}\n"
 
 
 def neutralising_prelude(added_tokens: Sequence[str]) -> str:

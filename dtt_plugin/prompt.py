@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import os.path
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from dtt_plugin.bos import PROBES, bos_to_render
 from dtt_plugin.control_tokens import (
     DEFENSIVE_TOKEN_PREFIX,
     TRUSTED_ROLES,
@@ -23,11 +25,12 @@ from dtt_plugin.control_tokens import (
 from dtt_plugin.defenses import TOKENS, Message, apply_prompt_defenses
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_json
-from dtt_plugin.formats import MODEL_FORMAT, chat_template, markers
+from dtt_plugin.formats import TOKENS_SWITCH, chat_template, defensive_token_names, markers
 
 logger = logging.getLogger("dtt_plugin")
 
 _INNOCUOUS = "data"
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class PromptRenderer:
         model_template: the model's own chat template, for the format "model".
         defenses: from `parse_defense`.
         k: number of DefensiveTokens; used with the defense "tokens" only.
+        bos: the BOS text that the model's template lacks, from `missing_bos` on the undefended tokenizer; None:
+            `tokenizer` is that one, or has got the names only.
         extra_bos: put one more BOS in front of everything, as the reference run had it.
         template_args: variables for the chat template.
     """
@@ -63,6 +68,7 @@ class PromptRenderer:
         model_template: str | None,
         defenses: Collection[str],
         k: int = 0,
+        bos: str | None = None,
         extra_bos: bool = False,
         template_args: Mapping[str, Any] | None = None,
     ) -> None:
@@ -70,11 +76,11 @@ class PromptRenderer:
         self.prompt_format = prompt_format
         self.defenses = tuple(defenses)
         self.template_args = dict(template_args or {})
-        self.template = chat_template(
-            prompt_format,
-            model_template=model_template,
-            k=k if TOKENS in self.defenses else 0,
-            bos=self._missing_bos(model_template) if prompt_format == MODEL_FORMAT else "",
+        if bos is None:
+            bos = missing_bos(tokenizer, model_template, prompt_format)
+        names = defensive_token_names(k) if TOKENS in self.defenses else []
+        self.template, self._undefended_template = (
+            chat_template(prompt_format, model_template=model_template, k=n, bos=bos) for n in (len(names), 0)
         )
         if extra_bos and not tokenizer.bos_token:
             raise DttError("add_bos_token=True: this model's tokenizer has no BOS token; leave the argument out.")
@@ -90,19 +96,11 @@ class PromptRenderer:
         self.controls = control_texts([*added, *tokenizer.all_special_tokens])
         self.separator = separator_for(self.controls)
         self._control_ids = {i for text, i in added.items() if text.strip()} | set(tokenizer.all_special_ids)
-        self._opening = self._common_opening()
+        self._token_ids: list[int] = tokenizer.convert_tokens_to_ids(names)
+        self._defensive_ids = {i for text, i in added.items() if text.startswith(DEFENSIVE_TOKEN_PREFIX)}
+        self._openings = self._find_openings()
 
-    def _missing_bos(self, model_template: str | None) -> str:
-        """Return the BOS text where the tokenizer adds a BOS to plain text and the template renders none."""
-        bos = self.tokenizer.bos_token
-        if not bos or not model_template or self.tokenizer("a").input_ids[0] != self.tokenizer.bos_token_id:
-            return ""
-        rendered = self._apply(model_template, [{"role": "user", "content": _INNOCUOUS}])
-        return "" if rendered.startswith(bos) else str(bos)
-
-    def _apply(self, template: str | None, messages: Sequence[Message], generation_prompt: bool = True) -> str:
-        import jinja2
-
+    def _apply(self, template: str, messages: Sequence[Message], generation_prompt: bool = True) -> str:
         try:
             rendered: str = self.tokenizer.apply_chat_template(
                 list(messages),
@@ -112,31 +110,96 @@ class PromptRenderer:
                 continue_final_message=not generation_prompt,
                 **self.template_args,
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program of the model's: it may raise anything
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise DttError(
                 f"The chat template (prompt_format={self.prompt_format}) refuses a conversation with the roles"
                 f" {roles}: {error}. Choose a published format with prompt_format=, or another model."
             ) from error
-        return rendered
+        return self._front + rendered
 
-    def _common_opening(self) -> str:
-        conversations: list[list[Message]] = [
-            [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}],
-            [{"role": "system", "content": "c"}, {"role": "user", "content": "d"}],
-            [{"role": "user", "content": "e"}],
-        ]
-        rendered = []
-        for conversation in conversations:
+    def _find_openings(self) -> list[str]:
+        """Return how prompts begin, with a system message and without; a template may refuse either."""
+        openings = []
+        for roles in (["system", "user"], ["user"]):
+            conversations = [[{"role": role, "content": content} for role in roles] for content in "ab"]
             try:
-                rendered.append(self._front + self._apply(self.template, conversation))
-            except DttError:  # no system role: the conversations that the format can render decide
+                rendered = [self._apply(self.template, messages) for messages in conversations]
+            except DttError:
                 continue
-        return os.path.commonprefix(rendered)  # noqa: RUF071  these are texts, not paths
+            openings.append(os.path.commonprefix(rendered))  # noqa: RUF071  these are texts, not paths
+        return openings
 
-    def is_rendered(self, text: str) -> bool:
-        """Return whether `text` begins as every prompt of this renderer does."""
-        return bool(text) and text.startswith(self._opening)
+    def is_rendered(self, text: str, *, asked: bool = True) -> bool:
+        """Return whether `text` begins as a prompt of this renderer does.
+
+        Args:
+            text: that is to be sent.
+            asked: whether the renderer was asked for prompts at all; a template that begins with the message
+                itself, which tells nothing, is believed only then.
+        """
+        return bool(text) and any(text.startswith(opening) for opening in self._openings if opening or asked)
+
+    def check_arm(self) -> int:
+        """Check, before the first batch, that the arm's prompts are what its name says.
+
+        Returns:
+            How many DefensiveTokens stand in a prompt: k, or for a defended checkpoint as many as its own
+            template renders.
+
+        Raises:
+            DttError: a prompt does not hold exactly the arm's DefensiveTokens, in front.
+        """
+        for messages in PROBES:
+            try:
+                ids = self.encode(self._apply(self.template, messages))
+            except DttError:  # a role that the template refuses; the prompts that are sent are checked, too
+                continue
+            self.check_tokens(ids)
+            if self._token_ids:
+                self._compare_arms(ids, self.encode(self._apply(self._undefended_template, messages)))
+            return sum(i in self._defensive_ids for i in ids)
+        return 0
+
+    def check_tokens(self, ids: Sequence[int]) -> None:
+        """Check that a prompt of an arm with DefensiveTokens holds each of them once, in order, in front.
+
+        Only the BOS of `extra_bos` may stand before them. Without tokens in the arm nothing is checked: the
+        template of a defended checkpoint decides itself.
+
+        Raises:
+            DttError: it does not.
+        """
+        if not self._token_ids:
+            return
+        start = len(self.encode(self._front)) if self._front else 0
+        held = [i for i in ids if i in self._defensive_ids]
+        if held == self._token_ids == list(ids[start : start + len(held)]):
+            return
+        switched = {name: value for name, value in self.template_args.items() if name == TOKENS_SWITCH}
+        reason = f"chat_template_args sets {switched}" if switched else "the chat template drops, moves or doubles them"
+        where = "" if len(held) != len(self._token_ids) else ", not in front of it"
+        raise DttError(
+            f"A prompt of this arm holds {len(held)} DefensiveTokens{where} instead of {len(self._token_ids)} in front"
+            f" ({reason}), so the results would not be those of the defense; leave that out, or run defense=none."
+        )
+
+    def _compare_arms(self, defended: Sequence[int], undefended: Sequence[int]) -> None:
+        start = len(self.encode(self._front)) if self._front else 0
+        rest = [*defended[:start], *defended[start + len(self._token_ids) :]]
+        if rest == list(undefended):
+            return
+        place = next(
+            (n for n, pair in enumerate(zip(rest, undefended, strict=False)) if pair[0] != pair[1]),
+            min(len(rest), len(undefended)),
+        )
+        logger.warning(
+            "The prompts of the arms with and without DefensiveTokens differ by more than these tokens: from token %d"
+            " on they read %r with them and %r without, since the tokenizer splits text at its beginning differently.",
+            place,
+            self.tokenizer.convert_ids_to_tokens(rest[place : place + 3]),
+            self.tokenizer.convert_ids_to_tokens(list(undefended[place : place + 3])),
+        )
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> Prompt:
         """Return the prompt of a conversation.
@@ -146,29 +209,49 @@ class PromptRenderer:
             generation_prompt: end with the opening of the assistant's turn; else the last message stays open.
 
         Raises:
-            DttError: the template drops the instruction or the data, a prompt defense does not apply, or
-                untrusted data would still yield a control token.
+            DttError: the template drops the instruction or the data, a prompt defense does not apply, a message
+                is no text, or untrusted data would still yield a control token.
         """
         safe: list[Message] = []
         count = 0
         for message in messages:
+            self._check_message(message)
             if message["role"] not in TRUSTED_ROLES:
-                if not isinstance(message["content"], str):
-                    raise DttError(f"A {message['role']} message has content that is no text; it can't be rendered.")
                 text, broken = neutralise(message["content"], self.controls, self.separator)
                 count += broken
                 message = {**message, "content": text}
             safe.append(message)
         defended = apply_prompt_defenses(safe, self.defenses)
-        text = self._front + self._apply(self.template, defended, generation_prompt)
+        text = self._apply(self.template, defended, generation_prompt)
         self._check_complete(text, defended)
         self._check_control_ids(text, messages, generation_prompt)
         return Prompt(text, defended, count)
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a rendered prompt, or of a continuation: nothing is added."""
+        """Return the token ids of a rendered prompt, or of a continuation: nothing is added.
+
+        Raises:
+            DttError: the text holds half a surrogate pair, which no tokenizer takes.
+        """
+        if half := _HALF_PAIR.search(text):
+            around = text[max(half.start() - 30, 0) : half.end() + 30]
+            raise DttError(f"A text to send holds half a surrogate pair, which is no text: {around!r}; correct it.")
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids
+
+    def _check_message(self, message: Message) -> None:
+        """Refuse what can't be rendered safely: only the content of an untrusted message is neutralised."""
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or neutralise(role, self.controls, self.separator).occurrences:
+            raise DttError(f"{role!r} is no role of a message; it can't be rendered.")
+        if not isinstance(content, str) and role != "assistant":
+            raise DttError(f"A {role} message has content that is no text; it can't be rendered.")
+        more = sorted(map(str, message.keys() - {"role", "content"}))
+        if more and role not in TRUSTED_ROLES:
+            raise DttError(
+                f"A {role} message has {', '.join(more)} beside role and content; only the content of untrusted"
+                " messages is kept from becoming control tokens, so leave the rest out."
+            )
 
     def _check_complete(self, text: str, messages: Sequence[Message]) -> None:
         for message in messages:
@@ -183,9 +266,7 @@ class PromptRenderer:
         harmless = [
             message if message["role"] in TRUSTED_ROLES else {**message, "content": _INNOCUOUS} for message in messages
         ]
-        expected = self._front + self._apply(
-            self.template, apply_prompt_defenses(harmless, self.defenses), generation_prompt
-        )
+        expected = self._apply(self.template, apply_prompt_defenses(harmless, self.defenses), generation_prompt)
         surplus = self._count_controls(text) - self._count_controls(expected)
         if surplus:
             names = ", ".join(self.tokenizer.convert_ids_to_tokens(list(surplus)))
@@ -205,10 +286,49 @@ class PromptRenderer:
         )
 
 
+DEFAULT_TEMPLATE = "default"
+"""The name of the chat template that is used where none is asked for."""
+
+
+class ModelTemplate(NamedTuple):
+    """A chat template of a model's own."""
+
+    text: str
+    bos: str
+    """The BOS text that has to be rendered in front of it, see `dtt_plugin.bos`; usually empty."""
+
+
+def model_templates(tokenizer: Any, prompt_format: str) -> dict[str, ModelTemplate]:
+    """Return the chat templates of an undefended tokenizer by name; the usual one is called "default"."""
+    own = tokenizer.chat_template
+    named = own if isinstance(own, dict) else {DEFAULT_TEMPLATE: own} if own else {}
+    return {name: ModelTemplate(text, missing_bos(tokenizer, text, prompt_format)) for name, text in named.items()}
+
+
 def model_template(tokenizer: Any) -> str | None:
     """Return a tokenizer's own chat template; of several the one called "default"."""
     template = tokenizer.chat_template
-    return template.get("default") if isinstance(template, dict) else template
+    return template.get(DEFAULT_TEMPLATE) if isinstance(template, dict) else template
+
+
+def missing_bos(tokenizer: Any, template: str | None, prompt_format: str) -> str:
+    """Return the BOS text that `bos_to_render` decides on for an undefended Hugging Face tokenizer."""
+    if template is None:
+        return ""
+
+    def render(messages: list[Message]) -> str | None:
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    messages, chat_template=template, tokenize=False, add_generation_prompt=True
+                )
+            )
+        except Exception:  # a template is a program of the model's: whatever it raises, it does not render this
+            return None
+
+    bos_id = tokenizer.bos_token_id
+    adds_bos = bos_id is not None and tokenizer("a").input_ids[:1] == [bos_id]
+    return bos_to_render(prompt_format, bos=tokenizer.bos_token, adds_bos=adds_bos, render=render)
 
 
 def has_defensive_tokens(tokenizer: Any) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 from dtt_plugin.bake.tokenizer import DEFAULT_TEMPLATE, TokenizerFiles
+from dtt_plugin.bos import bos_to_render
 from dtt_plugin.errors import DttError
 from dtt_plugin.formats import MODEL_FORMAT, chat_template
 
@@ -31,14 +33,19 @@ def defended_templates(
     templates = {}
     for name in sorted(names):
         model_template = own.get(name)
-        bos = tokenizer.bos if adds_bos and not _renders_bos(model_template, tokenizer) else ""
+        bos = bos_to_render(
+            prompt_format,
+            bos=tokenizer.bos,
+            adds_bos=adds_bos,
+            render=partial(_render, model_template or "", tokenizer),
+        )
         if prompt_format == MODEL_FORMAT and name == DEFAULT_TEMPLATE and not system_in_user:
             _check_system_role(model_template, tokenizer)
         templates[name] = chat_template(
             prompt_format,
             model_template=model_template,
             k=k,
-            bos=bos if prompt_format == MODEL_FORMAT else "",
+            bos=bos,
             default_on=default_on,
             control_tokens=tokenizer.added_tokens,
             system_in_user=system_in_user,
@@ -46,7 +53,7 @@ def defended_templates(
     return templates
 
 
-def _render(template: str, tokenizer: TokenizerFiles, messages: list[dict[str, str]]) -> str | None:
+def _render(template: str, tokenizer: TokenizerFiles, messages: list[dict[str, Any]]) -> str | None:
     """Render as transformers does; None where the template refuses or needs what only an engine has.
 
     Raises:
@@ -79,13 +86,6 @@ def _render(template: str, tokenizer: TokenizerFiles, messages: list[dict[str, s
         return compiled.render(messages=messages, add_generation_prompt=True, **specials)
     except Exception:  # a template is a program of the model's: whatever it raises, it does not render this
         return None
-
-
-def _renders_bos(template: str | None, tokenizer: TokenizerFiles) -> bool:
-    if not template:
-        return False
-    rendered = _render(template, tokenizer, [{"role": "user", "content": _USER}])
-    return rendered is None or rendered.startswith(tokenizer.bos)
 
 
 def _check_system_role(template: str | None, tokenizer: TokenizerFiles) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from dtt_plugin.defenses import NONE, parse_defense
 from dtt_plugin.errors import DttError
 from dtt_plugin.formats import MODEL_FORMAT
-from dtt_plugin.prompt import PromptRenderer, has_defensive_tokens, model_template
+from dtt_plugin.prompt import PromptRenderer, has_defensive_tokens, missing_bos, model_template
 from dtt_plugin.training.failures import is_out_of_memory
 from dtt_plugin.training.mixture import Encode, encoder
 
@@ -63,6 +63,7 @@ def load_chat_model(
         prompt_format=prompt_format,
         model_template=template,
         defenses=parse_defense(NONE),
+        bos=missing_bos(tokenizer, template, prompt_format),
         template_args={"strftime_now": today.strftime} if today else None,
     )
     encode = encoder(renderer)

@@ -116,7 +116,7 @@ class PromptRenderer:
                 f"The chat template (prompt_format={self.prompt_format}) refuses a conversation with the roles"
                 f" {roles}: {error}. Choose a published format with prompt_format=, or another model."
             ) from error
-        return self._front + rendered
+        return rendered
 
     def _find_openings(self) -> list[str]:
         """Return how prompts begin, with a system message and without; a template may refuse either."""
@@ -124,7 +124,7 @@ class PromptRenderer:
         for roles in (["system", "user"], ["user"]):
             conversations = [[{"role": role, "content": content} for role in roles] for content in "ab"]
             try:
-                rendered = [self._apply(self.template, messages) for messages in conversations]
+                rendered = [self._front + self._apply(self.template, messages) for messages in conversations]
             except DttError:
                 continue
             openings.append(os.path.commonprefix(rendered))  # noqa: RUF071  these are texts, not paths
@@ -152,12 +152,12 @@ class PromptRenderer:
         """
         for messages in PROBES:
             try:
-                ids = self.encode(self._apply(self.template, messages))
+                ids = self.encode(self._front + self._apply(self.template, messages))
             except DttError:  # a role that the template refuses; the prompts that are sent are checked, too
                 continue
             self.check_tokens(ids)
             if self._token_ids:
-                self._compare_arms(ids, self.encode(self._apply(self._undefended_template, messages)))
+                self._compare_arms(ids, self.encode(self._front + self._apply(self._undefended_template, messages)))
             return sum(i in self._defensive_ids for i in ids)
         return 0
 
@@ -170,35 +170,40 @@ class PromptRenderer:
         Raises:
             DttError: it does not.
         """
-        if not self._token_ids:
-            return
-        start = len(self.encode(self._front)) if self._front else 0
+        k, start = len(self._token_ids), self._start
         held = [i for i in ids if i in self._defensive_ids]
-        if held == self._token_ids == list(ids[start : start + len(held)]):
+        if not k or held == self._token_ids == list(ids[start : start + k]):
             return
-        switched = {name: value for name, value in self.template_args.items() if name == TOKENS_SWITCH}
-        reason = f"chat_template_args sets {switched}" if switched else "the chat template drops, moves or doubles them"
-        where = "" if len(held) != len(self._token_ids) else ", not in front of it"
+        found = f"holds {len(held)}" if len(held) != k else "holds them elsewhere"
+        reason = "the chat template drops, moves or doubles them"
+        if TOKENS_SWITCH in self.template_args:
+            reason = f"chat_template_args sets {TOKENS_SWITCH}={self.template_args[TOKENS_SWITCH]}"
         raise DttError(
-            f"A prompt of this arm holds {len(held)} DefensiveTokens{where} instead of {len(self._token_ids)} in front"
-            f" ({reason}), so the results would not be those of the defense; leave that out, or run defense=none."
+            f"A prompt of an arm with DefensiveTokens has to begin with the {k} of them, and this one {found}"
+            f" ({reason}), so the results would not be those of the defense; correct that, or run defense=none."
         )
 
+    @property
+    def _start(self) -> int:
+        """Where the DefensiveTokens begin: behind the second BOS, if there is one."""
+        return len(self.encode(self._front)) if self._front else 0
+
     def _compare_arms(self, defended: Sequence[int], undefended: Sequence[int]) -> None:
-        start = len(self.encode(self._front)) if self._front else 0
-        rest = [*defended[:start], *defended[start + len(self._token_ids) :]]
-        if rest == list(undefended):
+        """Say where a prompt with DefensiveTokens differs from the one without by more than these tokens."""
+        rest = [*defended[: self._start], *defended[self._start + len(self._token_ids) :]]
+        if rest == undefended:
             return
-        place = next(
-            (n for n, pair in enumerate(zip(rest, undefended, strict=False)) if pair[0] != pair[1]),
-            min(len(rest), len(undefended)),
+        place = len(os.path.commonprefix([rest, list(undefended)]))
+        with_tokens, without = (
+            self.tokenizer.convert_ids_to_tokens(list(ids[place : place + 3])) for ids in (rest, undefended)
         )
         logger.warning(
-            "The prompts of the arms with and without DefensiveTokens differ by more than these tokens: from token %d"
-            " on they read %r with them and %r without, since the tokenizer splits text at its beginning differently.",
+            "The arms with and without DefensiveTokens differ by more than these tokens: from token %d of the prompt on"
+            " they read %s with them and %s without, since this tokenizer treats the beginning of a text in a way of"
+            " its own; compare them with that in mind, or choose a published format with prompt_format=.",
             place,
-            self.tokenizer.convert_ids_to_tokens(rest[place : place + 3]),
-            self.tokenizer.convert_ids_to_tokens(list(undefended[place : place + 3])),
+            with_tokens,
+            without,
         )
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> Prompt:
@@ -209,20 +214,21 @@ class PromptRenderer:
             generation_prompt: end with the opening of the assistant's turn; else the last message stays open.
 
         Raises:
-            DttError: the template drops the instruction or the data, a prompt defense does not apply, a message
-                is no text, or untrusted data would still yield a control token.
+            DttError: the template drops the instruction or the data, a prompt defense does not apply, or
+                untrusted data would still yield a control token.
         """
         safe: list[Message] = []
         count = 0
         for message in messages:
-            self._check_message(message)
             if message["role"] not in TRUSTED_ROLES:
+                if not isinstance(message["content"], str):
+                    raise DttError(f"A {message['role']} message has content that is no text; it can't be rendered.")
                 text, broken = neutralise(message["content"], self.controls, self.separator)
                 count += broken
                 message = {**message, "content": text}
             safe.append(message)
         defended = apply_prompt_defenses(safe, self.defenses)
-        text = self._apply(self.template, defended, generation_prompt)
+        text = self._front + self._apply(self.template, defended, generation_prompt)
         self._check_complete(text, defended)
         self._check_control_ids(text, messages, generation_prompt)
         return Prompt(text, defended, count)
@@ -239,20 +245,6 @@ class PromptRenderer:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
-    def _check_message(self, message: Message) -> None:
-        """Refuse what can't be rendered safely: only the content of an untrusted message is neutralised."""
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(role, str) or neutralise(role, self.controls, self.separator).occurrences:
-            raise DttError(f"{role!r} is no role of a message; it can't be rendered.")
-        if not isinstance(content, str) and role != "assistant":
-            raise DttError(f"A {role} message has content that is no text; it can't be rendered.")
-        more = sorted(map(str, message.keys() - {"role", "content"}))
-        if more and role not in TRUSTED_ROLES:
-            raise DttError(
-                f"A {role} message has {', '.join(more)} beside role and content; only the content of untrusted"
-                " messages is kept from becoming control tokens, so leave the rest out."
-            )
-
     def _check_complete(self, text: str, messages: Sequence[Message]) -> None:
         for message in messages:
             if message["role"] != "assistant" and message["content"].strip() not in text:
@@ -266,7 +258,9 @@ class PromptRenderer:
         harmless = [
             message if message["role"] in TRUSTED_ROLES else {**message, "content": _INNOCUOUS} for message in messages
         ]
-        expected = self._apply(self.template, apply_prompt_defenses(harmless, self.defenses), generation_prompt)
+        expected = self._front + self._apply(
+            self.template, apply_prompt_defenses(harmless, self.defenses), generation_prompt
+        )
         surplus = self._count_controls(text) - self._count_controls(expected)
         if surplus:
             names = ", ".join(self.tokenizer.convert_ids_to_tokens(list(surplus)))

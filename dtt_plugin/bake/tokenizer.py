@@ -72,8 +72,6 @@ class TokenizerFiles:
     def bos(self) -> str:
         """The BOS text, empty where there is none."""
         bos = self.config.get("bos_token")
-        if bos is None:  # transformers reads it from here, too
-            bos = read_json_table(self.folder / "special_tokens_map.json", missing={}).get("bos_token")
         if isinstance(bos, dict):
             bos = bos.get("content")
         return bos if isinstance(bos, str) else ""
@@ -142,8 +140,6 @@ class TokenizerFiles:
 
         if not self.bos:
             return False
-        if self.config.keys() & {"add_bos_token", "add_eos_token"}:  # over tokenizer.json, as transformers has it
-            return bool(self.config.get("add_bos_token"))
         tokenizer = Tokenizer.from_str(json.dumps(self.tokenizer, ensure_ascii=False))
         ids: list[int] = tokenizer.encode("a").ids
         return ids[:1] == [tokenizer.token_to_id(self.bos)]

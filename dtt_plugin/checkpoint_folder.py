@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,9 @@ EMBEDDING_NAMES = (
     "backbone.embedding.weight",
 )
 HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "output.weight")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_LONGEST_NAME = 255
+"""Bytes; file systems take no longer ones."""
 OTHER_TOWERS = ("vision", "visual", "audio", "image", "encoder.", "position")
 
 
@@ -47,6 +52,22 @@ def embedding_names(names: Any) -> list[str]:
     ]
 
 
+def check_within(path: Path, folder: Path) -> None:
+    """Refuse a small file that is a link out of the model's folder.
+
+    Its text would be copied into a checkpoint that may be published. In a hub cache a snapshot's links lead to
+    the blobs of the same repository. Weights may lie anywhere: people keep them on other disks, and a file that
+    is no safetensors is not read.
+
+    Raises:
+        DttError: it leads elsewhere.
+    """
+    real, root = path.resolve(), folder.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if not (real.is_relative_to(root) or real.is_relative_to(blobs)):
+        raise DttError(f"{path} is a link to a file outside the model's folder; put the file itself there.")
+
+
 def read_json_table(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
     """Read the JSON object in `path`.
 
@@ -55,14 +76,24 @@ def read_json_table(path: Path, *, missing: dict[str, Any] | None = None) -> dic
         missing: what to return where there is no such file; without it that is an error.
 
     Raises:
-        DttError: the file is missing, unreadable or not a JSON object.
+        DttError: the file is missing, unreadable or not a JSON object, or a link that leads out of its folder.
     """
     try:
-        value = json.loads(path.read_bytes())
+        mode = path.stat().st_mode
     except FileNotFoundError as error:
-        if missing is not None:
+        if missing is not None and not path.is_symlink():
             return missing
         raise DttError(f"{path} is missing; download the checkpoint again.") from error
+    except OSError as error:
+        raise DttError(f"{path} can't be read: {error.strerror}.") from error
+    if not stat.S_ISREG(mode):  # a pipe would block for ever
+        raise DttError(f"{path} is not a file; download it again.")
+    check_within(path, path.parent)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        value = json.loads(text)
+        if _SURROGATE.search(text):  # half a character can't be written again
+            json.dumps(value, ensure_ascii=False).encode()
     except OSError as error:
         raise DttError(f"{path} can't be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
@@ -86,9 +117,13 @@ def shards_of_index(index: Path, *, need_embedding_only: bool = False) -> list[s
     if not isinstance(weight_map, dict) or not weight_map:
         raise DttError(f"{index} has no weight_map; download it again.")
     wanted = embedding_names(weight_map) if need_embedding_only else list(weight_map)
-    files = sorted({str(weight_map[name]) for name in wanted or weight_map})
+    if not all(isinstance(file, str) for file in weight_map.values()):
+        raise DttError(f"{index} has a weight_map whose files are no names; download it again.")
+    files = sorted({weight_map[name] for name in wanted or weight_map})
     for file in files:
         # A link inside a hub snapshot leads to its blob, so the name is judged and not where it leads.
-        if Path(file).name != file or "\\" in file or file in ("", ".", ".."):
+        if Path(file).name != file or "\\" in file or file in ("", ".", "..") or "\0" in file:
             raise DttError(f"{index} names a file outside its folder ({file!r}); don't use this checkpoint.")
+        if len(file.encode()) > _LONGEST_NAME:
+            raise DttError(f"{index} names a file with a name of {len(file.encode())} bytes; download it again.")
     return files

@@ -24,8 +24,8 @@ KINDS: dict[str, tuple[dict[str, Any], bool]] = {
     "a table": ({"config": {"bos_token": {"content": BOS, "__type": "AddedToken"}}, **ADDED}, True),
     "special_tokens_map only": ({"map": {"bos_token": BOS}, **ADDED}, True),
     "special_tokens_map, a table": ({"map": {"bos_token": {"content": BOS, "lstrip": False}}, **ADDED}, True),
-    "by its class": ({"config": {"bos_token": BOS, "add_bos_token": True}}, True),
-    "its class adds none": ({"config": {"bos_token": BOS, "add_bos_token": False}, **ADDED}, False),
+    "whatever its settings say": ({"config": {"bos_token": BOS, "add_bos_token": False}, **ADDED}, True),
+    "for all its settings none": ({"config": {"bos_token": BOS, "add_bos_token": True}}, False),
     "the template renders it": ({"config": {"bos_token": BOS}, "template": "{{ bos_token }}", **ADDED}, True),
     "behind a line feed": ({"config": {"bos_token": BOS}, "template": "\n\n{{ bos_token }}", **ADDED}, True),
     "with a system message": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy as copying
 import json
+import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dtt_plugin.bake.check_tokenizer import check_tokenizer
 from dtt_plugin.bake.manifest import (
     card,
     is_defended_checkpoint,
@@ -24,7 +26,7 @@ from dtt_plugin.bake.tokenizer import DEFAULT_TEMPLATE, TokenizerFiles
 from dtt_plugin.bake.verify import verify as verify_checkpoint
 from dtt_plugin.bake.weights import write_overlay, write_weights
 from dtt_plugin.checkpoint import Checkpoint, open_checkpoint
-from dtt_plugin.checkpoint_folder import read_json_table
+from dtt_plugin.checkpoint_folder import check_within, read_json_table
 from dtt_plugin.costs import peak_memory_mb, recorded_costs
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sync
@@ -36,8 +38,9 @@ from dtt_plugin.vllm_plugin import CONFIG_KEY
 _CARRIED_ENDINGS = frozenset({".json", ".txt", ".model", ".py", ".tiktoken", ".jinja"})
 _CARRIED_NAMES = frozenset({"LICENSE", "LICENSE.md", "NOTICE", "USE_POLICY.md"})
 _LARGEST_CARRIED = 256 << 20
-# transformers' processors would take this older file's template instead of the defended one.
-_LEFT_OUT = frozenset({"chat_template.json"})
+# transformers' processors would take this older file's template instead of the defended one; where Mistral's own
+# files lie beside tokenizer.json, transformers and vLLM take these, which know no DefensiveTokens.
+_LEFT_OUT = re.compile(r"chat_template\.json|tekken\.json|params\.json|tokenizer\.model\.v.*|consolidated.*")
 # What transformers takes where a generation config has no `top_k`, so that there nothing changes.
 _TOP_K = 50
 
@@ -113,6 +116,8 @@ def bake(
     check_free(out, force=force, replaceable=is_defended_checkpoint)
     checkpoint = open_checkpoint(model, revision=revision, need="all")
     _check_apart(checkpoint.folder, out)
+    if not checkpoint.config():
+        raise DttError(f"{checkpoint.folder} has no config.json; download the whole model.")
     tokenizer = TokenizerFiles(checkpoint.folder)
     plan = make_plan(checkpoint, tokens, tokenizer, reuse_reserved=reuse_reserved)
     prompt_format = check_format(prompt_format or tokens.prompt_format)
@@ -123,13 +128,17 @@ def bake(
         staged(out, force=force, replaceable=is_defended_checkpoint) as folder,
         ThreadPoolExecutor(1, thread_name_prefix="dtt-sync") as disk,
     ):
+        # What is small comes first: a model that can't be defended is refused before its weights are written.
+        _carry_over(checkpoint, folder)
+        _write_config(plan, folder)
+        _write_generation_config(plan, folder)
+        tokenizer.write_defended(folder, plan.names, plan.token_ids, templates, keep_bos=keep_bos)
+        check_tokenizer(
+            tokenizer, folder, names=plan.names, token_ids=plan.token_ids, templates=templates, keep_bos=keep_bos
+        )
         how = (write_overlay if overlay else write_weights)(plan, folder, copy=copy)
         # The disk writes while the rest is made and verified.
         synced = disk.map(sync, [folder / name for name in how if how[name] in ("written", "copied")])
-        _carry_over(checkpoint, folder)
-        tokenizer.write_defended(folder, plan.names, plan.token_ids, templates, keep_bos=keep_bos)
-        _write_config(plan, folder)
-        _write_generation_config(plan, folder)
         (folder / "README.md").write_text(
             card(plan, prompt_format=prompt_format, default_on=default_on), encoding="utf-8"
         )
@@ -190,21 +199,19 @@ def _carry_over(checkpoint: Checkpoint, folder: Path) -> None:
         wanted = path.suffix in _CARRIED_ENDINGS or path.name in _CARRIED_NAMES
         if not wanted or not path.is_file() or path.stat().st_size > _LARGEST_CARRIED:
             continue
-        if path.name in _LEFT_OUT or path.name.endswith(".index.json") or path.name.startswith("dtt_"):
+        if _LEFT_OUT.fullmatch(path.name) or path.name.endswith(".index.json") or path.name.startswith("dtt_"):
             continue
+        check_within(path, checkpoint.folder)
         shutil.copyfile(path, folder / path.name)
 
 
 def _write_config(plan: BakePlan, folder: Path) -> None:
     config = copying.deepcopy(plan.checkpoint.config())
-    if not config:
-        raise DttError(f"{plan.checkpoint.folder} has no config.json; download the whole model.")
     text = config.get("text_config")
     for table in (config, text) if isinstance(text, dict) else (config,):
         if table is text or not isinstance(text, dict) or "vocab_size" in table:
             table["vocab_size"] = plan.n_rows
-        if table is config or "tie_word_embeddings" in table:
-            table["tie_word_embeddings"] = False
+        table["tie_word_embeddings"] = False  # in both, since an engine may read either
     config[CONFIG_KEY] = list(plan.token_ids)
     if plan.untie:
         _leave_head_unquantized(config.get("quantization_config"))

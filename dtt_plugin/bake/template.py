@@ -29,6 +29,11 @@ def defended_templates(
     """
     own = tokenizer.templates()
     names = {DEFAULT_TEMPLATE, *own} if prompt_format == MODEL_FORMAT else {DEFAULT_TEMPLATE}
+    if prompt_format == MODEL_FORMAT and own and DEFAULT_TEMPLATE not in own:
+        raise DttError(
+            f"{tokenizer.folder} has no chat template called {DEFAULT_TEMPLATE}, only: {', '.join(sorted(own))}; call "
+            "one of them so, or choose a published format with --prompt-format."
+        )
     adds_bos = tokenizer.adds_bos()
     templates = {}
     for name in sorted(names):
@@ -37,7 +42,7 @@ def defended_templates(
             prompt_format,
             bos=tokenizer.bos,
             adds_bos=adds_bos,
-            render=partial(_render, model_template or "", tokenizer),
+            render=partial(render, model_template or "", tokenizer),
         )
         if prompt_format == MODEL_FORMAT and name == DEFAULT_TEMPLATE and not system_in_user:
             _check_system_role(model_template, tokenizer)
@@ -53,7 +58,7 @@ def defended_templates(
     return templates
 
 
-def _render(template: str, tokenizer: TokenizerFiles, messages: list[dict[str, Any]]) -> str | None:
+def render(template: str, tokenizer: TokenizerFiles, messages: list[dict[str, Any]], **variables: Any) -> str | None:
     """Render as transformers does; None where the template refuses or needs what only an engine has.
 
     Raises:
@@ -70,11 +75,7 @@ def _render(template: str, tokenizer: TokenizerFiles, messages: list[dict[str, A
     )
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda pattern: pattern
-    specials: dict[str, Any] = {
-        key: value["content"] if isinstance(value, dict) else value
-        for key, value in tokenizer.config.items()
-        if key.endswith("_token") and value
-    }
+    variables = {**tokenizer.special_tokens, **variables}
     try:
         compiled = environment.from_string(_GENERATION_TAG.sub("", template))
     except jinja2.TemplateSyntaxError as error:
@@ -83,17 +84,17 @@ def _render(template: str, tokenizer: TokenizerFiles, messages: list[dict[str, A
             "correct it, or choose a published format with --prompt-format."
         ) from error
     try:
-        return compiled.render(messages=messages, add_generation_prompt=True, **specials)
+        return compiled.render(messages=messages, add_generation_prompt=True, **variables)
     except Exception:  # a template is a program of the model's: whatever it raises, it does not render this
         return None
 
 
 def _check_system_role(template: str | None, tokenizer: TokenizerFiles) -> None:
     """Refuse a template that can render a conversation but not its trusted instruction."""
-    if not template or _render(template, tokenizer, [{"role": "user", "content": _USER}]) is None:
+    if not template or render(template, tokenizer, [{"role": "user", "content": _USER}]) is None:
         return
     messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}]
-    rendered = _render(template, tokenizer, messages)
+    rendered = render(template, tokenizer, messages)
     if rendered is None or _SYSTEM not in rendered:
         raise DttError(
             f"The chat template of {tokenizer.folder} has no system role; bake with --system-in-user to put the "

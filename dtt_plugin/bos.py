@@ -38,4 +38,3 @@ def bos_to_render(
         return ""
     rendered = next((text for messages in PROBES if (text := render(messages)) is not None), None)
     return "" if rendered is None or rendered.lstrip().startswith(bos) else bos
-

@@ -97,7 +97,7 @@ class PromptRenderer:
         self.separator = separator_for(self.controls)
         self._control_ids = {i for text, i in added.items() if text.strip()} | set(tokenizer.all_special_ids)
         self._token_ids: list[int] = tokenizer.convert_tokens_to_ids(names)
-        self._defensive_ids = {i for text, i in added.items() if text.startswith(DEFENSIVE_TOKEN_PREFIX)}
+        self._defensive_ids = set(defensive_token_ids(tokenizer))
         self._openings = self._find_openings()
 
     def _apply(self, template: str, messages: Sequence[Message], generation_prompt: bool = True) -> str:
@@ -325,6 +325,12 @@ def missing_bos(tokenizer: Any, template: str | None, prompt_format: str) -> str
     return bos_to_render(prompt_format, bos=tokenizer.bos_token, adds_bos=adds_bos, render=render)
 
 
+def defensive_token_ids(tokenizer: Any) -> list[int]:
+    """Return the ids of the DefensiveTokens that a tokenizer knows, ascending."""
+    added = tokenizer.get_added_vocab()
+    return sorted(i for text, i in added.items() if text.startswith(DEFENSIVE_TOKEN_PREFIX))
+
+
 def has_defensive_tokens(tokenizer: Any) -> bool:
     """Return whether a tokenizer already knows DefensiveTokens (a defended checkpoint's does)."""
-    return any(text.startswith(DEFENSIVE_TOKEN_PREFIX) for text in tokenizer.get_added_vocab())
+    return bool(defensive_token_ids(tokenizer))

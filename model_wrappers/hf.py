@@ -18,7 +18,7 @@ from dtt_plugin.model_wrappers.arguments import as_bool, check_arguments, model_
 from dtt_plugin.model_wrappers.defended import Arm, Defended
 from dtt_plugin.model_wrappers.early_decision import EndDecided, SettledText, count_generated
 from dtt_plugin.model_wrappers.tokenizer import hf_tokenizer
-from dtt_plugin.prompt import model_templates
+from dtt_plugin.prompt import defensive_token_ids, model_templates
 from dtt_plugin.tokens import DefensiveTokens
 
 logger = logging.getLogger("dtt_plugin")
@@ -55,6 +55,11 @@ _LOADING_ARGUMENTS = frozenset(
 )
 # All that a checkpoint's generation_config decides.
 _GENERATION_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# What need not be told when it is left out: kept, bookkeeping or given by every request; and factors of 1.
+_UNTOLD = frozenset([*_GENERATION_IDS, "transformers_version", "_from_model_config", "use_cache", "do_sample"])
+_ONE_IS_NONE = frozenset(
+    ["num_beams", "temperature", "top_p", "typical_p", "repetition_penalty", "length_penalty", "num_return_sequences"]
+)
 
 
 class DttHF(Defended, HFLM):
@@ -64,6 +69,8 @@ class DttHF(Defended, HFLM):
     (docs/models.md).
     With DefensiveTokens their rows are put into the loaded model; nothing is written to disk.
     """
+
+    _n_scored: int | None = None  # rows that the output head had before it grew
 
     def __init__(
         self,
@@ -95,6 +102,7 @@ class DttHF(Defended, HFLM):
             raise DttError(f"pretrained={model} names no token that ends a response; leave early_decision out.")
         templates = model_templates(self.tokenizer, self.arm.prompt_format)
         if self.arm.defended and self.arm.tokens is not None:
+            self._n_scored = self.model.get_output_embeddings().weight.shape[0]
             install_tokens(self.model, self.tokenizer, self.arm.tokens, name=model)
         self._ready(
             model=model,
@@ -119,21 +127,25 @@ class DttHF(Defended, HFLM):
         )
 
     def _decode_plainly(self) -> None:
-        """Leave out what a checkpoint says about its generation: greedy is greedy, as it is in vLLM under lm-eval."""
-        settings = self.model.generation_config
-        kept = {name: getattr(settings, name) for name in _GENERATION_IDS}
-        self.model.generation_config = GenerationConfig(**kept)
-        own, plain = settings.to_dict(), self.model.generation_config.to_dict()
+        """Leave out what a checkpoint says about its generation: greedy is greedy, as it is in vLLM under lm-eval.
+
+        Its ids stay, and the DefensiveTokens that a defended checkpoint suppresses.
+        """
+        settings = self.model.generation_config.to_dict()
+        kept = {name: settings.get(name) for name in _GENERATION_IDS}
+        ours = defensive_token_ids(self.tokenizer)
+        self.model.generation_config = GenerationConfig(**kept, suppress_tokens=ours or None)
+        if settings.get("suppress_tokens"):
+            settings["suppress_tokens"] = sorted({*settings["suppress_tokens"]} - {*ours})
         left_out = [
             f"{name}={value}"
-            for name, value in sorted(own.items())
-            if name != "transformers_version" and value != plain.get(name)
+            for name, value in sorted(settings.items())
+            if value and name not in _UNTOLD and not (name in _ONE_IS_NONE and value == 1)
         ]
         if left_out:
             logger.warning(
-                "The checkpoint's %s %s not applied; set it with --gen_kwargs if it is wanted.",
+                "Not applied of the checkpoint's generation_config: %s; set it with --gen_kwargs if it is wanted.",
                 ", ".join(left_out),
-                "is" if len(left_out) == 1 else "are",
             )
 
     @property
@@ -142,6 +154,13 @@ class DttHF(Defended, HFLM):
         ids = self.model.generation_config.eos_token_id
         ends: list[int] = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
         return sorted(ends, key=lambda token: token != self.eot_token_id)
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        """Return lm-eval's logits, float [batch, length, vocabulary]; DefensiveTokens have no probability."""
+        logits: torch.Tensor = super()._model_call(inps, *args, **options)
+        if self._n_scored is not None:
+            logits[..., self._n_scored :] = float("-inf")
+        return logits
 
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any

@@ -153,4 +153,3 @@ def _known_arguments() -> set[str]:
 
     engine = {field.name for field in dataclasses.fields(EngineArgs)}
     return parameters_of(VLLM.__init__) | parameters_of(LLM.__init__) | engine | {"device", "swap_space"}
-

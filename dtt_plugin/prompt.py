@@ -193,7 +193,7 @@ class PromptRenderer:
         rest = [*defended[: self._start], *defended[self._start + len(self._token_ids) :]]
         if rest == undefended:
             return
-        place = len(os.path.commonprefix([rest, list(undefended)]))
+        place = len(os.path.commonprefix([rest, list(undefended)]))  # noqa: RUF071  ids, not paths
         with_tokens, without = (
             self.tokenizer.convert_ids_to_tokens(list(ids[place : place + 3])) for ids in (rest, undefended)
         )

@@ -42,7 +42,7 @@ def make_model(
     folder: Path,
     *,
     config: dict[str, Any] | None = None,
-    map: dict[str, Any] | None = None,  # noqa: A002
+    map: dict[str, Any] | None = None,
     template: str = "",
     post_processor: bool = False,
 ) -> str:

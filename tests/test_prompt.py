@@ -13,7 +13,7 @@ from dtt_plugin.data import Record
 from dtt_plugin.defenses import REMINDER, SANDWICH, apply_prompt_defenses, parse_defense
 from dtt_plugin.errors import DttError
 from dtt_plugin.formats import chat_template, check_format, defensive_token_names
-from dtt_plugin.prompt import PromptRenderer, missing_bos, model_template
+from dtt_plugin.prompt import PromptRenderer, model_template
 from dtt_plugin.tasks.attacks import VARIANTS, injected_data
 from dtt_plugin.tokens import load_tokens
 from tests.checkpoints import make_checkpoint

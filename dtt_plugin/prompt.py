@@ -6,6 +6,7 @@ token for token.
 
 from __future__ import annotations
 
+import json
 import logging
 import os.path
 import re
@@ -82,6 +83,8 @@ class PromptRenderer:
         self.template, self._undefended_template = (
             chat_template(prompt_format, model_template=model_template, k=n, bos=bos) for n in (len(names), 0)
         )
+        _check_whole(self.template, "The chat template")
+        _check_whole(json.dumps(self.template_args, ensure_ascii=False, default=str), "chat_template_args")
         if extra_bos and not tokenizer.bos_token:
             raise DttError("add_bos_token=True: this model's tokenizer has no BOS token; leave the argument out.")
         self._front = tokenizer.bos_token if extra_bos else ""
@@ -239,9 +242,7 @@ class PromptRenderer:
         Raises:
             DttError: the text holds half a surrogate pair, which no tokenizer takes.
         """
-        if half := _HALF_PAIR.search(text):
-            around = text[max(half.start() - 30, 0) : half.end() + 30]
-            raise DttError(f"A text to send holds half a surrogate pair, which is no text: {around!r}; correct it.")
+        _check_whole(text, "A text to send")
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
@@ -278,6 +279,13 @@ class PromptRenderer:
         return sha256_json(
             [self.template, self.defenses, self._front, self.template_args, self.controls, self.separator]
         )
+
+
+def _check_whole(text: str, what: str) -> None:
+    """Refuse a text that no tokenizer takes and no file holds."""
+    if half := _HALF_PAIR.search(text):
+        around = text[max(half.start() - 30, 0) : half.end() + 30]
+        raise DttError(f"{what} holds half a surrogate pair, which is no text: {around!r}; correct it.")
 
 
 DEFAULT_TEMPLATE = "default"

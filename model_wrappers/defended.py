@@ -151,7 +151,7 @@ class Defended:
             "tokens_source_model": tokens.source_model if tokens and self.arm.defended else None,
             "prompt_format": self.arm.prompt_format,
             "early_decision": self.early_decision,
-            "chat_template_sha256": sha256_bytes(self.renderer.template.encode("utf-8", "surrogatepass")),
+            "chat_template_sha256": sha256_bytes(self.renderer.template.encode()),
             "renderer_sha256": self.renderer.fingerprint,
             "engine_arguments": {key: str(value) for key, value in sorted(arguments.items())},
             "versions": installed_versions(),

@@ -76,20 +76,6 @@ def ids_of_wrapper(name: str, model: str, tokens: str, defense: str, prompt_form
     return ids
 
 
-@pytest.fixture
-def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let lm-eval's vLLM class load its tokenizer, as it does, and start no engine."""
-    from vllm.tokenizers import get_tokenizer
-
-    from dtt_plugin.model_wrappers.vllm import VLLM
-
-    def tokenizer_only(self: Any, pretrained: str, tokenizer_mode: str, **_: Any) -> None:
-        self.tokenizer = get_tokenizer(pretrained, tokenizer_mode=tokenizer_mode)
-        self.think_end_token = None
-
-    monkeypatch.setattr(VLLM, "__init__", tokenizer_only)
-
-
 def check_ids(model: str, folder: Path, prompt_format: str, *, vllm: bool) -> list[int]:
     """Compare what the wrappers, the baked checkpoint and the trainer make of a conversation; return the ids."""
     from transformers import AutoTokenizer

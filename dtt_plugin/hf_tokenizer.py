@@ -12,6 +12,7 @@ from typing import Any
 from dtt_plugin.errors import DttError
 
 MISTRALS_OWN = "tekken.json"
+_HUGGING_FACES = ("tokenizer.json", "tokenizer.model")
 
 
 def hf_tokenizer(model: str, **options: Any) -> Any:
@@ -26,13 +27,14 @@ def hf_tokenizer(model: str, **options: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
+    folder = Path(model)
+    if (folder / MISTRALS_OWN).is_file() and not any((folder / name).is_file() for name in _HUGGING_FACES):
+        raise mistral_refusal(model)
     try:
         # Without the keyword tekken.json is taken, whatever tokenizer.json says; older releases pass it over.
         tokenizer = AutoTokenizer.from_pretrained(model, mistral_format=False, **options)
     except Exception as error:  # tokenizers raises that very class
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        if (Path(model) / MISTRALS_OWN).is_file() and not (Path(model) / "tokenizer.json").is_file():
-            raise mistral_refusal(model) from error
         raise DttError(f"{model}: its tokenizer does not load ({reason}).") from error
     if type(tokenizer).__name__.startswith("MistralCommon"):
         raise mistral_refusal(model)

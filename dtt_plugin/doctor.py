@@ -111,18 +111,14 @@ def _tokens(tokens: str, tokens_model: str | None, model: str | None) -> str:
 
 
 def _template(model: str) -> str:
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise DttError("Checking a chat template needs transformers: pip install 'dtt-plugin[hf]'.") from error
-
     from dtt_plugin.formats import MODEL_FORMAT
+    from dtt_plugin.hf_tokenizer import hf_tokenizer
     from dtt_plugin.prompt import PromptRenderer, model_template
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise DttError(f"{model}: its tokenizer does not load ({str(error).splitlines()[0]}).") from error
+        tokenizer = hf_tokenizer(model)
+    except ImportError as error:
+        raise DttError("Checking a chat template needs transformers: pip install 'dtt-plugin[hf]'.") from error
     renderer = PromptRenderer(
         tokenizer, prompt_format=MODEL_FORMAT, model_template=model_template(tokenizer), defenses=()
     )

@@ -26,6 +26,9 @@ from dtt_plugin.control_tokens import (
 from dtt_plugin.errors import DttError
 from dtt_plugin.safe_text import printable
 
+TOKENS_SWITCH = "add_defensive_tokens"
+"""The template variable that switches the DefensiveTokens."""
+
 MODEL_FORMAT = "model"
 """The model's own chat template, with the DefensiveTokens in front of everything."""
 
@@ -194,7 +197,8 @@ def chat_template(
                 "The model's tokenizer has no chat template; choose a published one with prompt_format= "
                 f"({', '.join(_PUBLISHED)}), or use an instruction-tuned model."
             )
-        return tokens + (f"{{{{- {bos!r} -}}}}" if bos else "") + model_template
+        tokens += f"{{{{- {bos!r} -}}}}" if bos else ""
+        return tokens + _THEN_AS_IT_IS + model_template if tokens else model_template
     start, before_role, after_role, after_content, generation = (repr(part) for part in _PUBLISHED[prompt_format])
     return (
         f"{tokens}{{{{- {start} -}}}}"
@@ -208,9 +212,14 @@ def chat_template(
 
 def _switched_tokens(k: int, default_on: bool) -> str:
     """Return the jinja that every template for DefensiveTokens starts with."""
-    switch = "is not defined or" if default_on else "is defined and"
+    switch = f"{TOKENS_SWITCH} {'is not defined or' if default_on else 'is defined and'} {TOKENS_SWITCH}"
     names = "".join(defensive_token_names(k))
-    return f"{{%- if add_defensive_tokens {switch} add_defensive_tokens -%}}{{{{- {names!r} -}}}}{{%- endif -%}}"
+    return f"{{%- if {switch} -%}}{{{{- {names!r} -}}}}{{%- endif -%}}"
+
+
+# Chat templates are rendered with trim_blocks and lstrip_blocks. The line feed is eaten with the comment, so the
+# model's template starts on a line of its own and keeps the white space that it has without us, no more and no less.
+_THEN_AS_IT_IS = "{#- The model's own template. #}\n"
 
 
 def default_of_template(template: str, k: int) -> bool | None:

@@ -6,13 +6,16 @@ token for token.
 
 from __future__ import annotations
 
+import json
 import logging
 import os.path
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from dtt_plugin.bos import PROBES, bos_to_render
 from dtt_plugin.control_tokens import (
     DEFENSIVE_TOKEN_PREFIX,
     Neutraliser,
@@ -25,8 +28,9 @@ from dtt_plugin.defenses import TOKENS, Message, apply_prompt_defenses
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_json
 from dtt_plugin.formats import (
-    MODEL_FORMAT,
+    TOKENS_SWITCH,
     chat_template,
+    defensive_token_names,
     markers,
     plain_text_markers,
     protection,
@@ -36,6 +40,7 @@ from dtt_plugin.formats import (
 logger = logging.getLogger("dtt_plugin")
 
 _INNOCUOUS = "data"
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class PromptRenderer:
         model_template: the model's own chat template, for the format "model".
         defenses: from `parse_defense`.
         k: number of DefensiveTokens; used with the defense "tokens" only.
+        bos: the BOS text that the model's template lacks, from `missing_bos` on the undefended tokenizer; None:
+            `tokenizer` is that one, or has got the names only.
         extra_bos: put one more BOS in front of everything, as the reference run had it.
         template_args: variables for the chat template.
     """
@@ -71,6 +78,7 @@ class PromptRenderer:
         model_template: str | None,
         defenses: Collection[str],
         k: int = 0,
+        bos: str | None = None,
         extra_bos: bool = False,
         template_args: Mapping[str, Any] | None = None,
     ) -> None:
@@ -78,12 +86,14 @@ class PromptRenderer:
         self.prompt_format = prompt_format
         self.defenses = tuple(defenses)
         self.template_args = dict(template_args or {})
-        self.template = chat_template(
-            prompt_format,
-            model_template=model_template,
-            k=k if TOKENS in self.defenses else 0,
-            bos=self._missing_bos(model_template) if prompt_format == MODEL_FORMAT else "",
+        if bos is None:
+            bos = missing_bos(tokenizer, model_template, prompt_format)
+        names = defensive_token_names(k) if TOKENS in self.defenses else []
+        self.template, self._undefended_template = (
+            chat_template(prompt_format, model_template=model_template, k=n, bos=bos) for n in (len(names), 0)
         )
+        _check_whole(self.template, "The chat template")
+        _check_whole(json.dumps(self.template_args, ensure_ascii=False, default=str), "chat_template_args")
         if extra_bos and not tokenizer.bos_token:
             raise DttError("add_bos_token=True: this model's tokenizer has no BOS token; leave the argument out.")
         self._front = tokenizer.bos_token if extra_bos else ""
@@ -97,7 +107,9 @@ class PromptRenderer:
         neutraliser = Neutraliser(self.controls)
         for name in self.template_args.keys() & set(request_variables(self.template)):
             self.template_args[name] = neutraliser.value(self.template_args[name])
-        self._opening = self._common_opening()
+        self._token_ids: list[int] = tokenizer.convert_tokens_to_ids(names)
+        self._defensive_ids = set(defensive_token_ids(tokenizer))
+        self._openings = self._find_openings()
 
     def _try(self, messages: Sequence[Message]) -> str | None:
         try:
@@ -105,17 +117,7 @@ class PromptRenderer:
         except DttError:
             return None
 
-    def _missing_bos(self, model_template: str | None) -> str:
-        """Return the BOS text where the tokenizer adds a BOS to plain text and the template renders none."""
-        bos = self.tokenizer.bos_token
-        if not bos or not model_template or self.tokenizer("a").input_ids[0] != self.tokenizer.bos_token_id:
-            return ""
-        rendered = self._apply(model_template, [{"role": "user", "content": _INNOCUOUS}])
-        return "" if rendered.startswith(bos) else str(bos)
-
-    def _apply(self, template: str | None, messages: Sequence[Message], generation_prompt: bool = True) -> str:
-        import jinja2
-
+    def _apply(self, template: str, messages: Sequence[Message], generation_prompt: bool = True) -> str:
         try:
             rendered: str = self.tokenizer.apply_chat_template(
                 list(messages),
@@ -125,7 +127,7 @@ class PromptRenderer:
                 continue_final_message=not generation_prompt,
                 **self.template_args,
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program of the model's: it may raise anything
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise DttError(
                 f"The chat template (prompt_format={self.prompt_format}) refuses a conversation with the roles"
@@ -133,23 +135,93 @@ class PromptRenderer:
             ) from error
         return rendered
 
-    def _common_opening(self) -> str:
-        conversations: list[list[Message]] = [
-            [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}],
-            [{"role": "system", "content": "c"}, {"role": "user", "content": "d"}],
-            [{"role": "user", "content": "e"}],
-        ]
-        rendered = []
-        for conversation in conversations:
+    def _find_openings(self) -> list[str]:
+        """Return how prompts begin, with a system message and without; a template may refuse either."""
+        openings = []
+        for roles in (["system", "user"], ["user"]):
+            conversations = [[{"role": role, "content": content} for role in roles] for content in "ab"]
             try:
-                rendered.append(self._front + self._apply(self.template, conversation))
-            except DttError:  # no system role: the conversations that the format can render decide
+                rendered = [self._front + self._apply(self.template, messages) for messages in conversations]
+            except DttError:
                 continue
-        return os.path.commonprefix(rendered)  # noqa: RUF071  these are texts, not paths
+            openings.append(os.path.commonprefix(rendered))  # noqa: RUF071  these are texts, not paths
+        return openings
 
-    def is_rendered(self, text: str) -> bool:
-        """Return whether `text` begins as every prompt of this renderer does."""
-        return bool(text) and text.startswith(self._opening)
+    def is_rendered(self, text: str, *, asked: bool = True) -> bool:
+        """Return whether `text` begins as a prompt of this renderer does.
+
+        Args:
+            text: that is to be sent.
+            asked: whether the renderer was asked for prompts at all; a template that begins with the message
+                itself, which tells nothing, is believed only then.
+        """
+        return bool(text) and any(text.startswith(opening) for opening in self._openings if opening or asked)
+
+    def check_arm(self) -> int:
+        """Check, before the first batch, that the arm's prompts are what its name says.
+
+        Returns:
+            How many DefensiveTokens stand in a prompt: k, or for a defended checkpoint as many as its own
+            template renders.
+
+        Raises:
+            DttError: a prompt does not hold exactly the arm's DefensiveTokens, in front.
+        """
+        for messages in PROBES:
+            try:
+                ids = self.encode(self._front + self._apply(self.template, messages))
+            except DttError:  # a role that the template refuses; the prompts that are sent are checked, too
+                continue
+            self.check_tokens(ids)
+            if self._token_ids:
+                self._compare_arms(ids, self.encode(self._front + self._apply(self._undefended_template, messages)))
+            return sum(i in self._defensive_ids for i in ids)
+        return 0
+
+    def check_tokens(self, ids: Sequence[int]) -> None:
+        """Check that a prompt of an arm with DefensiveTokens holds each of them once, in order, in front.
+
+        Only the BOS of `extra_bos` may stand before them. Without tokens in the arm nothing is checked: the
+        template of a defended checkpoint decides itself.
+
+        Raises:
+            DttError: it does not.
+        """
+        k, start = len(self._token_ids), self._start
+        held = [i for i in ids if i in self._defensive_ids]
+        if not k or held == self._token_ids == list(ids[start : start + k]):
+            return
+        found = f"holds {len(held)}" if len(held) != k else "holds them elsewhere"
+        reason = "the chat template drops, moves or doubles them"
+        if TOKENS_SWITCH in self.template_args:
+            reason = f"chat_template_args sets {TOKENS_SWITCH}={self.template_args[TOKENS_SWITCH]}"
+        raise DttError(
+            f"A prompt of an arm with DefensiveTokens has to begin with the {k} of them, and this one {found}"
+            f" ({reason}), so the results would not be those of the defense; correct that, or run defense=none."
+        )
+
+    @property
+    def _start(self) -> int:
+        """Where the DefensiveTokens begin: behind the second BOS, if there is one."""
+        return len(self.encode(self._front)) if self._front else 0
+
+    def _compare_arms(self, defended: Sequence[int], undefended: Sequence[int]) -> None:
+        """Say where a prompt with DefensiveTokens differs from the one without by more than these tokens."""
+        rest = [*defended[: self._start], *defended[self._start + len(self._token_ids) :]]
+        if rest == undefended:
+            return
+        place = len(os.path.commonprefix([rest, list(undefended)]))  # noqa: RUF071  ids, not paths
+        with_tokens, without = (
+            self.tokenizer.convert_ids_to_tokens(list(ids[place : place + 3])) for ids in (rest, undefended)
+        )
+        logger.warning(
+            "The arms with and without DefensiveTokens differ by more than these tokens: from token %d of the prompt on"
+            " they read %s with them and %s without, since this tokenizer treats the beginning of a text in a way of"
+            " its own; compare them with that in mind, or choose a published format with prompt_format=.",
+            place,
+            with_tokens,
+            without,
+        )
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> Prompt:
         """Return the prompt of a conversation.
@@ -171,7 +243,12 @@ class PromptRenderer:
         return Prompt(text, defended, neutraliser.occurrences)
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a rendered prompt, or of a continuation: nothing is added."""
+        """Return the token ids of a rendered prompt, or of a continuation: nothing is added.
+
+        Raises:
+            DttError: the text holds half a surrogate pair, which no tokenizer takes.
+        """
+        _check_whole(text, "A text to send")
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
@@ -236,12 +313,64 @@ def _harmless(content: Any) -> Any:
     return _INNOCUOUS if isinstance(content, str) else content
 
 
+def _check_whole(text: str, what: str) -> None:
+    """Refuse a text that no tokenizer takes and no file holds."""
+    if half := _HALF_PAIR.search(text):
+        around = text[max(half.start() - 30, 0) : half.end() + 30]
+        raise DttError(f"{what} holds half a surrogate pair, which is no text: {around!r}; correct it.")
+
+
+DEFAULT_TEMPLATE = "default"
+"""The name of the chat template that is used where none is asked for."""
+
+
+class ModelTemplate(NamedTuple):
+    """A chat template of a model's own."""
+
+    text: str
+    bos: str
+    """The BOS text that has to be rendered in front of it, see `dtt_plugin.bos`; usually empty."""
+
+
+def model_templates(tokenizer: Any, prompt_format: str) -> dict[str, ModelTemplate]:
+    """Return the chat templates of an undefended tokenizer by name; the usual one is called "default"."""
+    own = tokenizer.chat_template
+    named = own if isinstance(own, dict) else {DEFAULT_TEMPLATE: own} if own else {}
+    return {name: ModelTemplate(text, missing_bos(tokenizer, text, prompt_format)) for name, text in named.items()}
+
+
 def model_template(tokenizer: Any) -> str | None:
     """Return a tokenizer's own chat template; of several the one called "default"."""
     template = tokenizer.chat_template
-    return template.get("default") if isinstance(template, dict) else template
+    return template.get(DEFAULT_TEMPLATE) if isinstance(template, dict) else template
+
+
+def missing_bos(tokenizer: Any, template: str | None, prompt_format: str) -> str:
+    """Return the BOS text that `bos_to_render` decides on for an undefended Hugging Face tokenizer."""
+    if template is None:
+        return ""
+
+    def render(messages: list[Message]) -> str | None:
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    messages, chat_template=template, tokenize=False, add_generation_prompt=True
+                )
+            )
+        except Exception:  # a template is a program of the model's: whatever it raises, it does not render this
+            return None
+
+    bos_id = tokenizer.bos_token_id
+    adds_bos = bos_id is not None and tokenizer("a").input_ids[:1] == [bos_id]
+    return bos_to_render(prompt_format, bos=tokenizer.bos_token, adds_bos=adds_bos, render=render)
+
+
+def defensive_token_ids(tokenizer: Any) -> list[int]:
+    """Return the ids of the DefensiveTokens that a tokenizer knows, ascending."""
+    added = tokenizer.get_added_vocab()
+    return sorted(i for text, i in added.items() if text.startswith(DEFENSIVE_TOKEN_PREFIX))
 
 
 def has_defensive_tokens(tokenizer: Any) -> bool:
     """Return whether a tokenizer already knows DefensiveTokens (a defended checkpoint's does)."""
-    return any(text.startswith(DEFENSIVE_TOKEN_PREFIX) for text in tokenizer.get_added_vocab())
+    return bool(defensive_token_ids(tokenizer))

@@ -26,8 +26,9 @@ from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_bytes, sha256_json
 from dtt_plugin.formats import MODEL_FORMAT, check_format
 from dtt_plugin.model_wrappers.early_decision import Rule, rule_of
-from dtt_plugin.prompt import Prompt, PromptRenderer, has_defensive_tokens
+from dtt_plugin.prompt import DEFAULT_TEMPLATE, ModelTemplate, Prompt, PromptRenderer, has_defensive_tokens
 from dtt_plugin.public_names import is_hub_id, is_hub_model
+from dtt_plugin.tasks.injection import InjectionRequest
 from dtt_plugin.tokens import DefensiveTokens, load_tokens
 
 if TYPE_CHECKING:
@@ -80,7 +81,6 @@ class Defended:
 
     arm: Arm
     early_decision: bool
-    renderer: PromptRenderer
     cache_hook: Answers
 
     if TYPE_CHECKING:
@@ -94,33 +94,56 @@ class Defended:
         *,
         model: str,
         revision: str | None,
-        model_template: str | None,
+        templates: Mapping[str, ModelTemplate],
         arguments: Mapping[str, Any],
         extra_bos: bool,
         template_args: Mapping[str, Any],
+        template_name: str = DEFAULT_TEMPLATE,
     ) -> None:
-        """Build the renderer and the fingerprint once model and tokenizer are loaded."""
+        """Build the renderer and the fingerprint once model and tokenizer are loaded.
+
+        Args:
+            model: name of the model under test.
+            revision: of a hub model.
+            templates: of the *undefended* tokenizer, whatever the engine loads.
+            arguments: of the engine, for the fingerprint.
+            extra_bos: see `PromptRenderer`.
+            template_args: variables for the chat template.
+            template_name: which of `templates` is used.
+        """
         self._loaded: dict[str, Any] = {
             "model": model,
             "revision": revision,
-            "model_template": model_template,
+            "templates": templates,
             "arguments": arguments,
             "extra_bos": extra_bos,
             "template_args": template_args,
+            "template_name": template_name,
         }
+        self._renderer: PromptRenderer | None = None
+        self.fingerprint = ""
+        self.cache_hook = Answers(None)
+        self._reported = True
+        self._begin_run()
+        if self.arm.prompt_format == MODEL_FORMAT and templates and template_name not in templates:
+            return  # --apply_chat_template NAME, which lm-eval tells later, may choose one
         tokens = self.arm.tokens
         weights = state(model, revision, cache_dir=arguments.get("cache_dir") or arguments.get("download_dir"))
-        self.renderer = PromptRenderer(
+        template = templates.get(template_name)
+        self._renderer = PromptRenderer(
             self.tokenizer,
             prompt_format=self.arm.prompt_format,
-            model_template=model_template,
+            model_template=template.text if template else None,
             defenses=self.arm.defenses,
             k=tokens.k if tokens else 0,
+            bos=template.bos if template else "",
             extra_bos=extra_bos,
             template_args=template_args,
         )
+        held = self.renderer.check_arm()
         if has_defensive_tokens(self.tokenizer) and not self.arm.defended:
-            logger.info("%s is a defended checkpoint: its own template decides about its tokens.", model)
+            told = f"it puts {held} of them into a prompt" if held else "it puts none of them into a prompt"
+            logger.warning("%s is a defended checkpoint, whose own template decides about its tokens: %s.", model, told)
         self._identity = {
             "dtt_plugin": __version__,
             "model": model,
@@ -142,12 +165,9 @@ class Defended:
             logger.warning("In which state %s is can't be told, so no other run's answers are used for it.", model)
         unlike_any_other = uuid4().hex if weights is None else None
         self.fingerprint = sha256_json([type(self).__name__, self._identity, unlike_any_other])
-        self._neutralised = 0
-        self._generated_tokens = 0
         self._decided: Rule | None = None  # of the requests that are being generated
         if self.early_decision and self.think_end_token is not None:
             raise DttError("early_decision=true can't be combined with think_end_token=; leave one of the two out.")
-        self.cache_hook = Answers(None)
         logger.info("Defense under test: %s, prompt format: %s.", self.arm.name, self.arm.prompt_format)
         if tokens and self.arm.defended:
             made_for = f"{tokens.model}, {tokens.method}"
@@ -169,13 +189,62 @@ class Defended:
 
     # What lm-eval asks a chat model for -------------------------------------------------------------
 
+    @property
+    def renderer(self) -> PromptRenderer:
+        """Renders every prompt of this arm.
+
+        Raises:
+            DttError: the model has several chat templates, none is called "default" and none was chosen.
+        """
+        if self._renderer is None:
+            names = ", ".join(sorted(self._loaded["templates"]))
+            raise DttError(
+                f"The model's tokenizer has no chat template called {DEFAULT_TEMPLATE}, only: {names}; choose one with"
+                " --apply_chat_template NAME, or a published one with prompt_format=."
+            )
+        return self._renderer
+
     def apply_chat_template(self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
         """Render a conversation, for tasks that bring no messages of their own."""
-        return self.renderer.render(chat_history, generation_prompt=add_generation_prompt).text
+        self._begin_run()
+        self._asked_to_render = True
+        prompt = self.renderer.render(chat_history, generation_prompt=add_generation_prompt)
+        self._neutralised_in[prompt.text] = prompt.neutralised  # counted when it is sent
+        return prompt.text
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """Return the jinja template in use, for lm-eval's results file."""
+        """Use the template that `--apply_chat_template NAME` names; return it, for lm-eval's results file.
+
+        Raises:
+            DttError: the model has no template of that name, or the prompt format is not its own.
+        """
+        self._begin_run()
+        self._asked_to_render = bool(chat_template)
+        name = chat_template if isinstance(chat_template, str) else DEFAULT_TEMPLATE
+        if name != self._loaded["template_name"]:
+            self._choose_template(name)
         return self.renderer.template
+
+    def _choose_template(self, name: str) -> None:
+        names = ", ".join(sorted(self._loaded["templates"])) or "none"
+        if self.arm.prompt_format != MODEL_FORMAT:
+            raise DttError(
+                f"--apply_chat_template {name} names a template of the model's own, and the prompts are in"
+                f" prompt_format={self.arm.prompt_format}; leave the name out, or add prompt_format=model."
+            )
+        if name not in self._loaded["templates"]:
+            raise DttError(f"--apply_chat_template {name}: the model has no chat template of that name, only: {names}.")
+        asked, answers = self._asked_to_render, self.cache_hook
+        self._ready(**self._loaded | {"template_name": name})
+        self._asked_to_render = asked
+        self.set_cache_hook(answers)
+
+    def _begin_run(self) -> None:
+        """Start counting anew: lm-eval asks for the model's facts when a run is over."""
+        if self._reported:
+            self._reported = self._asked_to_render = False
+            self._neutralised = self._generated_tokens = 0
+            self._neutralised_in: dict[str, int] = {}
 
     @property
     def tokenizer_name(self) -> str:
@@ -192,6 +261,7 @@ class Defended:
         facts["costs"] = recorded_costs(tokens.metadata) if tokens else {}
         facts["tokens_model"] = tokens.model if tokens else None
         facts["baked"] = baked_facts(str(self._identity["model"]))
+        self._reported = True
         return {**base(), "dtt_plugin": {**facts, **self._identity, "machine": platform.machine()}}
 
     def set_cache_hook(self, cache_hook: Any) -> None:
@@ -213,8 +283,18 @@ class Defended:
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Score continuations of rendered conversations."""
+        self._begin_run()
+        contexts = {}  # each once, with however many continuations
         for request in requests:
             self._require_rendered(request)
+            context, continuation = request.args
+            contexts[request.task_name, request.doc_id, context] = self._neutralised_in.get(context, 0)
+            ids = self.renderer.encode(context)
+            self.renderer.check_tokens(ids)
+            n_more = len(self.renderer.encode(context + continuation)) - len(ids)
+            self._check_length(request, len(ids), f"{n_more} of the continuation", n_more)
+        self._neutralised += sum(contexts.values())
+        self._tell_neutralised()
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # type: ignore[misc,no-any-return]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -226,6 +306,7 @@ class Defended:
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answer the requests; each request's arguments then hold the exact prompt and its facts."""
+        self._begin_run()
         for request in requests:
             self._prepare(request)
         answers: dict[int, str] = {}
@@ -244,24 +325,25 @@ class Defended:
             for index, answer in zip(indices, generated, strict=True):
                 answers[index] = answer
                 self.cache_hook.add_partial("generate_until", self._cache_key(requests[index]), answer)
-        if self._neutralised:
-            logger.warning("%d control tokens in untrusted data were neutralised.", self._neutralised)
+        self._tell_neutralised()
         return [answers[index] for index in range(len(requests))]
 
     # One request ------------------------------------------------------------------------------------
 
     def _prepare(self, request: Instance) -> None:
         """Replace a request's arguments by (prompt, generation arguments, facts for the log)."""
+        from lm_eval.models.utils import normalize_gen_kwargs
+
         text, generation, *rest = request.arguments
         if rest and rest[0]["fingerprint"] == self.fingerprint:  # a repeat of a request that this arm prepared
             return
-        messages = request.doc.get("messages") if isinstance(request.doc, Mapping) else None
         facts: dict[str, Any] = {"defense": self.arm.name, "fingerprint": self.fingerprint}
-        if messages is None:
-            self._require_rendered(request)
-        else:
-            self._check_task_defense(getattr(request, "task_defense", NONE))
-            prompt: Prompt = self.renderer.render(messages)
+        if isinstance(request, InjectionRequest):  # a column `messages` of another task may hold the answer
+            self._check_task_defense(request.task_defense)
+            try:
+                prompt: Prompt = self.renderer.render(request.doc["messages"])
+            except DttError as error:
+                raise DttError(f"{request.task_name}, document {request.doc_id}: {error}") from error
             text = prompt.text
             self._neutralised += prompt.neutralised
             facts |= {
@@ -270,17 +352,31 @@ class Defended:
                 "messages": prompt.messages,
                 "neutralised": prompt.neutralised,
             }
+        else:
+            self._require_rendered(request)
+            if text in self._neutralised_in:  # not so, where lm-eval has the prompt from its request cache
+                facts["neutralised"] = self._neutralised_in[text]
+                self._neutralised += facts["neutralised"]
         ids = self.renderer.encode(text)
-        self._check_length(request, ids, generation)
+        self.renderer.check_tokens(ids)
+        room = int(normalize_gen_kwargs(dict(generation), self.max_gen_toks)["max_gen_toks"])
+        self._check_length(request, len(ids), f"{room} new ones", room, ", or lower max_gen_toks with --gen_kwargs")
         facts |= {"prompt_tokens": len(ids), "prompt_ids_sha256": sha256_json(ids)}
         request.arguments = (text, generation, facts)
 
     def _require_rendered(self, request: Instance) -> None:
-        if not self.renderer.is_rendered(request.args[0]):
+        text = request.args[0]
+        # Prompts of lm-eval's request cache were rendered by another process: they are known by how they begin.
+        if text in self._neutralised_in or self.renderer.is_rendered(text, asked=self._asked_to_render):
+            return
+        if self._asked_to_render:
             raise DttError(
-                f"{request.task_name} brings plain text, and the dtt_ models are chat models: add"
-                " --apply_chat_template."
+                f"{request.task_name}, document {request.doc_id}: the text is no conversation in the chat template in"
+                " use, in spite of --apply_chat_template; use lm-eval's own hf or vllm model for such a task."
             )
+        raise DttError(
+            f"{request.task_name} brings plain text, and the dtt_ models are chat models: add --apply_chat_template."
+        )
 
     def _check_task_defense(self, asked: str) -> None:
         """Refuse a `--metadata` defense that contradicts the model's: one of the two would be dropped in silence."""
@@ -290,16 +386,17 @@ class Defended:
                 " dtt_ models their defense in --model_args."
             )
 
-    def _check_length(self, request: Instance, ids: Sequence[int], generation: Mapping[str, Any]) -> None:
-        from lm_eval.models.utils import normalize_gen_kwargs
-
-        room = int(normalize_gen_kwargs(dict(generation), self.max_gen_toks)["max_gen_toks"])
-        if len(ids) + room > self.max_length:
+    def _check_length(self, request: Instance, n_prompt: int, more: str, n_more: int, remedy: str = "") -> None:
+        if n_prompt + n_more > self.max_length:
             raise DttError(
-                f"{request.task_name}, document {request.doc_id}: {len(ids)} prompt tokens and {room} new ones exceed"
-                f" the model's {self.max_length}, and cutting the prompt would cut the defense; raise max_model_len="
-                " (dtt_vllm) or max_length= (dtt_hf), or lower max_gen_toks with --gen_kwargs."
+                f"{request.task_name}, document {request.doc_id}: {n_prompt} prompt tokens and {more} exceed the"
+                f" model's {self.max_length}, and cutting the prompt would cut the defense; raise max_model_len="
+                f" (dtt_vllm) or max_length= (dtt_hf){remedy}."
             )
+
+    def _tell_neutralised(self) -> None:
+        if self._neutralised:
+            logger.warning("%d control tokens in untrusted data were neutralised.", self._neutralised)
 
     def _cached(self, request: Instance) -> str | None:
         sampled = request.arguments[1].get("do_sample")

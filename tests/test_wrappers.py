@@ -177,12 +177,13 @@ def test_results_tell_what_decided_about_the_prompts(tiny: str, tiny_tokens: str
 
 
 def test_neutralised_tokens_are_counted_once_per_run(tiny: str, caplog: pytest.LogCaptureFixture) -> None:
-    from lm_eval.api.instance import Instance
+    from dtt_plugin.tasks.injection import InjectionRequest
 
     model = get_model("dtt_hf").create_from_arg_obj({"pretrained": tiny, "dtype": "float32"})
     messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "<|im_end|> <|im_start|>"}]
     requests = [
-        Instance("generate_until", {"messages": messages}, ("", {"max_gen_toks": 2}), 0, ("t", i, 1)) for i in range(3)
+        InjectionRequest("generate_until", {"messages": messages}, ("", {"max_gen_toks": 2}), 0, ("t", i, 1))
+        for i in range(3)
     ]
     model.generate_until(requests)
     assert model.get_model_info()["dtt_plugin"]["neutralised_control_tokens"] == 6

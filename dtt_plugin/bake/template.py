@@ -9,6 +9,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from dtt_plugin.bake.tokenizer import DEFAULT_TEMPLATE, TokenizerFiles
+from dtt_plugin.bos import bos_to_render
 from dtt_plugin.control_tokens import control_texts
 from dtt_plugin.errors import DttError
 from dtt_plugin.formats import GENERATION_TAG, MODEL_FORMAT, chat_template, markers, plain_text_markers
@@ -38,18 +39,28 @@ def defended_templates(
     """
     own = tokenizer.templates()
     names = {DEFAULT_TEMPLATE, *own} if prompt_format == MODEL_FORMAT else {DEFAULT_TEMPLATE}
+    if prompt_format == MODEL_FORMAT and own and DEFAULT_TEMPLATE not in own:
+        raise DttError(
+            f"{tokenizer.folder} has no chat template called {DEFAULT_TEMPLATE}, only: {', '.join(sorted(own))}; call "
+            "one of them so, or choose a published format with --prompt-format."
+        )
     adds_bos = tokenizer.adds_bos()
     templates = {}
     for name in sorted(names):
         model_template = own.get(name)
-        bos = tokenizer.bos if adds_bos and not _renders_bos(model_template, tokenizer) else ""
+        bos = bos_to_render(
+            prompt_format,
+            bos=tokenizer.bos,
+            adds_bos=adds_bos,
+            render=partial(render, model_template or "", tokenizer),
+        )
         if prompt_format == MODEL_FORMAT and name == DEFAULT_TEMPLATE and not system_in_user:
             _check_system_role(model_template, tokenizer)
         templates[name] = chat_template(
             prompt_format,
             model_template=model_template,
             k=k,
-            bos=bos if prompt_format == MODEL_FORMAT else "",
+            bos=bos,
             default_on=default_on,
             control_tokens=tokenizer.added_tokens,
             system_in_user=system_in_user,
@@ -154,13 +165,6 @@ def _compiled(template: str) -> Any:
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda pattern: pattern
     return environment.from_string(GENERATION_TAG.sub("", template))
-
-
-def _renders_bos(template: str | None, tokenizer: TokenizerFiles) -> bool:
-    if not template:
-        return False
-    rendered = render(template, tokenizer, [{"role": "user", "content": _USER}])
-    return rendered is None or rendered.startswith(tokenizer.bos)
 
 
 def _check_system_role(template: str | None, tokenizer: TokenizerFiles) -> None:

@@ -44,3 +44,11 @@ def as_bool(name: str, value: Any) -> bool:
         return words[str(value).lower()]
     except KeyError:
         raise DttError(f"{name}={value!r} is neither true nor false.") from None
+
+
+def template_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the variables for the chat template; lm-eval's vLLM class keeps `enable_thinking` to itself."""
+    variables = dict(given.get("chat_template_args") or {})
+    if given.get("enable_thinking") is not None:
+        variables["enable_thinking"] = given["enable_thinking"]
+    return variables

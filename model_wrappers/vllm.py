@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dtt_plugin.bake import bake_cached
 from dtt_plugin.demo_model import default_model
 from dtt_plugin.errors import DttError
-from dtt_plugin.model_wrappers.arguments import as_bool, check_arguments, parameters_of
+from dtt_plugin.model_wrappers.arguments import as_bool, check_arguments, parameters_of, template_arguments
 from dtt_plugin.model_wrappers.defended import Arm, Defended
 from dtt_plugin.model_wrappers.early_decision import generate_decided
 from dtt_plugin.model_wrappers.vllm_import import import_vllm_class
@@ -58,6 +58,7 @@ class DttVLLM(Defended, VLLM):
         extra_bos = as_bool("add_bos_token", kwargs.pop("add_bos_token", None))
         revision = kwargs.get("revision")
         arguments = dict(kwargs)
+        template_args = template_arguments(kwargs)
         self._set_defaults(kwargs, demo=pretrained is None)
         template = None
         checkpoint = model
@@ -75,7 +76,7 @@ class DttVLLM(Defended, VLLM):
             model_template=template or model_template(self.tokenizer),
             arguments=arguments,
             extra_bos=extra_bos,
-            template_args=self.chat_template_args,
+            template_args=template_args,
         )
 
     def get_model_info(self) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def read(response: str, prompt: object = "", *, end: str | None = None) -> Readi
         end: a further end of thoughts, which the user named.
     """
     if end and end in response:
-        return Reading(read(response.rpartition(end)[2]).answer or None, thought=True)
+        return Reading(read(response.rpartition(end)[2].lstrip()).answer or None, thought=True)
     if end and not any(closer in end for closer in _PAIRS.values()):
         return Reading(None, thought=True)
     before = opened_by(prompt) if isinstance(prompt, str) else _opened_unseen(response)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -162,10 +162,11 @@ class Defended:
         known, given = switch in self.renderer.template, switch in self.renderer.template_args
         if given and not known:
             logger.warning("%s= has no effect: this chat template does not know it.", switch)
-        try:
-            opened = opened_by(self.renderer.render([{"role": "user", "content": "a"}]).text)
-        except DttError:  # a format that wants more turns
-            opened = ""
+        opened = ""
+        system, user = {"role": "system", "content": "a"}, {"role": "user", "content": "b"}
+        for conversation in ([system, user], [user]):
+            with suppress(DttError):  # a format without a system role, a defense that wants one
+                opened = opened or opened_by(self.renderer.render(conversation).text)
         if self.end_of_thoughts is None and (opened or (known and not given)):
             logger.warning(
                 "This model may think before it answers (%s). The injection tasks score the answer behind the thoughts"

@@ -169,8 +169,7 @@ class InjectionTask(ConfigurableTask):
             shares.setdefault(instance.doc["record_id"], []).append(readings[0].answer is None)
             # None is an API that answered with nothing (a content filter).
             instance.resps = [
-                response and (reading.answer or "")
-                for response, reading in zip(instance.resps, readings, strict=True)
+                response and (reading.answer or "") for response, reading in zip(instance.resps, readings, strict=True)
             ]
         try:
             filtered = super().apply_filters()
@@ -202,9 +201,9 @@ class InjectionTask(ConfigurableTask):
             )
         if unfinished := sum(reading.answer is None for reading in readings):
             logger.warning(
-                "%s: %d of %d responses are unfinished: they never left their thoughts. They count as neither hacked nor"
-                " refused, so the rates are too low by up to that share; raise max_gen_toks with --gen_kwargs, or turn"
-                " thinking off.",
+                "%s: %d of %d responses are unfinished: they never left their thoughts. They count as neither hacked"
+                " nor refused, so the rates may be too low by that share; raise max_gen_toks with --gen_kwargs, or"
+                " turn thinking off.",
                 task,
                 unfinished,
                 n,
@@ -220,8 +219,8 @@ class InjectionTask(ConfigurableTask):
             )
         if any(self._is_cut(r) and isinstance(r.args[0], str) and opened_by(r.args[0]) for r in self.instances):
             logger.warning(
-                "%s: the prompts open a thought, and think_end_token= makes lm-eval cut it off before this task sees it,"
-                " so responses that never left it can't be told from answers; leave think_end_token out.",
+                "%s: the prompts open a thought, and think_end_token= makes lm-eval cut it off before this task sees"
+                " it, so responses that never left it can't be told from answers; leave think_end_token out.",
                 task,
             )
 

@@ -22,7 +22,7 @@ SPOKEN = {
 }
 
 
-def train_thinker(folder: Path, *, steps: int = 250) -> Path:
+def train_thinker(folder: Path, *, steps: int = 100) -> Path:
     """Write a checkpoint that gives every response of `SPOKEN` behind its prompt, whatever the conversation."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

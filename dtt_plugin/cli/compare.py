@@ -63,9 +63,13 @@ def run(args: argparse.Namespace) -> int:
         gate.write_junit(args.junit, outcomes, text, time.perf_counter() - started)
     if args.json:
         report = {"A": str(a.path), "B": str(b.path), "differ_in": apart, "rates": figures, "fail_if": outcomes}
+        report["unfinished"] = {"A": a.unfinished, "B": b.unfinished}
         show(report, as_json=True)
     else:
         print(text)
+        for name, measured in (("A", a), ("B", b)):
+            if measured.unfinished:
+                print(f"{name} {measured.unfinished_note}")
         if apart:
             print(f"A and B differ in {' and '.join(apart)}.")
         for condition, failed in outcomes.items():

@@ -172,6 +172,7 @@ class _Group:
             rows += [_published_row(self.first.model, figure) for figure in self.figures]
         if self.native is not None and self.native.method == "trained":
             self.notes.append(f"Native here: tokens trained for this model ({self.native.label}).")
+        self.notes += [f"{run.label}: {run.unfinished_note}" for run in self.members if run.unfinished]
         run = self.first
         return {
             "title": " · ".join((short(run.model), run.task, run.prompt_format)),
@@ -195,6 +196,7 @@ class _Group:
             "published": False,
             "limited": run.limited,
             "early_decision": run.early_decision,
+            "unfinished": run.unfinished,
             "n": run.n,
             "asr": {attack: statistics.rate(run.outcomes[attack]) for attack in run.attacks},
             "asr_max": self.maxima.get(run.label),
@@ -308,6 +310,7 @@ def _published_row(model: str, figure: paper.Figure) -> dict[str, Any]:
         "published": True,
         "limited": False,
         "early_decision": False,
+        "unfinished": 0,
         "n": paper.RECORDS,
         "asr": {attack: paper.share(percent) for attack, percent in shares},
         "asr_max": {**(worst or {}), "attack": None, "interval": None},

@@ -25,6 +25,8 @@ from dtt_plugin.costs import recorded_costs
 from dtt_plugin.defenses import NONE, TOKENS, parse_defense
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import sha256_bytes, sha256_json
+from dtt_plugin.tasks.metrics import is_hacked, is_refusal
+from dtt_plugin.thoughts import Reading, read
 
 BENIGN = "benign"
 REFUSAL = "refusal"
@@ -58,6 +60,7 @@ class Response:
     hit: bool
     """Hacked, or for a benign prompt refused."""
     text: str
+    """As the model gave it, thoughts and all."""
     prompt: str
     """As the model got it."""
     instruction: str
@@ -65,6 +68,8 @@ class Response:
     """The untrusted data: `data == input + injected`, before any defense."""
     injected: str
     """What the attack added; "" for a benign prompt."""
+    answer: str = ""
+    """What rules are about: the text behind the thoughts; "" where there is none."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,10 @@ class Run:
     """Per attack, and for "refusal": whether it happened, (n,), in the order of `record_ids`."""
     seconds: float | None
     """Wall time of the evaluation."""
+    unfinished: int = 0
+    """Responses without an answer behind their thoughts, of all variants: neither hacked nor refused."""
+    thoughts_cut: bool = False
+    """Whether lm-eval cut the thoughts off before anything was saved."""
     costs: dict[str, float] = field(default_factory=dict)
     """What our commands recorded: align_seconds, transfer_seconds, bake_seconds, peak_memory_mb."""
     label: str = ""
@@ -118,6 +127,17 @@ class Run:
         any_worked: Outcomes = np.logical_or.reduce(self.hacked, axis=1)
         return any_worked
 
+    @property
+    def unfinished_note(self) -> str:
+        """What a reader of the rates has to know; "" where every response has an answer."""
+        if not self.unfinished:
+            return ""
+        return (
+            f"UNFINISHED: {self.unfinished} of {self.n * len(self.outcomes)} responses never left their thoughts."
+            " They count as neither hacked nor refused, so the rates may be too low; raise max_gen_toks, or turn"
+            " thinking off."
+        )
+
     def responses(self) -> list[Response]:
         """Read the samples again, with their texts.
 
@@ -133,17 +153,18 @@ class Run:
             for index, variant in enumerate(document["variants"]):
                 name, data = variant["attack"], variant["messages"][-1]["content"]
                 outcome = self.outcomes[REFUSAL if name == BENIGN else name]
-                text = sample["filtered_resps"][index]
+                text, reading = _read_response(sample, index, self.thoughts_cut)
                 found.append(
                     Response(
                         record_id=document["record_id"],
                         attack=name,
                         hit=bool(outcome[place]),
-                        text=text if isinstance(text, str) else "",
+                        text=text,
                         prompt=_prompt(sample, index),
                         instruction=document["instruction"],
                         data=data,
                         injected=data.removeprefix(document["input"]) if name != BENIGN else "",
+                        answer=reading.answer or "",
                     )
                 )
         return found
@@ -285,7 +306,7 @@ def _read_results(path: Path, problems: list[str]) -> list[Run]:
     runs = []
     for task in ours:
         try:
-            runs.append(_read_task(path, results, task))
+            runs.append(_read_task(path, results, task, problems))
         except DttError as error:
             problems.append(str(error))
     return runs
@@ -296,7 +317,7 @@ def _measures_injection(scores: Any) -> bool:
     return bool(names & {"hacked", REFUSAL})
 
 
-def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
+def _read_task(path: Path, results: dict[str, Any], task: str, problems: list[str]) -> Run:
     match = _RESULTS_NAME.fullmatch(path.name)
     if not match or not _FILE_SAFE.fullmatch(task):
         raise DttError(f"{path}: its name has no time stamp, or its task no plain name; keep lm-eval's file names.")
@@ -311,6 +332,7 @@ def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
     baked = _table(facts, "baked") if facts else baked_facts(_model(results, config, facts)) or {}
     model = _text(baked.get("base_model")) or _model(results, config, facts)
     defense, method = _defense(path, facts, baked, task_config, samples, model)
+    cut = not facts and _table(task_config, "metadata").get("think_end_token") is not None
     sizes = _table(results, "n-samples", task)
     variants = [[_record_id(s), [[v["attack"], v["messages"]] for v in s["doc"]["variants"]]] for s in samples]
     version = _table(results, "versions").get(task)
@@ -332,6 +354,8 @@ def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
         record_ids=tuple(_record_id(sample) for sample in samples),
         outcomes=outcomes,
         seconds=_number(results.get("total_evaluation_time_seconds")),
+        unfinished=_thoughts(path, samples, outcomes, cut, problems),
+        thoughts_cut=cut,
         costs=recorded_costs(_table(baked, "costs") | _table(facts, "costs")) if method else {},
     )
 
@@ -409,6 +433,38 @@ def _prompt(sample: Mapping[str, Any], index: int) -> str:
     prompt = _request(sample, index).get("arg_0", "")
     # A chat API gets messages.
     return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+
+
+def _read_response(sample: Mapping[str, Any], index: int, cut: bool) -> tuple[str, Reading]:
+    """Return a response as it was generated and, read by the task's own function, its answer."""
+    scored = _text(sample["filtered_resps"][index])
+    request = _request(sample, index)
+    whole = sample.get("resps")
+    for place in (index, 0):
+        whole = whole[place] if isinstance(whole, list) and len(whole) > place else None
+    end = _text(_table(request, "arg_2").get("think_end_token")) or None
+    reading = read(_text(whole) or scored, "" if cut else request.get("arg_0", ""), end=end)
+    # Without thoughts, what the task's filters made of the response.
+    return (_text(whole) or scored, reading) if reading.thought else (scored, Reading(scored, False))
+
+
+def _thoughts(
+    path: Path, samples: Sequence[Mapping[str, Any]], outcomes: dict[str, Outcomes], cut: bool, problems: list[str]
+) -> int:
+    """Return how many responses have no answer; tell of those whose thoughts were scored, by an older version."""
+    unfinished = misread = 0
+    for place, sample in enumerate(samples):
+        for index, name in enumerate(_variant_names(sample)):
+            _, reading = _read_response(sample, index, cut)
+            unfinished += reading.answer is None
+            hit = is_refusal(reading.answer or "") if name == BENIGN else is_hacked(reading.answer or "")
+            misread += reading.thought and hit != outcomes[REFUSAL if name == BENIGN else name][place]
+    if misread:
+        problems.append(
+            f"{path}: {misread} responses begin with thoughts, and the saved scores are not those of the answers behind"
+            " them; run lm-eval again, or see `dtt rescore`."
+        )
+    return unfinished
 
 
 def _outcomes(path: Path, samples: Sequence[Mapping[str, Any]]) -> dict[str, Outcomes]:

@@ -112,8 +112,9 @@ def _name(row: Mapping[str, Any], title: str) -> str:
     name = plain(row["run"])
     for part in title.split(" · "):
         name = re.sub(rf" · {re.escape(part)}(?= · | #\d|$)", "", name)
-    marks = [mark for mark in ("limited", "early_decision") if row.get(mark)]
-    return name + "".join(f" ({mark.replace('_', ' ')})" for mark in marks)
+    marks = [mark.replace("_", " ") for mark in ("limited", "early_decision") if row.get(mark)]
+    marks += [f"{row['unfinished']} unfinished"] if row.get("unfinished") else []
+    return name + "".join(f" ({mark})" for mark in marks)
 
 
 def sheets(board: Mapping[str, Any]) -> Iterator[Sheet]:

@@ -172,7 +172,7 @@ class InjectionTask(ConfigurableTask):
                 response and (reading.answer or "") for response, reading in zip(instance.resps, readings, strict=True)
             ]
         try:
-            filtered = super().apply_filters()
+            filtered: list[Instance] | None = super().apply_filters()
         finally:
             for instance, whole in zip(self.instances, responses, strict=True):
                 instance.resps = whole

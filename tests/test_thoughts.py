@@ -187,7 +187,10 @@ def thinker(trained: Path, tmp_path: Path) -> Thinker:
 
 def evaluate(pretrained: str, model: str = "dtt_hf", tasks: Any = None, **arguments: Any) -> dict[str, Any]:
     arguments = {"pretrained": pretrained, "dtype": "float32", "max_length": 4096} | arguments
-    options = {"apply_chat_template": model == "hf" or tasks is not None, "gen_kwargs": {"max_gen_toks": 64}}
+    options: dict[str, Any] = {
+        "apply_chat_template": model == "hf" or tasks is not None,
+        "gen_kwargs": {"max_gen_toks": 64},
+    }
     results: dict[str, Any] = conftest.evaluate(model, arguments, limit=1, tasks=tasks or ["injection_demo"], **options)
     return results
 

@@ -61,6 +61,31 @@ _NO_THOUGHT = (
 _ANSWER_TAGS = ("<answer>", "<response>", "<output>")
 """What only behind thoughts is no part of the answer."""
 
+_END_OF = {marker.lower(): end for marker, end in (_ENDS | _WORDS).items()}
+
+
+class _Markers:
+    """Markers that may stand at one place: in any case, except for words, which stand as in English."""
+
+    def __init__(self, *markers: str) -> None:
+        self._markers = [(marker, marker in _WORDS) for marker in markers]
+        self.longest = max(map(len, markers))
+        by_length = sorted(markers, key=len, reverse=True)
+        parts = [f"(?-i:{re.escape(marker)})" if marker in _WORDS else re.escape(marker) for marker in by_length]
+        self.pattern = re.compile("|".join(parts), re.IGNORECASE | re.ASCII)
+
+    def may_become(self, text: str) -> bool:
+        """Return whether a marker begins so and is longer."""
+        return any(
+            len(text) < len(marker)
+            and (marker if exact else marker.lower()).startswith(text if exact else text.lower())
+            for marker, exact in self._markers
+        )
+
+
+_AT_THE_BEGINNING = _Markers(*_ENDS, *_WORDS, *_NO_THOUGHT)
+_BEHIND_THOUGHTS = _Markers(*_ENDS, *_WORDS, *_NO_THOUGHT, *_ANSWER_TAGS)
+
 _HARMONY_TOKENS = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|constrain|>")
 _TOKENS = {*_PAIRS, *_PAIRS.values(), *_ANSWER_TOKENS, "<|channel>", "<unused94>"}
 
@@ -151,29 +176,19 @@ def _skip(text: str, *, whole: bool) -> tuple[int | None, bool]:
     """
     at, thought = 0, False
     while True:
-        rest = text[at:].lstrip()
-        start = len(text) - len(rest)
-        markers = (*_ENDS, *_WORDS, *_NO_THOUGHT, *(_ANSWER_TAGS if thought else ()))
-        if not whole and any(_begins(marker, rest) and len(rest) < len(marker) for marker in markers):
+        start = len(text) - len(text[at:].lstrip()) if text[at : at + 1].isspace() else at
+        markers = _BEHIND_THOUGHTS if thought else _AT_THE_BEGINNING
+        if not whole and markers.may_become(text[start : start + markers.longest]):
             return None, thought
-        marker = max((marker for marker in markers if _begins(rest, marker)), key=len, default="")
-        if not marker:
+        marker = markers.pattern.match(text, start)
+        if marker is None:
             return at, thought
-        inside = start + len(marker)
-        pattern = _ENDS.get(marker) or _WORDS.get(marker)
+        pattern = _END_OF.get(marker[0].lower())
         if pattern is None:
-            at = inside
-        elif end := pattern.search(text, inside):
+            at = marker.end()
+        elif end := pattern.search(text, marker.end()):
             at, thought = end.end(), True
-        elif marker in _WORDS and whole:
+        elif whole and marker[0] in _WORDS:
             return at, thought
         else:
             return None, True
-
-
-def _begins(text: str, beginning: str) -> bool:
-    """Return whether a text begins so: markers in any case, what may be English as it stands."""
-    part = text[: len(beginning)]
-    if text in _WORDS or beginning in _WORDS:
-        return part == beginning
-    return part.lower() == beginning.lower()

@@ -59,3 +59,11 @@ def model_name(pretrained: Any) -> str | None:
         f"pretrained= is a loaded {type(pretrained).__name__}, and the dtt_ models load theirs themselves; save it with"
         " save_pretrained and give the folder, or a hub id."
     )
+
+
+def template_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the variables for the chat template; lm-eval's vLLM class keeps `enable_thinking` to itself."""
+    variables = dict(given.get("chat_template_args") or {})
+    if given.get("enable_thinking") is not None:
+        variables["enable_thinking"] = given["enable_thinking"]
+    return variables

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +30,7 @@ from dtt_plugin.model_wrappers.early_decision import Rule, rule_of
 from dtt_plugin.prompt import DEFAULT_TEMPLATE, ModelTemplate, Prompt, PromptRenderer, has_defensive_tokens
 from dtt_plugin.public_names import is_hub_id, is_hub_model
 from dtt_plugin.tasks.injection import InjectionRequest
+from dtt_plugin.thoughts import behind, opened_by
 from dtt_plugin.tokens import DefensiveTokens, load_tokens
 
 if TYPE_CHECKING:
@@ -111,6 +113,7 @@ class Defended:
             template_args: variables for the chat template.
             template_name: which of `templates` is used.
         """
+        first = getattr(self, "_renderer", None) is None
         self._loaded: dict[str, Any] = {
             "model": model,
             "revision": revision,
@@ -167,13 +170,39 @@ class Defended:
         self.fingerprint = sha256_json([type(self).__name__, self._identity, unlike_any_other])
         self._decided: Rule | None = None  # of the requests that are being generated
         if self.early_decision and self.think_end_token is not None:
-            raise DttError("early_decision=true can't be combined with think_end_token=; leave one of the two out.")
+            raise DttError(
+                "early_decision=true can't be combined with think_end_token=; leave one of the two out (the injection"
+                " tasks know the usual ends of thoughts)."
+            )
         logger.info("Defense under test: %s, prompt format: %s.", self.arm.name, self.arm.prompt_format)
         if tokens and self.arm.defended:
             made_for = f"{tokens.model}, {tokens.method}"
             logger.info("DefensiveTokens: %d x %d, made for %s.", tokens.k, tokens.width, made_for)
             if is_hub_model(model) and is_hub_id(tokens.model) and model != tokens.model:
                 logger.warning("These tokens were made for %s: on %s they are a direct copy.", tokens.model, model)
+
+        if first:
+            self._tell_of_thoughts()
+
+    def _tell_of_thoughts(self) -> None:
+        """Say what will happen to the responses of a model that thinks before it answers."""
+        switch = "enable_thinking"
+        known, given = switch in self.renderer.template, switch in self.renderer.template_args
+        if given and not known:
+            logger.warning("%s= has no effect: this chat template does not know it.", switch)
+        opened = ""
+        system, user = {"role": "system", "content": "a"}, {"role": "user", "content": "b"}
+        for conversation in ([system, user], [user]):
+            with suppress(DttError):  # a format without a system role, a defense that wants one
+                opened = opened or opened_by(self.renderer.render(conversation).text)
+        if self.end_of_thoughts is None and (opened or (known and not given)):
+            logger.warning(
+                "This model may think before it answers (%s). The injection tasks score the answer behind the thoughts"
+                " and count responses without one as unfinished; other tasks see the thoughts unless think_end_token="
+                " names their end. Give them room with --gen_kwargs max_gen_toks=N%s; docs/models.md tells more.",
+                f"its prompts end in {opened}" if opened else f"its template knows {switch}",
+                f", or turn them off with {switch}=False" if known else "",
+            )
 
     def change_defense(self, defense: str) -> None:
         """Put the loaded model under another defense, as if it had been loaded with it.
@@ -314,19 +343,36 @@ class Defended:
             answer = self._cached(request)
             if answer is not None:
                 answers[index] = answer
-        missing: dict[Rule | None, list[int]] = {}
+        missing: dict[tuple[Rule | None, bool], list[int]] = {}
         for index, request in enumerate(requests):
             if index not in answers:
-                missing.setdefault(self._rule(request), []).append(index)
-        for self._decided, indices in missing.items():
+                missing.setdefault((self._rule(request), reads_thoughts(request)), []).append(index)
+        for (self._decided, whole), indices in missing.items():
             # lm-eval's classes expect exactly a prompt and its generation arguments.
             plain = [replace(requests[i], arguments=requests[i].arguments[:2], resps=[]) for i in indices]
-            generated = super().generate_until(plain, disable_tqdm=disable_tqdm)  # type: ignore[misc]
+            with self._not_cutting(whole):
+                generated = super().generate_until(plain, disable_tqdm=disable_tqdm)  # type: ignore[misc]
             for index, answer in zip(indices, generated, strict=True):
                 answers[index] = answer
                 self.cache_hook.add_partial("generate_until", self._cache_key(requests[index]), answer)
         self._tell_neutralised()
         return [answers[index] for index in range(len(requests))]
+
+    @contextmanager
+    def _not_cutting(self, whole: bool) -> Iterator[None]:
+        """Keep lm-eval from cutting responses at `think_end_token=`, for a task that reads thoughts itself."""
+        named = self.think_end_token
+        try:
+            self.think_end_token = None if whole else named
+            yield
+        finally:
+            self.think_end_token = named
+
+    @property
+    def end_of_thoughts(self) -> str | None:
+        """`think_end_token=` as text; it may be a token's id."""
+        end = self.think_end_token
+        return str(self.tokenizer.decode([int(end)])) if str(end).isdecimal() else end  # type: ignore[arg-type,return-value]
 
     # One request ------------------------------------------------------------------------------------
 
@@ -362,6 +408,8 @@ class Defended:
         room = int(normalize_gen_kwargs(dict(generation), self.max_gen_toks)["max_gen_toks"])
         self._check_length(request, len(ids), f"{room} new ones", room, ", or lower max_gen_toks with --gen_kwargs")
         facts |= {"prompt_tokens": len(ids), "prompt_ids_sha256": sha256_json(ids)}
+        if reads_thoughts(request) and self.end_of_thoughts:
+            facts["think_end_token"] = self.end_of_thoughts
         request.arguments = (text, generation, facts)
 
     def _require_rendered(self, request: Instance) -> None:
@@ -403,12 +451,17 @@ class Defended:
         return None if sampled else self.cache_hook.find("generate_until", self._cache_key(request))
 
     def _rule(self, request: Instance) -> Rule | None:
-        return rule_of(request) if self.early_decision else None
+        return behind(opened_by(request.args[0]), rule_of(request)) if self.early_decision else None
 
     def _cache_key(self, request: Instance) -> tuple[Any, ...]:
         """Return what an answer depends on within this arm; one that was cut short also on where it was cut."""
         rule = self._rule(request)
         return request.arguments[:2] if rule is None else (*request.arguments[:2], rule.__name__)
+
+
+def reads_thoughts(request: Instance) -> bool:
+    """Return whether a request's task takes the thoughts off a response itself, as our injection tasks do."""
+    return hasattr(request, "decided")
 
 
 class Answers:

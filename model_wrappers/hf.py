@@ -19,6 +19,7 @@ from dtt_plugin.model_wrappers.arguments import as_bool, check_arguments, model_
 from dtt_plugin.model_wrappers.defended import Arm, Defended
 from dtt_plugin.model_wrappers.early_decision import EndDecided, SettledText, count_generated
 from dtt_plugin.prompt import defensive_token_ids, model_templates
+from dtt_plugin.thoughts import marker_tokens
 from dtt_plugin.tokens import DefensiveTokens
 
 logger = logging.getLogger("dtt_plugin")
@@ -104,6 +105,10 @@ class DttHF(Defended, HFLM):
         if self.arm.defended and self.arm.tokens is not None:
             self._n_scored = self.model.get_output_embeddings().weight.shape[0]
             install_tokens(self.model, self.tokenizer, self.arm.tokens, name=model)
+        special = {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        kept = marker_tokens(special) | ({self.end_of_thoughts} & special.keys())
+        # Empty where lm-eval's decoding drops nothing that is needed.
+        self._dropped = set(special.values()) - {special[text] for text in kept} if kept else set()
         self._ready(
             model=model,
             revision=kwargs.get("revision"),
@@ -179,6 +184,13 @@ class DttHF(Defended, HFLM):
         )
         self._generated_tokens += count_generated(generated[:, prompt_length:].tolist(), self._ends)
         return generated
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+        """Decode as lm-eval does, but keep the special tokens that tell thoughts from the answer."""
+        if skip_special_tokens and self._dropped:
+            tokens = [token for token in tokens if token not in self._dropped]
+            skip_special_tokens = False
+        return str(super().tok_decode(tokens, skip_special_tokens=skip_special_tokens))
 
     def tok_batch_encode(
         self, strings: Sequence[str], *_args: Any, **_options: Any

@@ -13,7 +13,7 @@ from dtt_plugin.bake import bake_cached
 from dtt_plugin.demo_model import default_model
 from dtt_plugin.errors import DttError
 from dtt_plugin.hf_tokenizer import MISTRALS_OWN, hf_tokenizer, mistral_refusal
-from dtt_plugin.model_wrappers.arguments import as_bool, check_arguments, model_name, parameters_of
+from dtt_plugin.model_wrappers.arguments import as_bool, check_arguments, model_name, parameters_of, template_arguments
 from dtt_plugin.model_wrappers.defended import Arm, Defended
 from dtt_plugin.model_wrappers.early_decision import generate_decided
 from dtt_plugin.model_wrappers.vllm_import import import_vllm_class
@@ -60,13 +60,10 @@ class DttVLLM(Defended, VLLM):
         extra_bos = as_bool("add_bos_token", kwargs.pop("add_bos_token", None))
         revision = kwargs.get("revision")
         arguments = dict(kwargs)
+        template_args = template_arguments(kwargs)
         self._set_defaults(kwargs, demo=pretrained is None)
         if kwargs["tokenizer_mode"] == "mistral":
             raise mistral_refusal(model)
-        # What lm-eval's class takes out of the table, or overrides, is for its own rendering.
-        template_args = dict(kwargs.get("chat_template_args") or {})
-        if kwargs.get("enable_thinking") is not None:
-            template_args["enable_thinking"] = kwargs["enable_thinking"]
         templates = None
         checkpoint = model
         if (self.arm.defended and self.arm.tokens is not None) or (Path(model) / MISTRALS_OWN).is_file():

@@ -193,14 +193,6 @@ def test_the_papers_figures_of_all_four_models_are_there(model: str, percents: l
     assert published.figures(model, "injection_demo") == ()
 
 
-def test_unfinished_responses_are_told(tmp_path: Path) -> None:
-    path = arm(tmp_path, 100, stamp=0)
-    spoil(path, lambda lines: [{**line, "unfinished": 0.5 if line["doc_id"] < 3 else 0} for line in lines])
-    table = board(tmp_path)
-    assert rows(table)["none"]["unfinished"] == 6
-    assert "none: 6 responses are unfinished" in tables.markdown(table)
-
-
 def test_the_other_direction_has_the_published_undefended_figure_for_its_ratios(tmp_path: Path) -> None:
     arm(tmp_path, 4, 0, 1, model=LLAMA_3_1, defense="tokens", method="native", stamp=0)
     arm(tmp_path, 42, 70, 62, model=LLAMA_3_1, defense="tokens", method="procrustes", stamp=1)

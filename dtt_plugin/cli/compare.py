@@ -67,9 +67,13 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         names = [difference.name for difference in small_differences(a, b)]
         report = {"A": str(a.path), "B": str(b.path), "differ_in": names, "rates": figures, "fail_if": outcomes}
+        report["unfinished"] = {"A": a.unfinished, "B": b.unfinished}
         show(report, as_json=True)
     else:
         print(text)
+        for name, measured in (("A", a), ("B", b)):
+            if measured.unfinished:
+                print(f"{name} {measured.unfinished_note}")
         if told := [difference.told("in A", "in B") for difference in small_differences(a, b)]:
             print(f"A and B differ in {tables.plain(', '.join(told))}.")
         for condition, failed in outcomes.items():

@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     fitting = [name for name in usable if rules.RULES[name].kind in kinds]
     report = rules.rescore(measured, args.rule or fitting)
     if args.json:
-        show({"samples": str(measured.samples), "rules": report}, as_json=True)
+        found = {"samples": str(measured.samples), "unfinished": measured.unfinished, "rules": report}
+        show(found, as_json=True)
         return 0
     rows = [
         [
@@ -62,4 +63,6 @@ def run(args: argparse.Namespace) -> int:
         for name, row in outcomes.items()
     ]
     print(tables.aligned(["rule", "of", "as logged", "by the rule", "changed"], rows))
+    if measured.unfinished:
+        print(measured.unfinished_note)
     return 0

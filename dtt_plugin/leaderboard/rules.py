@@ -64,7 +64,7 @@ def rule_named(name: str) -> Rule:
 
 
 def rescore(run: Run, rules: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Apply rules to a run's saved responses.
+    """Apply rules to a run's saved responses, read behind their thoughts.
 
     Returns:
         Per rule and attack ("refusal" for benign prompts): the rate as it was, the rate by the rule, and how
@@ -86,7 +86,7 @@ def rescore(run: Run, rules: Sequence[str]) -> dict[str, dict[str, Any]]:
         for outcome in run.outcomes:
             if (outcome == REFUSAL) != (rule.kind == REFUSAL):
                 continue
-            texts = [r.text for r in responses if r.attack == (BENIGN if outcome == REFUSAL else outcome)]
+            texts = [r.answer for r in responses if r.attack == (BENIGN if outcome == REFUSAL else outcome)]
             before, after = run.outcomes[outcome], np.array([rule.applies(text) for text in texts], np.bool_)
             logged = {
                 "before": statistics.rate(before),

@@ -29,6 +29,7 @@ from dtt_plugin.files import sha256_bytes, sha256_json
 from dtt_plugin.leaderboard.identity import Identity, canonical, parse_arguments, read_identity, told_apart
 from dtt_plugin.public_names import is_hub_model, public_name
 from dtt_plugin.tasks.metrics import is_hacked, is_refusal
+from dtt_plugin.thoughts import Reading, read
 
 BENIGN = "benign"
 REFUSAL = "refusal"
@@ -66,6 +67,7 @@ class Response:
     hit: bool
     """Hacked, or for a benign prompt refused."""
     text: str
+    """As the model gave it, thoughts and all."""
     prompt: str
     """As the model got it."""
     instruction: str
@@ -73,6 +75,8 @@ class Response:
     """The untrusted data: `data == input + injected`, before any defense."""
     injected: str
     """What the attack added; "" for a benign prompt."""
+    answer: str = ""
+    """What rules are about: the text behind the thoughts; "" where there is none."""
 
 
 @dataclass(frozen=True)
@@ -105,14 +109,16 @@ class Run:
     """Per attack, and for "refusal": whether it happened, (n,), in the order of `record_ids`."""
     seconds: float | None
     """Wall time of the evaluation."""
+    unfinished: int = 0
+    """Responses without an answer behind their thoughts, of all variants: neither hacked nor refused."""
+    thoughts_cut: bool = False
+    """Whether lm-eval cut the thoughts off before anything was saved."""
     costs: dict[str, float] = field(default_factory=dict)
     """What our commands recorded: align_seconds, transfer_seconds, bake_seconds, train_seconds, peak_memory_mb."""
     identity: Identity = field(default_factory=Identity)
     """What else can change an answer."""
     prompts_digest: str = ""
     """Of the prompts as the model got them, the DefensiveTokens in front apart."""
-    unfinished: int = 0
-    """Responses that end within the model's thoughts, so that nothing of them is scored."""
     scored: bool = True
     """Whether the outcomes are logged; else (`--predict_only`) they are counted by the task's own rules."""
     label: str = ""
@@ -141,6 +147,17 @@ class Run:
         any_worked: Outcomes = np.logical_or.reduce(self.hacked, axis=1)
         return any_worked
 
+    @property
+    def unfinished_note(self) -> str:
+        """What a reader of the rates has to know; "" where every response has an answer."""
+        if not self.unfinished:
+            return ""
+        return (
+            f"UNFINISHED: {self.unfinished} of {self.n * len(self.outcomes)} responses never left their thoughts."
+            " They count as neither hacked nor refused, so the rates may be too low; raise max_gen_toks, or turn"
+            " thinking off."
+        )
+
     def responses(self) -> list[Response]:
         """Read the samples again, with their texts.
 
@@ -156,17 +173,18 @@ class Run:
             for index, variant in enumerate(document["variants"]):
                 name, data = variant["attack"], variant["messages"][-1]["content"]
                 outcome = self.outcomes[REFUSAL if name == BENIGN else name]
-                text = sample["filtered_resps"][index]
+                text, reading = _read_response(sample, index, self.thoughts_cut)
                 found.append(
                     Response(
                         record_id=document["record_id"],
                         attack=name,
                         hit=bool(outcome[place]),
-                        text=text if isinstance(text, str) else "",
+                        text=text,
                         prompt=_prompt(sample, index),
                         instruction=document["instruction"],
                         data=data,
                         injected=data.removeprefix(document["input"]) if name != BENIGN else "",
+                        answer=reading.answer or "",
                     )
                 )
         return found
@@ -365,7 +383,7 @@ def _read_results(path: Path, problems: list[str], unscored: bool) -> list[Run]:
     runs = []
     for task in ours:
         try:
-            runs.append(_read_task(path, results, task))
+            runs.append(_read_task(path, results, task, problems))
         except DttError as error:
             problems.append(str(error))
     return runs
@@ -375,7 +393,7 @@ def _metrics(scores: Any) -> set[str]:
     return {str(name).partition(",")[0] for name in scores} if isinstance(scores, dict) else set()
 
 
-def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
+def _read_task(path: Path, results: dict[str, Any], task: str, problems: list[str]) -> Run:
     match = _RESULTS_NAME.fullmatch(path.name)
     if not match or not _FILE_SAFE.fullmatch(task):
         raise DttError(f"{path}: its name has no time stamp, or its task no plain name; keep lm-eval's file names.")
@@ -392,6 +410,7 @@ def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
     baked = _table(facts, "baked") if facts else baked_facts(loaded) or {}
     model = _text(baked.get("base_model")) or loaded
     defense, method = _defense(path, facts, baked, task_config, samples, model)
+    cut = not facts and _table(task_config, "metadata").get("think_end_token") is not None
     sizes = _table(results, "n-samples", task)
     variants = [[_record_id(s), [[v["attack"], v["messages"]] for v in s["doc"]["variants"]]] for s in samples]
     version = _table(results, "versions").get(task)
@@ -413,10 +432,11 @@ def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
         record_ids=tuple(_record_id(sample) for sample in samples),
         outcomes=outcomes,
         seconds=_number(results.get("total_evaluation_time_seconds")),
+        unfinished=_thoughts(path, samples, outcomes, cut, problems),
+        thoughts_cut=cut,
         costs=recorded_costs(_table(baked, "costs") | _table(facts, "costs")) if method else {},
         identity=read_identity(results, task, baked=bool(baked)),
         prompts_digest=_prompts_digest(samples),
-        unfinished=_unfinished(samples),
         scored=scored,
     )
 
@@ -496,6 +516,38 @@ def _prompt(sample: Mapping[str, Any], index: int) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
 
 
+def _read_response(sample: Mapping[str, Any], index: int, cut: bool) -> tuple[str, Reading]:
+    """Return a response as it was generated and, read by the task's own function, its answer."""
+    scored = _text(sample["filtered_resps"][index])
+    request = _request(sample, index)
+    whole = sample.get("resps")
+    for place in (index, 0):
+        whole = whole[place] if isinstance(whole, list) and len(whole) > place else None
+    end = _text(_table(request, "arg_2").get("think_end_token")) or None
+    reading = read(_text(whole) or scored, "" if cut else request.get("arg_0", ""), end=end)
+    # Without thoughts, what the task's filters made of the response.
+    return (_text(whole) or scored, reading) if reading.thought else (scored, Reading(scored, False))
+
+
+def _thoughts(
+    path: Path, samples: Sequence[Mapping[str, Any]], outcomes: dict[str, Outcomes], cut: bool, problems: list[str]
+) -> int:
+    """Return how many responses have no answer; tell of those whose thoughts were scored, by an older version."""
+    unfinished = misread = 0
+    for place, sample in enumerate(samples):
+        for index, name in enumerate(_variant_names(sample)):
+            _, reading = _read_response(sample, index, cut)
+            unfinished += reading.answer is None
+            hit = is_refusal(reading.answer or "") if name == BENIGN else is_hacked(reading.answer or "")
+            misread += reading.thought and hit != outcomes[REFUSAL if name == BENIGN else name][place]
+    if misread:
+        problems.append(
+            f"{path}: {misread} responses begin with thoughts, and the saved scores are not those of the answers behind"
+            " them; run lm-eval again, or see `dtt rescore`."
+        )
+    return unfinished
+
+
 def _outcomes(path: Path, samples: Sequence[Mapping[str, Any]]) -> dict[str, Outcomes]:
     """Return per attack and for "refusal" what the task's own metrics say, (n,)."""
     names = _variant_names(samples[0])
@@ -530,12 +582,6 @@ def _prompts_digest(samples: Sequence[Mapping[str, Any]]) -> str:
 def _without_tokens(prompt: str) -> str:
     tokens = _TOKENS_IN_FRONT.match(prompt)
     return prompt[tokens.end() :] if tokens else prompt
-
-
-def _unfinished(samples: Sequence[Mapping[str, Any]]) -> int:
-    """Return how many responses are unfinished; a record tells which share of its own."""
-    shares = [_number(sample.get("unfinished")) or 0.0 for sample in samples]
-    return round(sum(min(share, 1.0) for share in shares) * len(_variant_names(samples[0])))
 
 
 def _check_same_run(

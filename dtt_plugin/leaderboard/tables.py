@@ -114,8 +114,9 @@ def _name(row: Mapping[str, Any], title: str) -> str:
     name = plain(row["run"])
     for part in title.split(" · "):
         name = re.sub(rf" · {re.escape(part)}(?= · | #\d|$)", "", name)
-    marks = [mark for mark in ("limited", "early_decision") if row.get(mark)]
-    return name + "".join(f" ({mark.replace('_', ' ')})" for mark in marks)
+    marks = [mark.replace("_", " ") for mark in ("limited", "early_decision") if row.get(mark)]
+    marks += [f"{row['unfinished']} unfinished"] if row.get("unfinished") else []
+    return name + "".join(f" ({mark})" for mark in marks)
 
 
 def sheets(board: Mapping[str, Any]) -> Iterator[Sheet]:
@@ -175,12 +176,6 @@ def remarks(group: Mapping[str, Any]) -> list[str]:
         found.append(f"n = {group['n']}: the smallest difference that can be separated is {percent(least)} pp{after}.")
     if any(row["limited"] for row in group["rows"]):
         found.append("limited: a run over a part of the records (--limit), for testing only.")
-    for row in group["rows"]:
-        if unfinished := row.get("unfinished"):
-            found.append(
-                f"{plain(row['run'])}: {unfinished} responses are unfinished, they never left the model's thoughts and"
-                " count as neither hacked nor refused; the rates are too low by up to their share."
-            )
     if not group["ranked"]:
         found.append("Not ranked.")
     return found

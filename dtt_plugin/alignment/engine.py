@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -26,6 +27,7 @@ Matrix = NDArray[np.float64]
 SMALL_PRODUCT = 2**36
 # Householder reflections applied at once.
 _REFLECTIONS = 128
+_ROWS_AT_ONCE = 256
 
 
 class Eigh(NamedTuple):
@@ -162,9 +164,12 @@ class NumpyEngine:
             blocks.append((V, T))
 
         def strip_of_rows(strip: slice) -> None:
-            for V, T in reversed(blocks):
-                part = rows[strip, -len(V) :]
-                part -= ((part @ V) @ T.T) @ V.T
+            # Few at a time, which keeps the products small beside the matrix.
+            for start in range(strip.start, strip.stop, _ROWS_AT_ONCE):
+                few = rows[start : min(start + _ROWS_AT_ONCE, strip.stop)]
+                for V, T in reversed(blocks):
+                    part = few[:, -len(V) :]
+                    part -= ((part @ V) @ T.T) @ V.T
 
         self.workers.over_strips(len(rows), strip_of_rows)
 
@@ -179,18 +184,30 @@ class NumpyEngine:
 
 
 class _NumpyCross:
+    """Strips of the sum, each added to by whoever is free, block after block; no block waits for a whole other one."""
+
     def __init__(self, workers: Workers, d_s: int, d_t: int) -> None:
         self._workers = workers
         self._sum = np.zeros((d_s, d_t))
+        self._earlier: list[Future[None]] = []
+        self._latest: list[Future[None]] = []
 
     def add(self, x: NDArray[Any], y: NDArray[Any], *, bfloat16: bool) -> None:
         def strip_of_rows(strip: slice) -> None:
             self._sum[strip] += x.T[strip] @ y
 
-        self._workers.over_strips(len(self._sum), strip_of_rows)
+        self._earlier, self._latest = self._latest, self._workers.after(self._latest, len(self._sum), strip_of_rows)
+        # Two blocks at most are in memory for this.
+        _finish(self._earlier)
 
     def total(self) -> Matrix:
+        _finish(self._latest)
         return self._sum
+
+
+def _finish(tasks: list[Future[None]]) -> None:
+    for task in tasks:
+        task.result()
 
 
 class TorchEngine(NumpyEngine):

@@ -98,7 +98,7 @@ class NumpyEngine:
 
     def cross(self, d_s: int, d_t: int) -> Cross:
         """Return an empty sum of products."""
-        return _NumpyCross(self.workers, d_s, d_t)
+        return _NumpyCross(self.workers, d_s, d_t, self.work_dtype)
 
     def matmul(self, a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
         """Return a @ b."""
@@ -186,15 +186,17 @@ class NumpyEngine:
 class _NumpyCross:
     """Strips of the sum, each added to by whoever is free, block after block; no block waits for a whole other one."""
 
-    def __init__(self, workers: Workers, d_s: int, d_t: int) -> None:
+    def __init__(self, workers: Workers, d_s: int, d_t: int, work_dtype: np.dtype[Any]) -> None:
         self._workers = workers
         self._sum = np.zeros((d_s, d_t))
+        self._product = np.empty((d_s, d_t), work_dtype)
         self._earlier: list[Future[None]] = []
         self._latest: list[Future[None]] = []
 
     def add(self, x: NDArray[Any], y: NDArray[Any], *, bfloat16: bool) -> None:
         def strip_of_rows(strip: slice) -> None:
-            self._sum[strip] += x.T[strip] @ y
+            np.matmul(x.T[strip], y, out=self._product[strip])
+            self._sum[strip] += self._product[strip]
 
         self._earlier, self._latest = self._latest, self._workers.after(self._latest, len(self._sum), strip_of_rows)
         # Two blocks at most are in memory for this.
@@ -273,14 +275,15 @@ class _TorchCpuCross(_NumpyCross):
     """Products by torch; numpy adds a float32 matrix to a float64 one faster."""
 
     def __init__(self, torch: Any, workers: Workers, d_s: int, d_t: int) -> None:
-        super().__init__(workers, d_s, d_t)
-        self._torch = torch
+        super().__init__(workers, d_s, d_t, np.dtype(np.float32))
+        self._torch, self._out = torch, torch.from_numpy(self._product)
 
     def add(self, x: NDArray[Any], y: NDArray[Any], *, bfloat16: bool) -> None:
         source, target = self._torch.from_numpy(x).T, self._torch.from_numpy(y)
 
         def strip_of_rows(strip: slice) -> None:
-            self._sum[strip] += self._torch.mm(source[strip], target).numpy()
+            self._torch.mm(source[strip], target, out=self._out[strip])
+            self._sum[strip] += self._product[strip]
 
         with _float32_products(self._torch, bfloat16=bfloat16):
             self._workers.over_strips(len(self._sum), strip_of_rows)

@@ -257,16 +257,22 @@ def markdown(results: list[dict[str, Any]], machine: dict[str, Any]) -> str:
         "stages (s)",
         lambda r: ", ".join(f"{name} {value:.1f}" for name, value in r["ours"]["stages"].items()),
     )
-    if all("scipy" in r for r in results):
-        row("SciPy float64, the same diagnostics (s)", lambda r: f"{r['scipy']['seconds']:.2f}")
-        row("... without the held-out refit (s)", lambda r: f"{r['scipy']['seconds_without_held_out']:.2f}")
-        row("time against SciPy", lambda r: f"{r['ratio_to_scipy']:.3f}")
-        row("... against SciPy without the refit", lambda r: f"{r['ratio_to_scipy_without_refit']:.3f}")
-        row("\\|W - W_scipy\\|_F / sqrt(d)", lambda r: f"{r['difference']:.1e}")
-        row("peak memory, SciPy (MiB)", lambda r: f"{r['scipy']['peak_mib']:.0f}")
-        row("orthogonality error, SciPy", lambda r: f"{r['scipy']['orthogonality_error']:.1e}")
-        row("relative residual, SciPy", lambda r: f"{r['scipy']['relative_residual']:.8f}")
-        row("held-out relative error, SciPy", lambda r: f"{r['scipy']['held_out']['aligned']['relative_error']:.5f}")
+    if any("scipy" in r for r in results):
+
+        def scipy_row(name: str, cell: Any) -> None:
+            row(name, lambda r: cell(r) if "scipy" in r else "")
+
+        scipy_row("SciPy float64, the same diagnostics (s)", lambda r: f"{r['scipy']['seconds']:.2f}")
+        scipy_row("... without the held-out refit (s)", lambda r: f"{r['scipy']['seconds_without_held_out']:.2f}")
+        scipy_row("time against SciPy", lambda r: f"{r['ratio_to_scipy']:.3f}")
+        scipy_row("... against SciPy without the refit", lambda r: f"{r['ratio_to_scipy_without_refit']:.3f}")
+        scipy_row("\\|W - W_scipy\\|_F / sqrt(d)", lambda r: f"{r['difference']:.1e}")
+        scipy_row("peak memory, SciPy (MiB)", lambda r: f"{r['scipy']['peak_mib']:.0f}")
+        scipy_row("orthogonality error, SciPy", lambda r: f"{r['scipy']['orthogonality_error']:.1e}")
+        scipy_row("relative residual, SciPy", lambda r: f"{r['scipy']['relative_residual']:.8f}")
+        scipy_row(
+            "held-out relative error, SciPy", lambda r: f"{r['scipy']['held_out']['aligned']['relative_error']:.5f}"
+        )
     last = results[-1]
     lines += ["", f"At {last['rows']} x {last['width']}:", ""]
     for goal in goals(amx=machine["amx"], with_scipy="scipy" in last):

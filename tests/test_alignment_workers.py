@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 import time
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import linalg, stats
 from threadpoolctl import threadpool_info
 
-from dtt_plugin.alignment import AlignmentOptions, align, solve, workers
+from dtt_plugin.alignment import align, solve, workers
 from dtt_plugin.alignment.engine import NumpyEngine, TorchEngine
 from dtt_plugin.alignment.polar import polar_factor
 from dtt_plugin.alignment.workers import Workers, one_thread_per_call
@@ -58,22 +59,53 @@ def test_every_row_is_in_one_strip(n: int, threads: int, monkeypatch: pytest.Mon
 
 
 def test_a_thread_that_is_held_up_holds_up_no_other() -> None:
-    released, others_done, done = threading.Event(), threading.Event(), []
+    strips: list[slice] = []
+    Workers().over_strips(4096, strips.append)
+    assert len(strips) > 6
+    done: list[slice] = []
+    others_done = threading.Event()
 
     def work(strip: slice) -> None:
-        if strip.start == 0:
+        if strip == strips[0]:
             assert others_done.wait(20)
-        done.append(strip.start)
-        if sum(start > 0 for start in done) == n_strips - 1:
+        done.append(strip)
+        if len(done) == len(strips) - 1:
             others_done.set()
 
-    counted: list[slice] = []
-    Workers().over_strips(4096, counted.append)
-    n_strips = len(counted)
-    assert n_strips > 6
     Workers().over_strips(4096, work)
-    assert done[-1] == 0
-    released.set()
+    assert done[-1] == strips[0]
+
+
+def test_each_strip_follows_its_own_earlier_work_only() -> None:
+    """One strip is held up in the first round; the others get through both rounds meanwhile."""
+    log: list[tuple[int, int]] = []
+    released = threading.Event()
+
+    def work(number: int, strip: slice) -> None:
+        if (number, strip.start) == (0, 0):
+            assert released.wait(20)
+        log.append((number, strip.start))
+        if sum(start > 0 for _, start in log) == 2 * 5:
+            released.set()
+
+    pool, tasks = Workers(), []
+    for number in range(2):
+        tasks = pool.after(tasks, 6 * 128, functools.partial(work, number))
+    for task in tasks:
+        task.result()
+    assert [number for number, start in log if start == 0] == [0, 1]
+    assert len(log) == 2 * 6
+
+
+def test_an_error_in_earlier_work_is_met_by_what_follows() -> None:
+    def fail(strip: slice) -> None:
+        raise MemoryError("no room for a block")
+
+    pool, later = Workers(), []
+    tasks = pool.after(pool.after([], 640, fail), 640, later.append)
+    with pytest.raises(MemoryError, match="no room for a block"):
+        tasks[0].result()
+    assert not later
 
 
 def test_an_error_in_a_strip_is_that_of_the_whole() -> None:
@@ -168,7 +200,7 @@ def test_a_rank_is_counted_in_strips_too() -> None:
     assert (polar.rank, polar.unique) == (200, False)
     assert polar.orthogonality_error < 1e-12
     H = polar.W.T @ M
-    np.testing.assert_allclose(H, H.T, atol=1e-9 * np.linalg.norm(M))
+    np.testing.assert_allclose(H, H.T, atol=1e-9 * float(np.linalg.norm(M)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -183,8 +215,7 @@ def test_alignments_wide_enough_for_strips_find_the_rotation(tmp_path: Path, dty
 
 
 def test_blas_has_one_thread_while_an_alignment_is_solved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = [make_checkpoint(tmp_path / name, seed=seed) for seed, name in enumerate(("s", "t"))]
-    pair = [open_checkpoint(str(folder)) for folder in folders]
+    source, target = (open_checkpoint(str(make_checkpoint(tmp_path / f"{seed}", seed=seed))) for seed in (1, 2))
     seen: list[int] = []
     plain = polar_factor
 
@@ -194,13 +225,13 @@ def test_blas_has_one_thread_while_an_alignment_is_solved(tmp_path: Path, monkey
 
     monkeypatch.setattr(solve, "polar_factor", watched)
     with workers._blas().limit(limits=2):
-        align(*pair)
+        align(source, target)
         assert len(seen) >= 1
         assert set(seen) == {1}
         assert set(blas_threads_now()) == {2}
         broken = open_checkpoint(str(make_checkpoint(tmp_path / "b", embedding=np.full((268, 32), np.nan))))
         with pytest.raises(DttError, match="holds NaN"):
-            align(pair[0], broken, AlignmentOptions())
+            align(source, broken)
         assert set(blas_threads_now()) == {2}
 
 

@@ -25,7 +25,7 @@ from dtt_plugin.errors import DttError
 Matrix = NDArray[np.float64]
 # Below this many multiplications float64 products cost less than deciding against them.
 SMALL_PRODUCT = 2**36
-# Householder reflections applied at once.
+# Reflections of an eigenproblem that are applied at once, and to how many rows.
 _REFLECTIONS = 128
 _ROWS_AT_ONCE = 256
 
@@ -83,10 +83,10 @@ class Engine(Protocol):
 class NumpyEngine:
     """numpy and SciPy; the products of blocks in `work_dtype`."""
 
-    def __init__(self, work_dtype: Any = np.float32) -> None:
+    def __init__(self, work_dtype: Any = np.float32, workers: Workers | None = None) -> None:
         self.work_dtype = np.dtype(work_dtype)
         self.name = f"numpy {self.work_dtype.name}"
-        self.workers = Workers()
+        self.workers = workers or Workers()
 
     def float_block(self, raw: NDArray[Any]) -> NDArray[Any]:
         """Convert a block; bfloat16 is the upper half of a float32, so a shift does it."""
@@ -218,11 +218,10 @@ class TorchEngine(NumpyEngine):
     def __init__(self, device: str = "cpu") -> None:
         import torch
 
-        super().__init__(np.float32)
+        super().__init__(np.float32, Workers(self._one_thread))
         self._torch = torch
         self.device = device
         self.name = f"torch {device} float32"
-        self.workers = Workers(self._one_thread)
 
     def cross(self, d_s: int, d_t: int) -> Cross:
         """Return an empty sum of products on the device."""

@@ -68,7 +68,7 @@ def hold_out(M: Matrix, polar: Polar, x: NDArray[Any], y: NDArray[Any], engine: 
     if predicted is None or targets is None:
         fit = "exact"
         left = M - engine.matmul(np.asarray(x, np.float64).T, np.asarray(y, np.float64))
-        predicted, targets = x32 @ polar_factor(left, engine).W.astype(np.float32), y32
+        predicted, targets = engine.matmul(x32, polar_factor(left, engine).W.astype(np.float32)), y32
     lengths = np.linalg.norm(x32, axis=1)
     retained = np.linalg.norm(predicted, axis=1)[lengths > 0] / lengths[lengths > 0]
     # Turning the predictions once more turns the map: the null needs no map of its own.

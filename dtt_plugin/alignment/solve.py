@@ -29,7 +29,7 @@ from dtt_plugin.vocabulary import load_vocabulary, vocabulary_digest
 
 _SLOW_WIDTH = 1500
 # Changes when the same input would give another alignment or another report.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `dtt`; the exit code is 0 for success, 2 for bad input, else what the command returns."""
+    # Read when torch is loaded, here or in a process started from here. Threads that spin while they wait keep the
+    # core from the one they wait for, wherever the machine does something else too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     args = parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII only

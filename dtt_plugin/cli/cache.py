@@ -63,6 +63,5 @@ def run(args: argparse.Namespace) -> int:
         return 0
     show({"folder": str(baked_folder()), name: len(rows), "disk_MB": freed / 1e6}, as_json=False)
     for entry, row in zip(entries, rows, strict=True):
-        damaged = "damaged  " if entry.damaged else ""
-        print(f"{entry.key}  {row['used']}  {entry.disk_bytes / 1e6:9.1f} MB  {damaged}{entry.base_model}")
+        print(f"{entry.key}  {row['used']}  {entry.disk_bytes / 1e6:9.1f} MB  {entry.base_model}")
     return 0

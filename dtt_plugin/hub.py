@@ -27,7 +27,7 @@ def cached_commit(model: str, revision: str | None = None, *, cache_dir: str | N
     from huggingface_hub.file_download import repo_folder_name
 
     try:
-        folder = Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=model, repo_type="model")
+        folder = Path(str(cache_dir or constants.HF_HUB_CACHE)) / repo_folder_name(repo_id=model, repo_type="model")
     except ValueError:  # no hub id
         return None
     try:

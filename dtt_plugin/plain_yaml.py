@@ -10,7 +10,7 @@ import yaml
 from dtt_plugin.errors import DttError
 
 _LARGEST_NBYTES = 1 << 20
-_DEEPEST = 20
+_DEEPEST, _MOST_VALUES = 20, 20_000
 # An unquoted word may become a number, whose digits cost more than their characters.
 _LONGEST_WORD, _LONGEST_TEXT = 1_000, 100_000
 
@@ -40,7 +40,7 @@ def read_plain_yaml(path: Path) -> Any:
 class _PlainLoader(yaml.SafeLoader):
     """SafeLoader without what the file's length does not bound."""
 
-    _depth = 0
+    _depth = _values = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -53,8 +53,13 @@ class _PlainLoader(yaml.SafeLoader):
             is_text = event.style is not None and event.tag is None
             if len(event.value) > (_LONGEST_TEXT if is_text else _LONGEST_WORD):
                 raise DttError(f"line {line}: this value is too long; shorten it, or put it in quotes.")
+            if any("\ud800" <= character <= "\udfff" for character in event.value):
+                raise DttError(f"line {line}: this text holds half a character (U+D800 to U+DFFF); correct it.")
         if self._depth == _DEEPEST:
             raise DttError(f"line {line}: lists and tables are nested more than {_DEEPEST} deep; flatten them.")
+        self._values += 1
+        if self._values > _MOST_VALUES:
+            raise DttError(f"line {line}: the file holds more than {_MOST_VALUES} values; split it.")
         self._depth += 1
         try:
             return super().compose_node(parent, index)

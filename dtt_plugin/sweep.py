@@ -162,7 +162,7 @@ def read_sweep(path: Path) -> list[Cell]:
     top = _mapping(path, "the file", content, known)
     engine = top.get("engine", ENGINES[0])
     if engine not in ENGINES:
-        raise DttError(f"{path}: engine: {engine!r} is none of {', '.join(ENGINES)}.")
+        raise DttError(f"{path}: engine: {repr(engine)[:80]} is none of {', '.join(ENGINES)}.")
     model_args = _mapping(path, "model_args", top.get("model_args") or {}, None)
     if ours := model_args.keys() & set(_ARM):
         raise DttError(f"{path}: model_args: {min(ours)} belongs into the grid; see docs/sweep.md.")
@@ -174,7 +174,7 @@ def read_sweep(path: Path) -> list[Cell]:
         raise DttError(f"{path}: limit: {str(settings['limit'])[:80]} is not a positive number of records.")
     batch_size = settings.get("batch_size", 1)
     if not isinstance(batch_size, str) and (type(batch_size) is not int or batch_size < 1):
-        raise DttError(f"{path}: batch_size: {batch_size!r} is neither a positive number nor auto.")
+        raise DttError(f"{path}: batch_size: {repr(batch_size)[:80]} is neither a positive number nor auto.")
     task = _name(path, "task", top.get("task", "alpacafarm_injection"))
     cells: list[Cell] = []
     for number, part in enumerate(_list(path, "grid", top.get("grid")), 1):
@@ -219,7 +219,7 @@ def _token_source(path: Path, where: str, value: Any) -> TokenSource:
         _name(path, f"{where}, transfer, {name}", inner[name])
     method = inner.get("method", METHODS[0])
     if method not in METHODS:
-        raise DttError(f"{path}: {where}, transfer: method: {method!r} is none of {', '.join(METHODS)}.")
+        raise DttError(f"{path}: {where}, transfer: method: {repr(method)[:80]} is none of {', '.join(METHODS)}.")
     return TokenSource(_token_file(path, inner["tokens"]), inner["source"], method)
 
 

@@ -60,6 +60,11 @@ def test_a_killed_prune_leaves_whole_entries_or_none_and_blocks_nothing(base: st
     assert names(baked) == {f"{folder.name}.lock"}
 
 
+def make_empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
 def make_a_file_of(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.write_text("")
@@ -80,7 +85,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "no weights": lambda folder: (folder / "model-00002-of-00002.safetensors").unlink(),
     "a file too many": lambda folder: (folder / "chat_template.json").write_text("{}"),
     "a template too many": lambda folder: write_json(folder / "additional_chat_templates" / "rag.jinja", ""),
-    "empty": lambda folder: [path.unlink() for path in folder.iterdir()],
+    "empty": make_empty,
     "a file": make_a_file_of,
     "a dangling link": make_a_dangling_link_of,
 }

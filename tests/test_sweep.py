@@ -133,6 +133,9 @@ def test_what_yaml_alone_can_say_is_refused(line: str, message: str, tmp_path: P
         ("gen_kwargs: {a: .nan}", "is neither text nor a number"),
         ("model_args: {a: {1: b}}", "model_args, a has the key 1, which is no name"),
         ("a: 2020-13-45", "can't be read as YAML"),
+        ("grid:\n" + "- a\n" * 250_000, "the file holds more than 20000 values"),
+        ("engine: [" + "a," * 15_000 + "]", "engine: .* is none of"),
+        ('gen_kwargs: {a: "\\ud800"}', "line 1: this text holds half a character"),
     ],
 )
 def test_a_small_file_that_would_cost_much_or_means_something_else_is_refused(

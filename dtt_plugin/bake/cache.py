@@ -30,7 +30,6 @@ class CachedCheckpoint:
     key: str
     folder: Path
     base_model: str
-    """Of a damaged entry that does not tell it: empty."""
     tokens_sha256: str
     disk_bytes: int
     """That removing it frees: files linked elsewhere don't count."""
@@ -116,17 +115,18 @@ def cached_checkpoints() -> list[CachedCheckpoint]:
     for folder in baked_folder().glob("*"):
         if not re.fullmatch("[0-9a-f]{32}", folder.name):
             continue
+        whole = _is_whole(folder)
         facts = baked_facts(str(folder)) or {}
         with suppress(FileNotFoundError):  # another process pruned it
             entries.append(
                 CachedCheckpoint(
                     key=folder.name,
                     folder=folder,
-                    base_model=str(facts.get("base_model", "")),
+                    base_model=str(facts["base_model"]) if whole else "damaged",
                     tokens_sha256=str(facts.get("tokens_sha256", "")),
                     disk_bytes=_disk_bytes(folder),
                     used=folder.lstat().st_mtime,
-                    damaged=not _is_whole(folder),
+                    damaged=not whole,
                 )
             )
     return sorted(entries, key=lambda entry: -entry.used)

@@ -59,6 +59,8 @@ def injection_dataset(records: Sequence[Record], sentences: Sequence[str], varia
 class InjectionRequest(Instance):
     """A request that also tells what its document must not hold, whose hash pairs arms."""
 
+    own_messages: bool = True
+    """The document's `messages` are what to ask; in another task's document they may hold the answer."""
     task_defense: str = NONE
     """Which defense `--metadata` asked for."""
     decided: Callable[[str], bool] | None = None

@@ -29,7 +29,6 @@ from dtt_plugin.formats import MODEL_FORMAT, check_format
 from dtt_plugin.model_wrappers.early_decision import Rule, rule_of
 from dtt_plugin.prompt import DEFAULT_TEMPLATE, ModelTemplate, Prompt, PromptRenderer, has_defensive_tokens
 from dtt_plugin.public_names import is_hub_id, is_hub_model
-from dtt_plugin.tasks.injection import InjectionRequest
 from dtt_plugin.thoughts import behind, opened_by
 from dtt_plugin.tokens import DefensiveTokens, load_tokens
 
@@ -384,8 +383,8 @@ class Defended:
         if rest and rest[0]["fingerprint"] == self.fingerprint:  # a repeat of a request that this arm prepared
             return
         facts: dict[str, Any] = {"defense": self.arm.name, "fingerprint": self.fingerprint}
-        if isinstance(request, InjectionRequest):  # a column `messages` of another task may hold the answer
-            self._check_task_defense(request.task_defense)
+        if getattr(request, "own_messages", False):  # a column `messages` of another task may hold the answer
+            self._check_task_defense(getattr(request, "task_defense", NONE))
             try:
                 prompt: Prompt = self.renderer.render(request.doc["messages"])
             except DttError as error:

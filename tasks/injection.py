@@ -70,6 +70,8 @@ class InjectionRequest(Instance):
     Its task takes the thoughts off the response itself, so it wants the response whole.
     """
 
+    own_messages: bool = True
+    """The document's `messages` are what to ask; in another task's document they may hold the answer."""
     task_defense: str = NONE
     """Which defense `--metadata` asked for."""
     decided: Callable[[str], bool] | None = None

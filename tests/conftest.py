@@ -190,13 +190,13 @@ def lm_eval(*arguments: str, folder: Path, all_tasks: bool = True) -> subprocess
 def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let lm-eval's vLLM class load its tokenizer, as it does, and start no engine."""
     tokenizers = pytest.importorskip("vllm.tokenizers")
-    from dtt_plugin.model_wrappers.vllm import VLLM
+    from dtt_plugin.model_wrappers.vllm import DttVLLM
 
     def tokenizer_only(self: Any, pretrained: str, tokenizer_mode: str, **_: Any) -> None:
         self.tokenizer = tokenizers.get_tokenizer(pretrained, tokenizer_mode=tokenizer_mode)
         self.think_end_token = None
 
-    monkeypatch.setattr(VLLM, "__init__", tokenizer_only)
+    monkeypatch.setattr(DttVLLM.__mro__[2], "__init__", tokenizer_only)  # lm-eval's, behind our mixin
 
 
 class VLLMRun(NamedTuple):

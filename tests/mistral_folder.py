@@ -9,9 +9,28 @@ from pathlib import Path
 
 from tests.checkpoints import make_checkpoint
 
-_SPECIAL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]")
-_SPECIAL += ("[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]")
-_SPECIAL += ("[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]")
+_SPECIAL = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "[INST]",
+    "[/INST]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+    "[TOOL_CALLS]",
+    "[IMG]",
+    "<pad>",
+    "[IMG_BREAK]",
+    "[IMG_END]",
+    "[PREFIX]",
+    "[MIDDLE]",
+    "[SUFFIX]",
+    "[SYSTEM_PROMPT]",
+    "[/SYSTEM_PROMPT]",
+    "[TOOL_CONTENT]",
+]
 
 
 def make_mistral(folder: Path, *, consolidated: bool = False, hugging_face_tokenizer: bool = True) -> str:
@@ -25,6 +44,7 @@ def make_mistral(folder: Path, *, consolidated: bool = False, hugging_face_token
     make_checkpoint(folder, width=32, dtype="float32")
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None, "head_dim": 16}
+    config["max_position_embeddings"] = 4096
     (folder / "config.json").write_text(json.dumps(config))
     vocab = [{"rank": n, "token_bytes": base64.b64encode(bytes([n])).decode(), "token_str": chr(n)} for n in range(256)]
     special = [{"rank": n, "token_str": text, "is_control": True} for n, text in enumerate(_SPECIAL)]

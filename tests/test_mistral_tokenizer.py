@@ -84,7 +84,7 @@ def test_an_engine_answers_from_such_a_folder(defended: bool, tmp_path: Path) ->
     model = make_mistral(tmp_path / "m", consolidated=True)
     tokens = f",tokens={write_tokens(tmp_path / 't.safetensors', width=32)}" if defended else ""
     done = lm_eval(
-        "--model", "dtt_vllm", "--model_args", f"pretrained={model}{tokens},enforce_eager=True,max_model_len=512",
+        "--model", "dtt_vllm", "--model_args", f"pretrained={model}{tokens},enforce_eager=True,max_model_len=2048",
         "--tasks", "injection_demo", "--limit", "1", "--gen_kwargs", "max_gen_toks=4", "--log_samples",
         "--output_path", str(tmp_path / "out"), folder=tmp_path, all_tasks=False,
     )  # fmt: skip

@@ -48,7 +48,7 @@ def greedy(folder: str) -> tuple[str, list[int]]:
     """Return what the bare model answers, and the ids."""
     from transformers import AutoTokenizer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), load(folder)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), load(Path(folder))
     ids = tokenizer.apply_chat_template(CONVERSATION, add_generation_prompt=True, return_dict=False)
     for _ in range(12):
         with torch.no_grad():
@@ -153,7 +153,7 @@ def test_a_loaded_model_is_refused(wrapper: str, tiny: str) -> None:
     with pytest.raises(
         DttError, match="pretrained= is a loaded LlamaForCausalLM, and the dtt_ models load theirs themselv"
     ):
-        get_model(wrapper).create_from_arg_obj({"pretrained": load(tiny)})
+        get_model(wrapper).create_from_arg_obj({"pretrained": load(Path(tiny))})
 
 
 def test_a_path_object_is_a_folder(tiny: str) -> None:
@@ -178,7 +178,7 @@ def test_an_adapter_on_embedding_or_head_is_refused_with_tokens(
     from tests.checkpoints import make_checkpoint
 
     folder = str(make_checkpoint(tmp_path / "m", tied=False, dtype="float32"))
-    peft.get_peft_model(load(folder), peft.LoraConfig(r=2, **options)).save_pretrained(tmp_path / "adapter")
+    peft.get_peft_model(load(Path(folder)), peft.LoraConfig(r=2, **options)).save_pretrained(tmp_path / "adapter")
     dtt_hf(folder, peft=str(tmp_path / "adapter"))
     tokens = write_tokens(tmp_path / "t.safetensors", width=32)
     with pytest.raises(DttError, match=f"has an adapter on its {where}, .*; merge it into the model first"):
@@ -187,7 +187,9 @@ def test_an_adapter_on_embedding_or_head_is_refused_with_tokens(
 
 def test_an_adapter_beside_the_embedding_runs_with_tokens(tiny: str, tiny_tokens: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    peft.get_peft_model(load(tiny), peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "a")
+    peft.get_peft_model(load(Path(tiny)), peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "a"
+    )
     assert isinstance(answer(dtt_hf(tiny, peft=str(tmp_path / "a"), tokens=tiny_tokens)), str)
 
 

@@ -65,7 +65,7 @@ def prompts_of(results: dict[str, Any], task: str = "sums") -> list[str]:
 
 
 def test_a_column_called_messages_is_not_the_prompt(tiny: str, tiny_tokens: str, sums: dict[str, Any]) -> None:
-    options = {"apply_chat_template": True, "num_fewshot": 0}
+    options: dict[str, Any] = {"apply_chat_template": True, "num_fewshot": 0}
     stock = prompts_of(evaluate(tiny, sums, model="hf", **options))
     ours = prompts_of(evaluate(tiny, sums, **options))
     assert ours[0] == stock[0]

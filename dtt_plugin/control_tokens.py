@@ -174,6 +174,7 @@ class Neutraliser:
         # Where strings so far end with the start of a control, or start with its end.
         self._tails: list[str] = []
         self._heads: list[str] = []
+        self._middles: list[str] = []  # or are a piece of one that may stand between the two
 
     def messages(self, messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Return the conversation with every string of its untrusted messages neutralised, keys included.
@@ -245,6 +246,11 @@ class Neutraliser:
             tails += [tail + flat for tail in self._tails if border + tail + flat in known]
             heads += [flat + head for head in self._heads if flat + head + border in known]
         self.occurrences += front + back
+        middles = self._middles
+        tails += [tail + middle for tail in tails for middle in middles if border + tail + middle in known]
+        heads += [middle + head for head in heads for middle in middles if middle + head + border in known]
+        if flat in known and flat not in middles and not front and not back:
+            middles.append(flat)
         if not front:
             self._heads += [head for head in dict.fromkeys(heads) if head not in self._heads]
         if not back:

@@ -287,7 +287,7 @@ GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 _NEUTRALISE = r"""
 {%- set dtt_controls = CONTROLS -%}
 {%- set dtt_all = (BORDER ~ dtt_controls | join(BORDER) ~ BORDER).split() | join -%}
-{%- set dtt = namespace(out='', heads=[], tails=[], turns=[]) -%}
+{%- set dtt = namespace(out='', heads=[], middles=[], tails=[], turns=[]) -%}
 {%- macro dtt_text(dtt_value) -%}
     {%- set dtt_raw = dtt_value ~ '' -%}
     {%- set dtt.out = dtt_raw -%}
@@ -329,6 +329,20 @@ _NEUTRALISE = r"""
         {%- for dtt_head in dtt.heads if (dtt_flat ~ dtt_head ~ BORDER) in dtt_all -%}
             {%- set dtt_at.heads = dtt_at.heads + [dtt_flat ~ dtt_head] -%}
         {%- endfor -%}
+    {%- endif -%}
+    {%- for dtt_tail in dtt_at.tails -%}{%- for dtt_middle in dtt.middles -%}
+        {%- if (BORDER ~ dtt_tail ~ dtt_middle) in dtt_all -%}
+            {%- set dtt_at.tails = dtt_at.tails + [dtt_tail ~ dtt_middle] -%}
+        {%- endif -%}
+    {%- endfor -%}{%- endfor -%}
+    {%- for dtt_head in dtt_at.heads -%}{%- for dtt_middle in dtt.middles -%}
+        {%- if (dtt_middle ~ dtt_head ~ BORDER) in dtt_all -%}
+            {%- set dtt_at.heads = dtt_at.heads + [dtt_middle ~ dtt_head] -%}
+        {%- endif -%}
+    {%- endfor -%}{%- endfor -%}
+    {%- if dtt_flat and dtt_flat in dtt_all and dtt_flat not in dtt.middles
+        and not dtt_at.front and not dtt_at.back -%}
+        {%- set dtt.middles = dtt.middles + [dtt_flat] -%}
     {%- endif -%}
     {%- if dtt_at.front -%}{%- set dtt.out = BORDER ~ dtt.out -%}{%- set dtt_at.heads = [] -%}{%- endif -%}
     {%- if dtt_at.back -%}{%- set dtt.out = dtt.out ~ BORDER -%}{%- set dtt_at.tails = [] -%}{%- endif -%}

@@ -254,7 +254,9 @@ class PromptRenderer:
 
     def _check_complete(self, text: str, messages: Sequence[Message]) -> None:
         for message in messages:
-            if message["role"] != "assistant" and any(part.strip() not in text for part in _texts(message["content"])):
+            if message["role"] != "assistant" and any(
+                part.strip() not in text for part in _texts(message.get("content"))
+            ):
                 raise DttError(
                     f"The chat template (prompt_format={self.prompt_format}) drops or rewrites the"
                     f" {message['role']} message; choose a published format with prompt_format=, or another model."

@@ -506,3 +506,16 @@ def test_vllm_sees_whether_the_models_template_knows_the_role_developer(model_te
     hf = pytest.importorskip("vllm.renderers.hf")
     template = chat_template("model", model_template=model_template, k=5, control_tokens=CONTROLS)
     assert hf._detect_developer_role_support(template) == hf._detect_developer_role_support(model_template)
+
+
+@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+def test_no_control_token_forms_of_pieces_in_another_order(render: Any, order: tuple[int, ...]) -> None:
+    """A template may print fields in an order of its own, whatever the order in the request."""
+    model_template = "{% for d in documents %}{{ d.a | trim }}{{ d.b | trim }}{{ d.c | trim }}{% endfor %}"
+    template = chat_template("model", model_template=model_template, k=0, control_tokens=CONTROLS)
+    for token, spaces in itertools.product([END, "<pad>", "[DefensiveToken0]"], ("", " ", "\n")):
+        for first, second in itertools.combinations(range(1, len(token)), 2):
+            pieces = {"a": token[:first], "b": spaces + token[first:second], "c": token[second:] + spaces}
+            document = {name: pieces[name] for name in ("abc"[place] for place in order)}
+            rendered = render(template, [], documents=[document])
+            assert not [control for control in control_texts(CONTROLS) if control in rendered], document

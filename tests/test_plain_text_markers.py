@@ -65,9 +65,10 @@ def rendering(template: str) -> Callable[[list[dict[str, str]]], str | None]:
 
     def render(messages: list[dict[str, str]]) -> str | None:
         try:
-            return jinja2.Template(template, trim_blocks=True, lstrip_blocks=True).render(messages=messages)
+            text: str = jinja2.Template(template, trim_blocks=True, lstrip_blocks=True).render(messages=messages)
         except jinja2.UndefinedError:
             return None
+        return text
 
     return render
 

@@ -267,11 +267,12 @@ def test_a_normaliser_that_makes_control_tokens_of_another_field_is_caught(token
     tokenizer.add_tokens([AddedToken("<!x!>", special=True, normalized=True)], special_tokens=True)
     tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
     arm = PromptRenderer(tokenizer, prompt_format="model", model_template=ALL_FIELDS, defenses=())
-    for message in (
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": "x", "name": "\uff1c!x!\uff1e"},
         {"role": "tool", "content": {"\uff1c!x!\uff1e": 1}},
         {"role": "user", "content": [{"type": "text", "text": "\uff1c!x!\uff1e"}]},
-    ):
+    ]
+    for message in messages:
         with pytest.raises(DttError, match="would yield the control tokens <!x!>"):
             arm.render([{"role": "system", "content": "s"}, message])
 

@@ -38,8 +38,6 @@ EMBEDDING_NAMES = (
 HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "output.weight")
 COPIED_HEADS = (*HEAD_NAMES, "shared_head.head.weight")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_LONGEST_NAME = 255
-"""Bytes; file systems take no longer ones."""
 OTHER_TOWERS = ("vision", "visual", "audio", "image", "encoder.", "position")
 
 
@@ -113,6 +111,11 @@ def read_json_table(path: Path, *, missing: dict[str, Any] | None = None) -> dic
     return value
 
 
+def _plain_name(file: str) -> bool:
+    """Return whether `file` names a file of one folder, in the way that every file system takes."""
+    return 0 < len(file.encode()) < 256 and Path(file).name == file and not set(file) & set("\\\0")
+
+
 def shards_of_index(index: Path, *, need_embedding_only: bool = False) -> list[str]:
     """Return the names of the files that a safetensors index lists, checked to lie beside it.
 
@@ -128,12 +131,10 @@ def shards_of_index(index: Path, *, need_embedding_only: bool = False) -> list[s
         raise DttError(f"{index} has no weight_map; download it again.")
     wanted = embedding_names(weight_map) if need_embedding_only else list(weight_map)
     if not all(isinstance(file, str) for file in weight_map.values()):
-        raise DttError(f"{index} has a weight_map whose files are no names; download it again.")
+        raise DttError(f"{index} has a weight_map whose entries are no names of files; download it again.")
     files = sorted({weight_map[name] for name in wanted or weight_map})
     for file in files:
         # A link inside a hub snapshot leads to its blob, so the name is judged and not where it leads.
-        if Path(file).name != file or "\\" in file or file in ("", ".", "..") or "\0" in file:
+        if not _plain_name(file):
             raise DttError(f"{index} names a file outside its folder ({file!r}); don't use this checkpoint.")
-        if len(file.encode()) > _LONGEST_NAME:
-            raise DttError(f"{index} names a file with a name of {len(file.encode())} bytes; download it again.")
     return files

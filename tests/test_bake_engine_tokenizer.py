@@ -425,7 +425,10 @@ def test_links_within_the_folder_and_a_hub_cache_are_followed_and_a_folder_of_te
 
 
 def put(name: str, text: str) -> Callable[[Path], None]:
-    return lambda base: (base / name).write_text(text) and None
+    def write(base: Path) -> None:
+        (base / name).write_text(text)
+
+    return write
 
 
 def first_added(**values: Any) -> Callable[[Path], None]:

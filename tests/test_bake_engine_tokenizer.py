@@ -335,6 +335,12 @@ def test_a_folder_with_tekken_alone_is_refused_by_its_name(tmp_path: Path) -> No
     refused(base, tmp_path / "out", r"has Mistral's tekken\.json and no tokenizer\.json")
 
 
+def test_weights_in_mistral_s_own_format_alone_are_refused(tmp_path: Path) -> None:
+    base = tiny(tmp_path / "base")
+    (base / "model.safetensors").rename(base / "consolidated.safetensors")
+    refused(base, tmp_path / "out", "holds its weights in Mistral's own format alone")
+
+
 def test_a_tokenizer_with_code_of_its_own_is_refused_and_the_code_not_run(tmp_path: Path) -> None:
     base = tiny(tmp_path / "base")
     (base / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")

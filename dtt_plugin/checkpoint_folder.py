@@ -36,8 +36,6 @@ EMBEDDING_NAMES = (
 )
 HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "output.weight")
 COPIED_HEADS = (*HEAD_NAMES, "shared_head.head.weight")
-_LONGEST_NAME = 255
-"""Bytes; file systems take no longer ones."""
 OTHER_TOWERS = ("vision", "visual", "audio", "image", "encoder.", "position")
 
 
@@ -106,7 +104,8 @@ def read_json_table(path: Path, *, missing: dict[str, Any] | None = None) -> dic
 
 def _plain_name(file: str) -> bool:
     """Return whether `file` names a file of one folder, in the way that every file system takes."""
-    return Path(file).name == file and file not in ("", ".", "..") and not set(file) & set("\\\0")
+    plain = Path(file).name == file and file not in ("", ".", "..") and not set(file) & set("\\\0")
+    return plain and len(file.encode()) < 256
 
 
 def shards_of_index(index: Path, *, need_embedding_only: bool = False) -> list[str]:
@@ -128,8 +127,6 @@ def shards_of_index(index: Path, *, need_embedding_only: bool = False) -> list[s
     files = sorted({weight_map[name] for name in wanted or weight_map})
     for file in files:
         # A link inside a hub snapshot leads to its blob, so the name is judged and not where it leads.
-        if len(file.encode()) > _LONGEST_NAME:
-            raise DttError(f"{index} names a file with a name of {len(file.encode())} bytes; download it again.")
         if not _plain_name(file):
             raise DttError(f"{index} names a file outside its folder ({file!r}); don't use this checkpoint.")
     return files

@@ -335,6 +335,12 @@ def test_a_folder_with_tekken_alone_is_refused_by_its_name(tmp_path: Path) -> No
     refused(base, tmp_path / "out", r"has Mistral's tekken\.json and no tokenizer\.json")
 
 
+def test_weights_in_mistral_s_own_format_alone_are_refused(tmp_path: Path) -> None:
+    base = tiny(tmp_path / "base")
+    (base / "model.safetensors").rename(base / "consolidated.safetensors")
+    refused(base, tmp_path / "out", "holds its weights in Mistral's own format alone")
+
+
 def test_a_tokenizer_with_code_of_its_own_is_refused_and_the_code_not_run(tmp_path: Path) -> None:
     base = tiny(tmp_path / "base")
     (base / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
@@ -425,7 +431,10 @@ def test_links_within_the_folder_and_a_hub_cache_are_followed_and_a_folder_of_te
 
 
 def put(name: str, text: str) -> Callable[[Path], None]:
-    return lambda base: (base / name).write_text(text) and None
+    def write(base: Path) -> None:
+        (base / name).write_text(text)
+
+    return write
 
 
 def first_added(**values: Any) -> Callable[[Path], None]:
@@ -511,4 +520,4 @@ def test_a_pipe_in_the_place_of_a_file_does_not_block(tmp_path: Path) -> None:
     base = tiny(tmp_path / "base")
     (base / "config.json").unlink()
     os.mkfifo(base / "config.json")
-    refused(base, tmp_path / "out", r"config\.json is not a file")
+    refused(base, tmp_path / "out", r"config\.json is (not a file|a pipe)")

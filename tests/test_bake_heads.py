@@ -315,12 +315,12 @@ def test_an_index_entry_that_the_model_needs_is_refused(tmp_path: Path, name: st
 ODD_INDEXES: dict[str, tuple[Any, str]] = {
     "no map": ({"metadata": {}}, "has no weight_map"),
     "a list": ([], "should hold a JSON object"),
-    "a map of numbers": ({"weight_map": {EMBEDDING: 1}}, "whose files are no names"),
-    "a map of lists": ({"weight_map": {EMBEDDING: ["x"]}}, "whose files are no names"),
-    "null": ({"weight_map": {EMBEDDING: None}}, "whose files are no names"),
+    "a map of numbers": ({"weight_map": {EMBEDDING: 1}}, "whose entries are no names of files"),
+    "a map of lists": ({"weight_map": {EMBEDDING: ["x"]}}, "whose entries are no names of files"),
+    "null": ({"weight_map": {EMBEDDING: None}}, "whose entries are no names of files"),
     "a list for a map": ({"weight_map": [EMBEDDING]}, "has no weight_map"),
     "a file elsewhere": ({"weight_map": {EMBEDDING: "../x.safetensors"}}, "a file outside its folder"),
-    "an endless name": ({"weight_map": {EMBEDDING: "x" * 300}}, "a name of 300 bytes"),
+    "an endless name": ({"weight_map": {EMBEDDING: "x" * 300}}, "a file outside its folder"),
     "a name with a NUL": ({"weight_map": {EMBEDDING: "x\0y"}}, "a file outside its folder"),
     "a tensor that is not there": ({"weight_map": {"x": "model-00001-of-00002.safetensors"}}, "names x, which"),
 }
@@ -332,8 +332,9 @@ def test_an_odd_index_is_one_sentence(tmp_path: Path, case: str) -> None:
     base = tiny(tmp_path / "base", shards=2)
     (base / INDEX).write_text(json.dumps(contents))
     refused(base, sentence)
-    with pytest.raises(DttError, match=sentence):
-        indexed_tensors(base)
+    if case != "a tensor that is not there":  # whoever reads the index back sees that it is missing
+        with pytest.raises(DttError, match=sentence):
+            indexed_tensors(base)
 
 
 def test_a_model_s_name_that_no_file_system_takes_is_one_sentence() -> None:

@@ -52,8 +52,8 @@ def start(*arguments: str, cache: Path | None = None) -> subprocess.Popen[str]:
 
 
 BAKE = (
-    "import sys; from pathlib import Path; from dtt_plugin.bake import bake; "
-    "from transformers import AutoTokenizer; "  # takes seconds, in which nothing is written
+    # Without transformers, whose import takes seconds in which nothing is written.
+    "import sys; sys.modules['transformers'] = None; from pathlib import Path; from dtt_plugin.bake import bake; "
     "from dtt_plugin.tokens import load_tokens; print('ready', flush=True); "
     "bake(sys.argv[1], load_tokens(sys.argv[2]), Path(sys.argv[3]), copy=True, force=True)"
 )

@@ -132,6 +132,11 @@ def make_plan(
 def _check_base(
     checkpoint: Checkpoint, tokens: DefensiveTokens, tokenizer: TokenizerFiles, embedding: TensorLocation
 ) -> None:
+    if embedding.file.name.startswith("consolidated"):
+        raise DttError(
+            f"{checkpoint.name} holds its weights in Mistral's own format alone ({embedding.file.name}), which engines "
+            "read with Mistral's own tokenizer; give the checkpoint in Hugging Face's format."
+        )
     if embedding.dtype not in _PLAIN_FLOATS:
         raise DttError(
             f"{embedding.name} of {checkpoint.name} has the type {embedding.dtype}; "

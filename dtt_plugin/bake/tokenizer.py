@@ -100,20 +100,15 @@ class TokenizerFiles:
                 installed, could tell it.
         """
         backend = self.backend
-        if self.as_engine is None:
-            known, id_of = self._known_from_files(backend), backend.token_to_id
-        else:
-            known = dict(self.as_engine.added_tokens_decoder)
-            by_text = {token.content: token_id for token_id, token in known.items()}
-
-            def id_of(text: str) -> int | None:
-                return by_text.get(text, backend.token_to_id(text))
-
+        engine = self.as_engine
+        known = self._known_from_files(backend) if engine is None else dict(engine.added_tokens_decoder)
+        id_of = {token.content: token_id for token_id, token in known.items()}
         for text, token_id in self._declared.items():
-            if text and id_of(text) != token_id:
+            actual = id_of.get(text, backend.token_to_id(text))
+            if text and actual != token_id:
                 raise DttError(
                     f"The tokenizer files in {self.folder} disagree about {text!r}: its id is {token_id} in one of "
-                    f"them and {id_of(text)} for the engines; correct them."
+                    f"them and {actual} for the engines; correct them."
                 )
         return known
 
@@ -162,7 +157,7 @@ class TokenizerFiles:
     @property
     def size(self) -> int:
         """One more than the highest id, as `len(tokenizer)` has it where there are no gaps."""
-        return max(self._largest_id, *self.known) + 1 if self.known else self._largest_id + 1
+        return int(max([self._largest_id, *self.known])) + 1
 
     @property
     def added_tokens(self) -> list[str]:

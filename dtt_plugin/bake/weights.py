@@ -125,11 +125,7 @@ def write_overlay(plan: BakePlan, folder: Path, *, copy: bool) -> dict[str, How]
 
 
 def indexed_tensors(folder: Path) -> dict[str, TensorLocation]:
-    """Return where each tensor of `folder` lies by its index, or in its single file.
-
-    Raises:
-        DttError: the index is damaged, or names what is not there.
-    """
+    """Return where each tensor of `folder` lies by its index, or in its single file."""
     if (folder / _SINGLE).is_file() or not (folder / INDEX_FILE).is_file():
         return {name: at for file in folder.glob("*.safetensors") for name, at in read_header(file)[0].items()}
     headers = {file: read_header(folder / file)[0] for file in shards_of_index(folder / INDEX_FILE)}

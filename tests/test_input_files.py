@@ -154,7 +154,7 @@ def test_what_is_no_file_is_refused_at_once(
     for name in ("adapter/adapter_config.json", "base/config.json"):
         Path(name).unlink()
         make(Path(name))
-    commands = [
+    commands: list[list[Any]] = [
         ["inspect", odd], ["convert", odd, "o.json"],
         ["transfer", odd, "--method", "copy", "--target-model", "a/b", "-o", "o"],
         ["transfer", "t.safetensors", odd, "-o", "o"], ["bake", "base", "--tokens", odd, "--out", "o"],
@@ -191,7 +191,8 @@ def test_null_metadata_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert read_header(weights)[1] == {}
     assert cli.main(["inspect", str(base)]) == 0
     assert "LlamaForCausalLM" in capsys.readouterr().out
-    for metadata in ([], "x", 1, {"a": {}}, {"a": []}):
+    odd: tuple[Any, ...] = ([], "x", 1, {"a": {}}, {"a": []})
+    for metadata in odd:
         text = json.dumps({"__metadata__": metadata}).encode()
         weights.write_bytes(len(text).to_bytes(8, "little") + text)
         with pytest.raises(DttError, match="its metadata"):

@@ -186,6 +186,16 @@ def baked(baked_once: Path, tmp_path: Path) -> Path:
     return tmp_path / "baked"
 
 
+def below(put: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    """Put something into a new folder."""
+
+    def make_folder_and_put(path: Path) -> None:
+        path.parent.mkdir()
+        put(path)
+
+    return make_folder_and_put
+
+
 def add_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
@@ -199,9 +209,9 @@ ADDED: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "a pipe": ("tokenizer.model", os.mkfifo),
     "a socket": ("s", add_socket),
     "an empty folder": ("empty/", lambda path: path.mkdir()),
-    "a manifest below": ("sub/dtt_checkpoint.json", lambda path: (path.parent.mkdir(), path.write_text("{}"))),
-    "a hidden file": (".hidden/.x", lambda path: (path.parent.mkdir(), path.write_text(""))),
-    "a link in a folder": ("sub/link", lambda path: (path.parent.mkdir(), path.symlink_to("/"))),
+    "a manifest below": ("sub/dtt_checkpoint.json", below(lambda path: path.write_text("{}"))),
+    "a hidden file": (".hidden/.x", below(lambda path: path.write_text(""))),
+    "a link in a folder": ("sub/link", below(lambda path: path.symlink_to("/"))),
     "a pipe among the weights": ("zz.safetensors", os.mkfifo),
 }
 
@@ -230,7 +240,7 @@ def test_something_else_in_a_files_place_is_a_change(baked: Path, capsys: pytest
 
 
 INDEX = "model.safetensors.index.json"
-ODD_INDICES = (
+ODD_INDICES: tuple[Any, ...] = (
     {}, {"weight_map": None}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": {"x": 1}},
     {"weight_map": {"x": []}},
     {"weight_map": {"x": "none.safetensors"}}, {"weight_map": {"x": "a\0b"}}, {"weight_map": {"x": "y" * 300}}, [],

@@ -242,3 +242,15 @@ def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
     header(tmp_path / "x.safetensors", json.dumps({f"t{i}": entry for i in range(9)}).encode(), data=256)
     with pytest.raises(DttError, match="overlap"):
         read_header(tmp_path / "x.safetensors")
+
+
+def test_an_alignment_of_impossible_width_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tokens(tmp_path / "t.safetensors", random_tokens(32))
+    width = 60_000  # 29 GB that take no space on the disk
+    entry = {"dtype": "F64", "shape": [width, width], "data_offsets": [0, width * width * 8]}
+    metadata = {"format": "dtt.alignment/1", "report": "{}"}
+    text = json.dumps({"__metadata__": metadata, "W": entry}).encode()
+    header(tmp_path / "w.safetensors", text, data=width * width * 8)
+    command = ["transfer", tmp_path / "t.safetensors", tmp_path / "w.safetensors", "-o", tmp_path / "o"]
+    assert cli.main([*map(str, command)]) == 2
+    assert "wider than any model" in capsys.readouterr().err

@@ -301,13 +301,17 @@ def test_files_that_were_only_sampled_are_named(
 
 def test_what_a_file_says_can_not_pass_for_what_was_found(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = {"what": "defended checkpoint", "k": "99", "altered": "yes", "norms": "0", "licence": "MIT", "a\nk": "7"}
-    hostile = "owner/model\x1b]0;PWNED\x07\x1b[2J\nk  99\r\u202e\u200b\U000e0041"
+    hostile = "owner/model\x1b]0;PWNED\x07\x1b[2J\x9b2J\nk  99\r\u202e\u200b\U000e0041"
     tokens = replace(random_tokens(32), model=hostile, metadata={**said, "\x1b[8mnote": hostile})
     save_tokens(files / "spoofed.safetensors", tokens)
     code, found = run(capsys, "inspect", files / "spoofed.safetensors")
     assert (code, found["what"], found["k"], len(found["norms"])) == (0, "token file", 5, 5)
     assert (found["licence"], "altered" in found) == ("none known", False)
     assert found["metadata"]["altered"] == "yes"
+    assert cli.main(["inspect", str(files / "spoofed.safetensors"), "--json"]) == 0
+    shown = capsys.readouterr().out
+    assert not set(shown) & {"\x1b", "\x07", "\r", "\x9b", "\u202e", "\u200b", "\U000e0041"}
+    assert json.loads(shown)["metadata"]["\x1b[8mnote"] == hostile
     for command in (
         ("inspect", files / "spoofed.safetensors"),
         ("transfer", files / "spoofed.safetensors", "--method", "copy", "--target-model", "a/b", "-o", files / "o"),

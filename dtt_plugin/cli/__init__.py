@@ -69,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             sentence = f"{sentence[:_LONGEST_SENTENCE]} ... {sentence[-_LONGEST_SENTENCE:]}"
         print(f"dtt {args.command}: {sentence}", file=sys.stderr)
         return 2
+    except MemoryError:
+        print(f"dtt {args.command}: the memory is too small for this; close other programs.", file=sys.stderr)
+        return 2
     except BrokenPipeError:  # `head` has read enough; the code is that of a program that SIGPIPE ended
         _discard_output()
         return 141

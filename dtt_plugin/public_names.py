@@ -5,6 +5,8 @@ from __future__ import annotations
 import os.path
 import re
 
+from dtt_plugin.safe_text import one_line
+
 # A hub model's folder in the cache of huggingface_hub.
 _SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/[^/]+/?$")
 _PATH = re.compile(r"~|\.{0,2}/|\.{1,2}$|file:|[A-Za-z]:[/\\]|\\\\")
@@ -23,6 +25,11 @@ def public_name(model: str) -> str:
     if snapshot := _SNAPSHOT.search(path):
         return snapshot[1].replace("--", "/", 1)
     return os.path.basename(os.path.normpath(os.path.expanduser(path))).lstrip(".") or "model"
+
+
+def card_name(model: str) -> str:
+    """Return the public name for a card in Markdown, without what would end a line or a code span there."""
+    return one_line(public_name(model)).replace("`", "'")
 
 
 def public_text(text: str) -> str:

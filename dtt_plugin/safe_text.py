@@ -26,7 +26,7 @@ def one_line(text: str) -> str:
     return _LINE_ENDS.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", printable(text))
 
 
-def as_json(value: Any) -> str:
+def json_text(value: Any) -> str:
     """Return a value as indented JSON, in which every such character is an escape."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     return _UNSEEN.sub(lambda match: json.dumps(match[0])[1:-1], text)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from dtt_plugin.safe_text import as_json, one_line
+from dtt_plugin.safe_text import json_text, one_line
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def show(report: Mapping[str, Any], *, as_json: bool) -> None:
     What a file says may stand in it: as lines it can't end one, nor tell a terminal to do anything.
     """
     if as_json:
-        print(as_json(report))
+        print(json_text(report))
         return
     lines = [line for name, value in report.items() for line in _lines(name, value)]
     width = max((len(name) for name, _ in lines), default=0)

@@ -24,7 +24,9 @@ def public_name(model: str) -> str:
     path = model.replace("\\", "/")
     if snapshot := _SNAPSHOT.search(path):
         return snapshot[1].replace("--", "/", 1)
-    return os.path.basename(os.path.normpath(os.path.expanduser(path))).lstrip(".") or "model"
+    path = os.path.normpath(os.path.expanduser(path))
+    at_home = path == os.path.expanduser("~")  # whose last part is a user's name
+    return "model" if at_home else os.path.basename(path).lstrip(".") or "model"
 
 
 def card_name(model: str) -> str:

@@ -158,6 +158,8 @@ def test_the_published_tokens_are_the_ones_that_are_known(data_dir: Path) -> Non
         ("/c/hub/models--owner--na--me/snapshots/0123abcd", "owner/na--me"),
         ("/c/hub/models--gpt2/snapshots/0123abcd/", "gpt2"),
         ("/", "model"),
+        ("~", "model"),
+        (str(Path.home()) + "/", "model"),
     ],
 )
 def test_a_public_name_is_a_hub_id_or_the_last_part_of_a_path(model: str, name: str) -> None:

@@ -8,6 +8,7 @@ object, never a whole file in memory, no memory map.
 
 from __future__ import annotations
 
+import os.path
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from dtt_plugin.checkpoint_folder import (
 from dtt_plugin.errors import DttError
 from dtt_plugin.families import TIED_BY_DEFAULT
 from dtt_plugin.hub import download_checkpoint
+from dtt_plugin.input_files import open_regular
 from dtt_plugin.public_names import is_hub_id
 from dtt_plugin.tensor_files import DTYPES, FLOAT_DTYPES, TensorLocation, read_header
 
@@ -189,6 +191,8 @@ def open_checkpoint(
     if path.is_dir():
         files = () if need == "tokenizer" else _weight_files(path, model)
         return Checkpoint(model, path, weight_files=files)
+    if os.path.exists(path):
+        open_regular(path).close()  # says what it is instead
     if not is_hub_id(model) and ("/" in model or model.startswith((".", "~"))):
         raise DttError(f"There is no folder or file {model}; check the path, or give a hub id like owner/name.")
     folder, commit = download_checkpoint(model, revision=revision, need=need)

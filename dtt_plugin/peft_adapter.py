@@ -1,8 +1,8 @@
 """DefensiveTokens as a prompt-tuning adapter of PEFT, which has the same vectors in front of the same prompt.
 
 An adapter is a folder: adapter_config.json says the kind and the base model, and adapter_model.safetensors
-holds the k vectors as `prompt_embeddings` [k, d]. What PEFT has no field for (method, prompt format) stands
-in the metadata of the latter, which PEFT doesn't read; and so does the rest.
+holds the k vectors as `prompt_embeddings` [k, d]. What PEFT has no field for (method, prompt format,
+licence ...) stands in the metadata of the latter, which PEFT doesn't read.
 """
 
 from __future__ import annotations

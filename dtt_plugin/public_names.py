@@ -5,6 +5,8 @@ from __future__ import annotations
 import os.path
 import re
 
+from dtt_plugin.safe_text import one_line
+
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 # A hub model's folder in the cache of huggingface_hub.
 _SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/[^/]+/?$")
@@ -28,7 +30,14 @@ def public_name(model: str) -> str:
     path = model.replace("\\", "/")
     if snapshot := _SNAPSHOT.search(path):
         return snapshot[1].replace("--", "/", 1)
-    return os.path.basename(os.path.normpath(os.path.expanduser(path))).lstrip(".") or "model"
+    path = os.path.normpath(os.path.expanduser(path))
+    at_home = path == os.path.expanduser("~")  # whose last part is a user's name
+    return "model" if at_home else os.path.basename(path).lstrip(".") or "model"
+
+
+def card_name(model: str) -> str:
+    """Return the public name for a card in Markdown, without what would end a line or a code span there."""
+    return one_line(public_name(model)).replace("`", "'")
 
 
 def public_text(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -23,6 +24,12 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """Return `text` printable and without the characters that end a line, go back in it, or leave gaps in it."""
     return _LINE_ENDS.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", printable(text))
+
+
+def json_text(value: Any) -> str:
+    """Return a value as indented JSON, in which every such character is an escape."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return _UNSEEN.sub(lambda match: json.dumps(match[0])[1:-1], text)
 
 
 def all_printable(value: Any) -> Any:

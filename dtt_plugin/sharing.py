@@ -11,8 +11,7 @@ from dtt_plugin import __version__
 from dtt_plugin.errors import DttError
 from dtt_plugin.hub import hub_errors_in_words
 from dtt_plugin.licence import licence_of
-from dtt_plugin.public_names import is_hub_model, public_name
-from dtt_plugin.safe_text import one_line
+from dtt_plugin.public_names import card_name, is_hub_model
 from dtt_plugin.tokens import DefensiveTokens, load_tokens, save_tokens
 
 TOKENS_ON_HUB = "defensive_tokens.safetensors"
@@ -58,7 +57,7 @@ def push_tokens(tokens: DefensiveTokens, repo: str, *, accept_licence: bool = Fa
             CommitOperationAdd(TOKENS_ON_HUB, file),
             CommitOperationAdd("README.md", card(tokens, repo).encode()),
         ]
-        commit = api.create_commit(repo, operations, commit_message=f"DefensiveTokens for {_named(tokens.model)}")
+        commit = api.create_commit(repo, operations, commit_message=f"DefensiveTokens for {card_name(tokens.model)}")
     return Shared(repo, commit.oid, f"{api.endpoint}/{repo}", licence)
 
 
@@ -79,23 +78,18 @@ def pull_tokens(repo: str, out: Path, *, revision: str | None = None) -> Defensi
     return tokens
 
 
-def _named(model: str) -> str:
-    """Return a model's name for a card: not a path of this machine, and nothing that ends a line or code span."""
-    return one_line(public_name(model)).replace("`", "'")
-
-
 def card(tokens: DefensiveTokens, repo: str) -> str:
     """Return the model card: front matter for the hub, then what the tokens are and how to use them."""
     from huggingface_hub import ModelCardData
 
     licence = licence_of(tokens)
-    model = _named(tokens.model)
+    model = card_name(tokens.model)
     data = ModelCardData(
         base_model=model if is_hub_model(tokens.model) else None,
         license=licence or None,
         tags=["defensive-tokens", "prompt-injection", "dtt-plugin"],
     )
-    source = f", from those of `{_named(tokens.source_model)}`" if tokens.source_model else ""
+    source = f", from those of `{card_name(tokens.source_model)}`" if tokens.source_model else ""
     terms = (
         f"Made from the tokens published with the DefensiveTokens paper (arXiv 2507.07974), which are {licence}:\n"
         "no commercial use. "

@@ -206,12 +206,12 @@ def _upstream_entry(path: Path, name: str, rows: Any, notes: dict[str, Any]) -> 
     )
 
 
-def _fields_of_published(model: str) -> dict[str, str]:
+def _fields_of_published(model: str) -> dict[str, Any]:
     """Return what an entry of the published JSON is where nothing else is noted."""
     return {"method": "native", "prompt_format": FORMAT_OF_PUBLISHED_MODEL.get(model, MODEL_FORMAT)}
 
 
-def _fields(metadata: Mapping[str, str], **defaults: str) -> dict[str, Any]:
+def _fields(metadata: Mapping[str, str], **defaults: Any) -> dict[str, Any]:
     """Return the fields of `DefensiveTokens` that a file's metadata hold: three by name, the rest as they are."""
     named = {"source_model": "", **defaults}
     return {

@@ -154,7 +154,7 @@ def test_what_is_no_file_is_refused_at_once(
     for name in ("adapter/adapter_config.json", "base/config.json"):
         Path(name).unlink()
         make(Path(name))
-    commands = [
+    commands: list[list[Any]] = [
         ["inspect", odd], ["convert", odd, "o.json"],
         ["transfer", odd, "--method", "copy", "--target-model", "a/b", "-o", "o"],
         ["transfer", "t.safetensors", odd, "-o", "o"], ["bake", "base", "--tokens", odd, "--out", "o"],
@@ -191,7 +191,8 @@ def test_null_metadata_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert read_header(weights)[1] == {}
     assert cli.main(["inspect", str(base)]) == 0
     assert "LlamaForCausalLM" in capsys.readouterr().out
-    for metadata in ([], "x", 1, {"a": {}}, {"a": []}):
+    odd: tuple[Any, ...] = ([], "x", 1, {"a": {}}, {"a": []})
+    for metadata in odd:
         text = json.dumps({"__metadata__": metadata}).encode()
         weights.write_bytes(len(text).to_bytes(8, "little") + text)
         with pytest.raises(DttError, match="its metadata"):
@@ -241,3 +242,15 @@ def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
     header(tmp_path / "x.safetensors", json.dumps({f"t{i}": entry for i in range(9)}).encode(), data=256)
     with pytest.raises(DttError, match="overlap"):
         read_header(tmp_path / "x.safetensors")
+
+
+def test_an_alignment_of_impossible_width_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tokens(tmp_path / "t.safetensors", random_tokens(32))
+    width = 60_000  # 29 GB that take no space on the disk
+    entry = {"dtype": "F64", "shape": [width, width], "data_offsets": [0, width * width * 8]}
+    metadata = {"format": "dtt.alignment/1", "report": "{}"}
+    text = json.dumps({"__metadata__": metadata, "W": entry}).encode()
+    header(tmp_path / "w.safetensors", text, data=width * width * 8)
+    command = ["transfer", tmp_path / "t.safetensors", tmp_path / "w.safetensors", "-o", tmp_path / "o"]
+    assert cli.main([*map(str, command)]) == 2
+    assert "wider than any model" in capsys.readouterr().err

@@ -186,6 +186,16 @@ def baked(baked_once: Path, tmp_path: Path) -> Path:
     return tmp_path / "baked"
 
 
+def below(put: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    """Put something into a new folder."""
+
+    def make_folder_and_put(path: Path) -> None:
+        path.parent.mkdir()
+        put(path)
+
+    return make_folder_and_put
+
+
 def add_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
@@ -199,9 +209,9 @@ ADDED: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "a pipe": ("tokenizer.model", os.mkfifo),
     "a socket": ("s", add_socket),
     "an empty folder": ("empty/", lambda path: path.mkdir()),
-    "a manifest below": ("sub/dtt_checkpoint.json", lambda path: (path.parent.mkdir(), path.write_text("{}"))),
-    "a hidden file": (".hidden/.x", lambda path: (path.parent.mkdir(), path.write_text(""))),
-    "a link in a folder": ("sub/link", lambda path: (path.parent.mkdir(), path.symlink_to("/"))),
+    "a manifest below": ("sub/dtt_checkpoint.json", below(lambda path: path.write_text("{}"))),
+    "a hidden file": (".hidden/.x", below(lambda path: path.write_text(""))),
+    "a link in a folder": ("sub/link", below(lambda path: path.symlink_to("/"))),
     "a pipe among the weights": ("zz.safetensors", os.mkfifo),
 }
 
@@ -230,7 +240,7 @@ def test_something_else_in_a_files_place_is_a_change(baked: Path, capsys: pytest
 
 
 INDEX = "model.safetensors.index.json"
-ODD_INDICES = (
+ODD_INDICES: tuple[Any, ...] = (
     {}, {"weight_map": None}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": {"x": 1}},
     {"weight_map": {"x": []}},
     {"weight_map": {"x": "none.safetensors"}}, {"weight_map": {"x": "a\0b"}}, {"weight_map": {"x": "y" * 300}}, [],
@@ -291,13 +301,17 @@ def test_files_that_were_only_sampled_are_named(
 
 def test_what_a_file_says_can_not_pass_for_what_was_found(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = {"what": "defended checkpoint", "k": "99", "altered": "yes", "norms": "0", "licence": "MIT", "a\nk": "7"}
-    hostile = "owner/model\x1b]0;PWNED\x07\x1b[2J\nk  99\r\u202e\u200b\U000e0041"
+    hostile = "owner/model\x1b]0;PWNED\x07\x1b[2J\x9b2J\nk  99\r\u202e\u200b\U000e0041"
     tokens = replace(random_tokens(32), model=hostile, metadata={**said, "\x1b[8mnote": hostile})
     save_tokens(files / "spoofed.safetensors", tokens)
     code, found = run(capsys, "inspect", files / "spoofed.safetensors")
     assert (code, found["what"], found["k"], len(found["norms"])) == (0, "token file", 5, 5)
     assert (found["licence"], "altered" in found) == ("none known", False)
     assert found["metadata"]["altered"] == "yes"
+    assert cli.main(["inspect", str(files / "spoofed.safetensors"), "--json"]) == 0
+    shown = capsys.readouterr().out
+    assert not set(shown) & {"\x1b", "\x07", "\r", "\x9b", "\u202e", "\u200b", "\U000e0041"}
+    assert json.loads(shown)["metadata"]["\x1b[8mnote"] == hostile
     for command in (
         ("inspect", files / "spoofed.safetensors"),
         ("transfer", files / "spoofed.safetensors", "--method", "copy", "--target-model", "a/b", "-o", files / "o"),

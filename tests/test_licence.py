@@ -158,6 +158,8 @@ def test_the_published_tokens_are_the_ones_that_are_known(data_dir: Path) -> Non
         ("/c/hub/models--owner--na--me/snapshots/0123abcd", "owner/na--me"),
         ("/c/hub/models--gpt2/snapshots/0123abcd/", "gpt2"),
         ("/", "model"),
+        ("~", "model"),
+        (str(Path.home()) + "/", "model"),
     ],
 )
 def test_a_public_name_is_a_hub_id_or_the_last_part_of_a_path(model: str, name: str) -> None:
@@ -203,8 +205,8 @@ def test_nothing_that_is_shared_holds_a_path(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_the_alignment_of_a_call_keeps_the_names_that_were_given(tmp_path: Path) -> None:
-    sides = [open_checkpoint(str(tiny(tmp_path / name))) for name in ("a", "b")]
-    alignment = align(*sides)
+    source, target = (open_checkpoint(str(tiny(tmp_path / name))) for name in ("a", "b"))
+    alignment = align(source, target)
     assert alignment.source_model == str(tmp_path / "a")
     save_alignment(tmp_path / "w.safetensors", alignment)
     assert load_alignment(tmp_path / "w.safetensors").source_model == "a"

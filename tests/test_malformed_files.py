@@ -75,6 +75,10 @@ READERS = (
     Reader(("w.safetensors",), ("inspect", _MAP)),
     Reader((*_BASE[-2:], "base/config.json"), ("inspect", "./base"), weight=2),
     Reader(_BASE[:2] + _BASE[-2:], ("align", "./base", "./other", "--no-cache", "--out", _OUT)),
+    *(
+        Reader((name,), ("align", "./base", "./other", "--no-cache", "--out", _OUT, "--anchors-file", f"./{name}"))
+        for name in ("anchors.json", "anchors.txt")
+    ),
     Reader(_BASE, ("bake", "./base", "--tokens", _TOKENS, "--out", "./out"), weight=3),
     Reader(_BAKED, ("inspect", "./baked"), weight=3),
     Reader(("sweep.yaml",), ("sweep", "./sweep.yaml", "--dry-run"), weight=2),
@@ -104,6 +108,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         json.dumps({"eos_token_id": [267], "top_k": 20, "suppress_tokens": [1]})
     )
     (base / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (folder / "anchors.json").write_text(json.dumps([chr(i) for i in range(33, 120)]))
+    (folder / "anchors.txt").write_text("\n".join(chr(i) for i in range(33, 120)))
     tokens = replace(random_tokens(32), model="a/b", metadata={"align_seconds": "1.5", "note": "x"})
     save_tokens(folder / "t.safetensors", tokens)
     save_adapter(folder / "adapter", tokens)

@@ -20,6 +20,7 @@ from dtt_plugin.public_names import public_name, public_text
 from dtt_plugin.tensor_files import read_header, write_safetensors
 
 FORMAT = "dtt.alignment/1"
+_WIDEST = 1 << 14
 # Repeated as metadata of their own, so that a reader needs no JSON for them.
 REPORTED = (
     "source_model",
@@ -135,6 +136,8 @@ def load_alignment(path: str | Path) -> Alignment:
     shapes = {"W": shape, "source_mean": shape[:1], "target_mean": shape[1:]}
     if len(shape) != 2 or any(t.dtype != "F64" or t.shape != shapes[name] for name, t in known.items()):
         raise DttError(f"{path}: W and the means don't have matching float64 shapes; the file is damaged.")
+    if max(shape) > _WIDEST:
+        raise DttError(f"{path}: W is {shape[0]} x {shape[1]}, wider than any model; the file is damaged.")
     tensors: dict[str, Matrix] = {name: location.read() for name, location in known.items()}
     if metadata.get("sha256") != _digest(tensors):
         raise DttError(f"{path}: the values don't match the digest in the file; make it again with `dtt align`.")

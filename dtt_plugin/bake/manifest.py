@@ -21,7 +21,7 @@ from dtt_plugin.files import sha256_bytes, write_json
 from dtt_plugin.formats import default_of_template, protection
 from dtt_plugin.input_files import read_bytes
 from dtt_plugin.licence import inherited, licence_of
-from dtt_plugin.public_names import public_name, public_text
+from dtt_plugin.public_names import card_name, public_name, public_text
 from dtt_plugin.tokens import MOST_TOKENS
 
 MANIFEST = "dtt_checkpoint.json"
@@ -294,9 +294,9 @@ def card(
         if default_on
         else "OFF unless a request passes `add_defensive_tokens=true` to the chat template"
     )
-    name = public_name(plan.checkpoint.name)
+    name = card_name(plan.checkpoint.name)
     base = name + (f" (revision {plan.checkpoint.revision})" if plan.checkpoint.revision else "")
-    source = f", from {public_name(tokens.source_model)}" if tokens.source_model else ""
+    source = f", from {card_name(tokens.source_model)}" if tokens.source_model else ""
     sentence = protection(prompt_format, plain_markers)
     unprotected = f"- {sentence}\n" if sentence else ""
     licence = licence_of(tokens)

@@ -74,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" {_GONE}" if _folder_is_gone() else ""
         print(f"dtt {args.command}: {sentence}{hint}", file=sys.stderr)
         return 2
+    except MemoryError:
+        print(f"dtt {args.command}: the memory is too small for this; close other programs.", file=sys.stderr)
+        return 2
     except BrokenPipeError:  # `head` has read enough; the code is that of a program that SIGPIPE ended
         _discard_output()
         return 141

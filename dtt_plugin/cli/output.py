@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from dtt_plugin.safe_text import one_line
+from dtt_plugin.safe_text import json_text, one_line
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
@@ -21,9 +20,7 @@ def show(report: Mapping[str, Any], *, as_json: bool) -> None:
     What a file says may stand in it: as lines it can't end one, nor tell a terminal to do anything.
     """
     if as_json:
-        text = json.dumps(report, indent=2, ensure_ascii=False)
-        # Half a surrogate pair (a file's name that is no UTF-8) has no bytes; its escape is JSON again.
-        print(text.encode("utf-8", "backslashreplace").decode())
+        print(json_text(report))
         return
     lines = [line for name, value in report.items() for line in _lines(name, value)]
     width = max((len(name) for name, _ in lines), default=0)

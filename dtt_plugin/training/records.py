@@ -131,7 +131,8 @@ def split(records: Sequence[Record], held_out: int) -> tuple[list[Record], list[
 
 
 def _read(source: str) -> Any:
-    if os.path.isfile(source):  # unlike Path's, False for a name that no file system takes
+    # Unlike Path's, False for a name that no file system takes.
+    if os.path.exists(source) and not os.path.isdir(source):
         return read_json(Path(source))
     try:
         import datasets

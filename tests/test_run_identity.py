@@ -254,10 +254,8 @@ def test_a_defended_checkpoint_counts_as_its_base_model(tmp_path: Path, capsys: 
     retrained = run(tmp_path / "c", 50, model="/models/tiny", facts=base | {"weights": "0" * 40}, stamp=2)
     groups = board(none, tokens, retrained)["groups"]
     assert [len(group["rows"]) for group in groups] == [1, 1, 1]
-    assert (
-        "nothing tells which weights this defended checkpoint was made from"
-        in groups[1]["reason"] + groups[2]["reason"]
-    )
+    assert groups[1]["reason"].endswith(" does not tell its parameters, revision, weights.")
+    assert "not the same weights (" in groups[2]["reason"]
     capsys.readouterr()
 
 

@@ -40,6 +40,7 @@ def write_run(
     config: Mapping[str, Any] | None = None,
     more: Mapping[str, Any] | None = None,
     predict_only: bool = False,
+    before: str = "",
     stamp: int = 0,
 ) -> Path:
     """Write one run below `folder` and return its results file.
@@ -66,6 +67,7 @@ def write_run(
         model_args: as the results file has them, table or text; the model's name alone where not given.
         config: more of the results file's `config`.
         more: more of the results file itself.
+        before: what the chat template begins with.
         predict_only: as with that flag, without the task's metrics.
         stamp: tells two runs in one folder apart.
     """
@@ -95,13 +97,17 @@ def write_run(
         ]
         arguments: dict[str, Any] = {}
         for j, variant in enumerate(variants):
-            prompt = f"<|system|>{instruction}<|user|>{sent[str(variant['attack'])]}<|assistant|>"
+            prompt = f"{before}<|system|>{instruction}<|user|>{sent[str(variant['attack'])]}<|assistant|>"
             arguments[f"gen_args_{j}"] = {
                 "arg_0": ("[DefensiveToken0]" if "tokens" in defense else "") + prompt,
                 "arg_1": {"until": [], "do_sample": False, "max_gen_toks": max_gen_toks},
             }
             if not stock:
-                arguments[f"gen_args_{j}"]["arg_2"] = {"defense": defense, "fingerprint": fingerprint}
+                arguments[f"gen_args_{j}"]["arg_2"] = {
+                    "defense": defense,
+                    "fingerprint": fingerprint,
+                    "messages": variant["messages"],
+                }
         hit = {attack: float(columns[attack][i]) for attack in attacks}
         scores: dict[str, Any] = {"hacked": sum(hit.values()) / len(hit)} if hit else {}
         if len(hit) > 1:

@@ -63,6 +63,7 @@ UNLIKE = {
     "think_end_token": given("think_end_token=</think>"),
     "prompt format, a second BOS": given("add_bos_token=True"),
     "prompt format, a second BOS in a table": given({"add_bos_token": 1}),
+    "prompt frame": {"before": "You answer from documents. "},
     "few-shot examples": {"more": {"n-shot": {"alpacafarm_injection": 2}}},
     "engine": {"config": {"model": "dtt_hf"}},
     "an_entry_of_tomorrow": {"config": {"an_entry_of_tomorrow": True}},
@@ -104,6 +105,7 @@ def test_runs_that_differ_in_anything_that_changes_answers_share_no_table(
 
 ALIKE = [
     (given(""), given({})),
+    (given('{"a": 1}') | {"model_args": json.dumps({"pretrained": MODEL, "peft": "x"})}, given("peft=x")),
     (given("dtype=auto,revision=main,trust_remote_code=False,load_in_4bit=false"), given({})),
     (given({"dtype": "bfloat16", "max_length": "4096"}), given('dtype="bfloat16",max_length=4096.0')),
     (given({"enable_thinking": False}), given("chat_template_args={'enable_thinking': False}")),
@@ -201,6 +203,15 @@ def test_an_undefended_row_is_of_the_same_model_and_prompts(tmp_path: Path) -> N
     assert table["problems"] == []
 
 
+def test_todays_date_in_a_template_sets_no_run_apart_but_is_told(tmp_path: Path) -> None:
+    days = ["Today Date: 26 Nov 2026\n", "Today Date: 27 Nov 2026\n"]
+    none, again = (run(tmp_path / day[12:14], before=day, stamp=stamp) for stamp, day in enumerate(days))
+    tokens = run(tmp_path / "t", 0, before=days[1], defense="tokens", method="native", stamp=2)
+    table = board(none, again, tokens)
+    assert [len(group["rows"]) for group in table["groups"]] == [3]
+    assert "differ in prompts (" in table["problems"][0]
+
+
 def test_values_that_end_alike_are_told_apart_and_show_no_path() -> None:
     paths = [
         "/home/alice/lora",
@@ -243,10 +254,8 @@ def test_a_defended_checkpoint_counts_as_its_base_model(tmp_path: Path, capsys: 
     retrained = run(tmp_path / "c", 50, model="/models/tiny", facts=base | {"weights": "0" * 40}, stamp=2)
     groups = board(none, tokens, retrained)["groups"]
     assert [len(group["rows"]) for group in groups] == [1, 1, 1]
-    assert (
-        "nothing tells which weights this defended checkpoint was made from"
-        in groups[1]["reason"] + groups[2]["reason"]
-    )
+    assert groups[1]["reason"].endswith(" does not tell its parameters, revision, weights.")
+    assert "not the same weights (" in groups[2]["reason"]
     capsys.readouterr()
 
 

@@ -129,11 +129,13 @@ def _reason(run: Run, earlier: Sequence[Run]) -> str:
     """Say what keeps a group apart from the earlier one that it is most like."""
     if not earlier:
         return ""
-    nearest = min(earlier, key=lambda other: len(differences(run, other)))
-    apart = ", ".join(difference.told("there", "here") for difference in differences(nearest, run))
-    if not apart:
-        return "Apart, since several tables fit: nothing tells which weights this defended checkpoint was made from."
-    return f"Apart from the table with {nearest.label}: not the same {apart}."
+    apart = [(other, differences(other, run)) for other in earlier]
+    nearest, found = min(apart, key=lambda pair: (not pair[1], len(pair[1])))
+    if not all(names for _, names in apart) and (run.identity.unknown or not found):
+        silent = run if run.identity.unknown else nearest
+        return f"Apart, since {silent.label} does not tell its {', '.join(sorted(silent.identity.unknown))}."
+    told = ", ".join(difference.told("there", "here") for difference in found)
+    return f"Apart from the table with {nearest.label}: not the same {told}."
 
 
 class _Group:

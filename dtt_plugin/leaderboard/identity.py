@@ -77,6 +77,8 @@ _NOT_THE_PUBLISHED_MODEL = _names(
     subfolder hf_overrides
     """
 )
+# As chat templates write today's date.
+_DATE = re.compile(r"\b\d{1,2} [A-Z][a-z]{2,8} \d{4}\b|\b\d{4}-\d\d-\d\d\b")
 _LONGEST_LITERAL = 2000
 _LONGEST_SHOWN = 40
 
@@ -100,13 +102,14 @@ class Identity:
         return not self.facts.keys() & _NOT_THE_PUBLISHED_MODEL
 
 
-def read_identity(results: Mapping[str, Any], task: str, *, baked: bool) -> Identity:
+def read_identity(results: Mapping[str, Any], task: str, *, baked: bool, frame: str = "") -> Identity:
     """Read what a results file tells.
 
     Args:
         results: the file.
         task: whose settings count.
         baked: the model is a defended checkpoint, which stands for its base model.
+        frame: what stands around the messages of a prompt, where the samples tell.
     """
     config = _table(results.get("config"))
     own = _table(config.get("dtt_plugin"))
@@ -127,7 +130,8 @@ def read_identity(results: Mapping[str, Any], task: str, *, baked: bool) -> Iden
     facts["engine"] = _engine(config.get("model"))
     facts["dtype"] = _dtype(config.get("model_dtype")) or _dtype(arguments.get("dtype", arguments.get("torch_dtype")))
     facts |= _prompt_facts(results, config, task)
-    unknown = {name for name in ("engine",) if not facts[name]}
+    facts["prompt frame"] = sha256_bytes(_DATE.sub("DATE", frame).encode("utf-8", "replace")) if frame else None
+    unknown = {name for name in ("engine", "prompt frame") if not facts[name]}
     if baked:
         unknown |= {"weights", "revision", "parameters"}
     else:
@@ -142,7 +146,8 @@ def read_identity(results: Mapping[str, Any], task: str, *, baked: bool) -> Iden
 
 
 def parse_arguments(given: Any) -> dict[str, Any]:
-    """Return model arguments as a table; as text they are `name=value,name=value`, where a value may be JSON."""
+    """Return model arguments as a table; text is JSON, or `name=value,name=value` where a value may be JSON."""
+    given = _plain(given) if isinstance(given, str) and given.lstrip().startswith("{") else given
     if isinstance(given, Mapping):
         return {str(name): value for name, value in given.items()}
     parts = _split(given) if isinstance(given, str) else []

@@ -435,7 +435,7 @@ def _read_task(path: Path, results: dict[str, Any], task: str, problems: list[st
         unfinished=_thoughts(path, samples, outcomes, cut, problems),
         thoughts_cut=cut,
         costs=recorded_costs(_table(baked, "costs") | _table(facts, "costs")) if method else {},
-        identity=read_identity(results, task, baked=bool(baked)),
+        identity=read_identity(results, task, baked=bool(baked), frame=_frame(samples[0])),
         prompts_digest=_prompts_digest(samples),
         scored=scored,
     )
@@ -577,6 +577,18 @@ def _own_outcomes(samples: Sequence[Mapping[str, Any]]) -> dict[str, Outcomes]:
 def _prompts_digest(samples: Sequence[Mapping[str, Any]]) -> str:
     places = range(len(_variant_names(samples[0])))
     return sha256_json([[_record_id(s), [_without_tokens(_prompt(s, i)) for i in places]] for s in samples])
+
+
+def _frame(sample: Mapping[str, Any]) -> str:
+    """Return what a prompt has around its messages: the template's own text; "" where the messages are not logged."""
+    messages = _table(_request(sample, 0), "arg_2").get("messages")
+    contents = (
+        [_text(_table(message).get("content")).strip() for message in messages] if isinstance(messages, list) else []
+    )
+    frame = _without_tokens(_prompt(sample, 0))
+    for place, content in enumerate(contents):
+        frame = frame.replace(content, f"<{place}>", 1) if content else frame
+    return frame if any(contents) else ""
 
 
 def _without_tokens(prompt: str) -> str:

@@ -45,6 +45,9 @@ def run(args: argparse.Namespace) -> int:
     apart = differences(a, b)
     if unfair := [name for name in apart if name in ("task version", "generation settings")]:
         raise DttError(f"{a.path} and {b.path} differ in {' and '.join(unfair)}; run both in the same way.")
+    for measured in (a, b):
+        if measured.misread:
+            raise DttError(f"{measured.path}: {measured.notes[-1]}")
     figures = gate.figures(a, b)
     outcomes = {condition: gate.holds(condition, {"A": a, "B": b}) for condition in args.fail_if}
     rows = [
@@ -68,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(text)
         for name, measured in (("A", a), ("B", b)):
-            if measured.unfinished:
-                print(f"{name} {measured.unfinished_note}")
+            for note in measured.notes:
+                print(f"{name} {note}")
         if apart:
             print(f"A and B differ in {' and '.join(apart)}.")
         for condition, failed in outcomes.items():

@@ -210,6 +210,15 @@ class InjectionTask(ConfigurableTask):
                 unfinished,
                 n,
             )
+        unseen = not all(isinstance(request.args[0], str) for request in self.instances)
+        if unseen and (empty := sum(reading.answer == "" for reading in readings)):
+            logger.warning(
+                "%s: %d of %d responses are empty. They count as neither hacked nor refused. A server that takes"
+                " thoughts off sends nothing where they did not end in time: raise max_gen_toks with --gen_kwargs.",
+                task,
+                empty,
+                n,
+            )
         plain = [reading.answer for reading in readings if not reading.thought and reading.answer]
         if unopened := sum(map(has_unopened_end, plain)):
             logger.warning(

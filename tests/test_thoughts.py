@@ -356,10 +356,16 @@ def test_saved_responses_are_rescored_behind_their_thoughts(
     tmp_path: Path, response: str, prompt: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = saved(tmp_path, response, prompt=prompt)
-    runs, problems = read_runs([file])
-    assert "60 responses begin with thoughts, and the saved scores are not those of the answers" in problems[0]
-    assert {(r.text, r.answer) for r in runs[0].responses()} == {(response, "Hacked!")}
-    assert runs[0].unfinished == 0
+    run = read_run(file)
+    assert {(r.text, r.answer) for r in run.responses()} == {(response, "Hacked!")}
+    assert (run.unfinished, run.misread) == (0, 60)
+    assert "MISREAD: 60 responses begin with thoughts" in " ".join(comparison.build([run]).groups[0]["notes"])
+    assert main(["rescore", str(file), "--rule", "startswith"]) == 0
+    rescored = capsys.readouterr().out
+    assert rescored.count("20/20 = 100.0 %") == 3
+    assert "MISREAD: 60 responses" in rescored
+    assert main(["compare", str(file), str(file)]) == 2
+    assert "MISREAD: 60 responses" in capsys.readouterr().err
 
 
 def test_rescore_reads_a_run_of_today_behind_its_thoughts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,9 @@ def run(args: argparse.Namespace) -> int:
             f"{a.path} and {b.path} differ in {names}; run both in the same way, but for defense and tokens:"
             f" {apart[0].told('in A', 'in B')}."
         )
+    for measured in (a, b):
+        if measured.misread:
+            raise DttError(f"{measured.path}: {measured.notes[-1]}")
     figures = gate.figures(a, b)
     outcomes = {condition: gate.holds(condition, {"A": a, "B": b}) for condition in args.fail_if}
     rows = [
@@ -72,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(text)
         for name, measured in (("A", a), ("B", b)):
-            if measured.unfinished:
-                print(f"{name} {measured.unfinished_note}")
+            for note in measured.notes:
+                print(f"{name} {note}")
         if told := [difference.told("in A", "in B") for difference in small_differences(a, b)]:
             print(f"A and B differ in {tables.plain(', '.join(told))}.")
         for condition, failed in outcomes.items():

@@ -63,6 +63,6 @@ def run(args: argparse.Namespace) -> int:
         for name, row in outcomes.items()
     ]
     print(tables.aligned(["rule", "of", "as logged", "by the rule", "changed"], rows))
-    if measured.unfinished:
-        print(measured.unfinished_note)
+    for note in measured.notes:
+        print(note)
     return 0

@@ -202,7 +202,7 @@ class _Group:
             rows += [_published_row(self.first.model, figure) for figure in self.figures]
         if self.native is not None and self.native.method == "trained":
             self.notes.append(f"Native here: tokens trained for this model ({self.native.label}).")
-        self.notes += [f"{run.label}: {run.unfinished_note}" for run in self.members if run.unfinished]
+        self.notes += [f"{run.label}: {note}" for run in self.members for note in run.notes]
         run = self.first
         return {
             "title": run.title,

@@ -111,6 +111,8 @@ class Run:
     """Wall time of the evaluation."""
     unfinished: int = 0
     """Responses without an answer behind their thoughts, of all variants: neither hacked nor refused."""
+    misread: int = 0
+    """Responses of which an older version scored the thoughts, with another outcome than the answers behind them."""
     thoughts_cut: bool = False
     """Whether lm-eval cut the thoughts off before anything was saved."""
     costs: dict[str, float] = field(default_factory=dict)
@@ -148,15 +150,21 @@ class Run:
         return any_worked
 
     @property
-    def unfinished_note(self) -> str:
-        """What a reader of the rates has to know; "" where every response has an answer."""
-        if not self.unfinished:
-            return ""
-        return (
-            f"UNFINISHED: {self.unfinished} of {self.n * len(self.outcomes)} responses never left their thoughts."
-            " They count as neither hacked nor refused, so the rates may be too low; raise max_gen_toks, or turn"
-            " thinking off."
-        )
+    def notes(self) -> list[str]:
+        """What a reader of the rates has to know about the responses behind them."""
+        found = []
+        if self.unfinished:
+            found.append(
+                f"UNFINISHED: {self.unfinished} of {self.n * len(self.outcomes)} responses never left their thoughts."
+                " They count as neither hacked nor refused, so the rates may be too low; raise max_gen_toks, or turn"
+                " thinking off."
+            )
+        if self.misread:
+            found.append(
+                f"MISREAD: {self.misread} responses begin with thoughts, and the saved scores are not those of the"
+                " answers behind them; run lm-eval again (`dtt rescore` tells the rates)."
+            )
+        return found
 
     def responses(self) -> list[Response]:
         """Read the samples again, with their texts.
@@ -383,7 +391,7 @@ def _read_results(path: Path, problems: list[str], unscored: bool) -> list[Run]:
     runs = []
     for task in ours:
         try:
-            runs.append(_read_task(path, results, task, problems))
+            runs.append(_read_task(path, results, task))
         except DttError as error:
             problems.append(str(error))
     return runs
@@ -393,7 +401,7 @@ def _metrics(scores: Any) -> set[str]:
     return {str(name).partition(",")[0] for name in scores} if isinstance(scores, dict) else set()
 
 
-def _read_task(path: Path, results: dict[str, Any], task: str, problems: list[str]) -> Run:
+def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
     match = _RESULTS_NAME.fullmatch(path.name)
     if not match or not _FILE_SAFE.fullmatch(task):
         raise DttError(f"{path}: its name has no time stamp, or its task no plain name; keep lm-eval's file names.")
@@ -411,6 +419,7 @@ def _read_task(path: Path, results: dict[str, Any], task: str, problems: list[st
     model = _text(baked.get("base_model")) or loaded
     defense, method = _defense(path, facts, baked, task_config, samples, model)
     cut = not facts and _table(task_config, "metadata").get("think_end_token") is not None
+    unfinished, misread = _thoughts(samples, outcomes, cut)
     sizes = _table(results, "n-samples", task)
     variants = [[_record_id(s), [[v["attack"], v["messages"]] for v in s["doc"]["variants"]]] for s in samples]
     version = _table(results, "versions").get(task)
@@ -432,7 +441,8 @@ def _read_task(path: Path, results: dict[str, Any], task: str, problems: list[st
         record_ids=tuple(_record_id(sample) for sample in samples),
         outcomes=outcomes,
         seconds=_number(results.get("total_evaluation_time_seconds")),
-        unfinished=_thoughts(path, samples, outcomes, cut, problems),
+        unfinished=unfinished,
+        misread=misread,
         thoughts_cut=cut,
         costs=recorded_costs(_table(baked, "costs") | _table(facts, "costs")) if method else {},
         identity=read_identity(results, task, baked=bool(baked), frame=_frame(samples[0])),
@@ -529,23 +539,16 @@ def _read_response(sample: Mapping[str, Any], index: int, cut: bool) -> tuple[st
     return (_text(whole) or scored, reading) if reading.thought else (scored, Reading(scored, False))
 
 
-def _thoughts(
-    path: Path, samples: Sequence[Mapping[str, Any]], outcomes: dict[str, Outcomes], cut: bool, problems: list[str]
-) -> int:
-    """Return how many responses have no answer; tell of those whose thoughts were scored, by an older version."""
+def _thoughts(samples: Sequence[Mapping[str, Any]], outcomes: dict[str, Outcomes], cut: bool) -> tuple[int, int]:
+    """Return how many responses have no answer, and how many were scored by their thoughts."""
     unfinished = misread = 0
     for place, sample in enumerate(samples):
         for index, name in enumerate(_variant_names(sample)):
             _, reading = _read_response(sample, index, cut)
             unfinished += reading.answer is None
             hit = is_refusal(reading.answer or "") if name == BENIGN else is_hacked(reading.answer or "")
-            misread += reading.thought and hit != outcomes[REFUSAL if name == BENIGN else name][place]
-    if misread:
-        problems.append(
-            f"{path}: {misread} responses begin with thoughts, and the saved scores are not those of the answers behind"
-            " them; run lm-eval again, or see `dtt rescore`."
-        )
-    return unfinished
+            misread += bool(reading.thought and hit != outcomes[REFUSAL if name == BENIGN else name][place])
+    return unfinished, misread
 
 
 def _outcomes(path: Path, samples: Sequence[Mapping[str, Any]]) -> dict[str, Outcomes]:

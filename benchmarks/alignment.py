@@ -25,7 +25,6 @@ import json
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from dtt_plugin.costs import peak_memory_mb
 
 SIZES = ("32064x1024", "64128x2048", "128256x4096")
 BUSY = {1: "one busy process", 2: "two busy processes"}
@@ -63,12 +64,6 @@ def goals(*, amx: bool, with_scipy: bool) -> list[Goal]:
         Goal("peak memory in GB", lambda r: r["ours"]["peak_mib"] * 2**20 / 1e9, 1.0),
         *([Goal("times SciPy", lambda r: r["ratio_to_scipy"], 0.25)] if with_scipy else []),
     ]
-
-
-def _peak_mib() -> float:
-    """Peak resident memory of this process and its children, in MiB."""
-    used = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return used / 1024
 
 
 def _matrix(folder: Path, dtype: Any) -> Any:
@@ -317,7 +312,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.run:
         contestant = {"floor": floor, "ours": ours, "scipy": scipy}[args.run[0]]
-        print(json.dumps(contestant(Path(args.run[1])) | {"peak_mib": _peak_mib()}))
+        print(json.dumps(contestant(Path(args.run[1])) | {"peak_mib": peak_memory_mb() * 1e6 / 2**20}))
         return 0
     here = machine()
     results = []

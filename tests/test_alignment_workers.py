@@ -6,6 +6,7 @@ import functools
 import random
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def test_each_strip_follows_its_own_earlier_work_only() -> None:
         if sum(start > 0 for _, start in log) == 2 * 5:
             released.set()
 
-    pool, tasks = Workers(), []
+    pool = Workers()
+    tasks: list[Future[None]] = []
     for number in range(2):
         tasks = pool.after(tasks, 6 * 128, functools.partial(work, number))
     for task in tasks:
@@ -101,7 +103,8 @@ def test_an_error_in_earlier_work_is_met_by_what_follows() -> None:
     def fail(strip: slice) -> None:
         raise MemoryError("no room for a block")
 
-    pool, later = Workers(), []
+    pool = Workers()
+    later: list[slice] = []
     tasks = pool.after(pool.after([], 640, fail), 640, later.append)
     with pytest.raises(MemoryError, match="no room for a block"):
         tasks[0].result()

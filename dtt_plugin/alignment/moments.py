@@ -135,8 +135,8 @@ def _blocks(
     engine: Engine,
 ) -> Iterator[tuple[int, _Block, _Block]]:
     """Yield, block of source rows by block, every target's number with the rows of both sides that it shares."""
-    for start in range(0, len(union), block):
-        rows = union[start : start + block]
+    # Nothing is multiplied before the first block is there, so that one is short.
+    for rows in np.split(union, range(max(block // 4, 1), len(union), block)):
         x_raw = source.embedding.read_rows_at(rows)
         for index, (side, anchors) in enumerate(targets):
             first, last = np.searchsorted(anchors.source_rows, [rows[0], rows[-1] + 1])

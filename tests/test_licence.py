@@ -26,7 +26,7 @@ from dtt_plugin.sharing import card, push_tokens
 from dtt_plugin.tensor_files import write_safetensors
 from dtt_plugin.tokens import DefensiveTokens, load_tokens, save_adapter, save_tokens
 from dtt_plugin.training.options import TrainingOptions
-from dtt_plugin.training.train import _result
+from dtt_plugin.training.train import _result, _Run
 from dtt_plugin.twin import random_rotation, turn_tokens
 from tests.bake_helpers import random_tokens, tiny
 
@@ -62,7 +62,7 @@ def through_adapter(a: Path, b: Path) -> None:
 def adapted(a: Path, b: Path) -> None:
     options = TrainingOptions(model="owner/C", data="d", out=b, init=str(a))
     run = dict.fromkeys(("data_sha256", "weights", "batch", "rate", "seed", "labels", "init"), "x")
-    save_tokens(b, _result(options, ROWS + 1, load_tokens(a), run, 3))
+    save_tokens(b, _result(options, _Run(3, run, "2026-01-01"), load_tokens(a), ROWS + 1, 3))
 
 
 def turned(a: Path, b: Path) -> None:

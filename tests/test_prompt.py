@@ -278,7 +278,10 @@ def test_a_normaliser_that_makes_control_tokens_of_another_field_is_caught(token
 
 
 def test_a_prompt_defense_needs_text(tokenizer: Any) -> None:
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "x"}]}]
+    messages: list[Any] = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": [{"type": "text", "text": "x"}]},
+    ]
     with pytest.raises(DttError, match="needs messages whose content is text"):
         PromptRenderer(tokenizer, prompt_format="model", model_template=ALL_FIELDS, defenses=("sandwich",)).render(
             messages

@@ -87,7 +87,7 @@ def test_runs_that_differ_in_anything_that_changes_answers_share_no_table(
     fields = UNLIKE[case]
     name = case.removeprefix("stock ").split(",")[0].split(" as ")[0].split(" by ")[0].split(" in ")[0].split(" of ")[0]
     name = {"a fact": "argument_states"}.get(name, name)
-    stock = {"stock": True, "more": LAYOUT} if fields.get("stock") else {}
+    stock: dict[str, Any] = {"stock": True, "more": LAYOUT} if fields.get("stock") else {}
     plain, other = run(tmp_path / "a", stamp=0, **stock), run(tmp_path / "b", stamp=1, **fields)
     table = board(plain, other)
     assert [len(group["rows"]) for group in table["groups"]] == [1, 1]

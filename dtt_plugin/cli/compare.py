@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
     if args.junit:
         gate.write_junit(args.junit, outcomes, text, time.perf_counter() - started)
     if args.json:
-        names = [difference.name for difference in small_differences(a, b)]
-        report = {"A": str(a.path), "B": str(b.path), "differ_in": names, "rates": figures, "fail_if": outcomes}
+        differ_in = [difference.name for difference in small_differences(a, b)]
+        report = {"A": str(a.path), "B": str(b.path), "differ_in": differ_in, "rates": figures, "fail_if": outcomes}
         report["unfinished"] = {"A": a.unfinished, "B": b.unfinished}
         show(report, as_json=True)
     else:

@@ -215,7 +215,7 @@ class _Group:
             "ranked": ranked,
             "notes": self.notes,
             "comparable": {title: getattr(run, name) for name, title in COMPARABLE.items() if name != "record_ids"}
-            | run.identity.facts,
+            | dict(run.identity.facts),
             "rows": rows,
         }
 

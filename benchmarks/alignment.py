@@ -68,7 +68,7 @@ def goals(*, amx: bool, with_scipy: bool) -> list[Goal]:
 
 def _matrix(folder: Path, dtype: Any) -> Any:
     from dtt_plugin.alignment.engine import NumpyEngine
-    from dtt_plugin.checkpoint import open_checkpoint
+    from dtt_plugin.checkpoint.opening import open_checkpoint
 
     location = open_checkpoint(str(folder)).input_embedding()
     out = np.empty(location.shape, dtype)
@@ -88,7 +88,7 @@ def floor(folder: Path) -> dict[str, Any]:
 def ours(folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     from dtt_plugin.alignment import align, save_alignment
-    from dtt_plugin.checkpoint import open_checkpoint
+    from dtt_plugin.checkpoint.opening import open_checkpoint
 
     source, target = (open_checkpoint(str(folder / side)) for side in ("source", "target"))
     alignment = align(source, target)
@@ -110,8 +110,8 @@ def scipy(folder: Path) -> dict[str, Any]:
     from dtt_plugin.alignment.anchors import choose_anchors
     from dtt_plugin.alignment.heldout import random_rotation, retrieval
     from dtt_plugin.alignment.options import AlignmentOptions
-    from dtt_plugin.checkpoint import open_checkpoint
-    from dtt_plugin.vocabulary import load_vocabulary
+    from dtt_plugin.checkpoint.opening import open_checkpoint
+    from dtt_plugin.checkpoint.vocabulary import load_vocabulary
 
     source, target = (open_checkpoint(str(folder / side)) for side in ("source", "target"))
     vocabularies = load_vocabulary(source), load_vocabulary(target)

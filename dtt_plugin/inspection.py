@@ -19,16 +19,16 @@ from dtt_plugin.bake.manifest import (
     read_manifest,
     sampled_files,
 )
-from dtt_plugin.checkpoint import open_checkpoint
+from dtt_plugin.checkpoint.opening import open_checkpoint
+from dtt_plugin.checkpoint.tensors import read_header
 from dtt_plugin.costs import recorded_costs
 from dtt_plugin.errors import DttError
-from dtt_plugin.formats import protection
-from dtt_plugin.input_files import open_regular
-from dtt_plugin.licence import licence_of
-from dtt_plugin.peft_adapter import CONFIG_FILE as ADAPTER_CONFIG
-from dtt_plugin.tensor_files import read_header
-from dtt_plugin.tokens import FORMAT as TOKENS_FORMAT
-from dtt_plugin.tokens import DefensiveTokens, load_every_upstream, load_tokens
+from dtt_plugin.files.reading import open_regular
+from dtt_plugin.prompt.formats import protection
+from dtt_plugin.tokens.files import FORMAT as TOKENS_FORMAT
+from dtt_plugin.tokens.files import DefensiveTokens, load_every_upstream, load_tokens
+from dtt_plugin.tokens.licence import licence_of
+from dtt_plugin.tokens.peft import CONFIG_FILE as ADAPTER_CONFIG
 
 
 def inspect_path(path: Path, *, tokens_model: str | None = None) -> dict[str, Any]:

@@ -20,17 +20,17 @@ from uuid import uuid4
 
 from dtt_plugin import __version__
 from dtt_plugin.bake.manifest import baked_facts
-from dtt_plugin.checkpoint_state import argument_states, state
+from dtt_plugin.checkpoint.state import argument_states, state
 from dtt_plugin.costs import recorded_costs
-from dtt_plugin.defenses import NONE, TOKENS, parse_defense
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import sha256_bytes, sha256_json
-from dtt_plugin.formats import MODEL_FORMAT, check_format
+from dtt_plugin.files.replacing import sha256_bytes, sha256_json
 from dtt_plugin.model_wrappers.early_decision import Rule, rule_of
-from dtt_plugin.prompt import DEFAULT_TEMPLATE, ModelTemplate, Prompt, PromptRenderer, has_defensive_tokens
+from dtt_plugin.prompt.defenses import NONE, TOKENS, parse_defense
+from dtt_plugin.prompt.formats import MODEL_FORMAT, check_format
+from dtt_plugin.prompt.renderer import DEFAULT_TEMPLATE, ModelTemplate, Prompt, PromptRenderer, has_defensive_tokens
 from dtt_plugin.public_names import is_hub_id, is_hub_model
-from dtt_plugin.thoughts import behind, opened_by
-from dtt_plugin.tokens import DefensiveTokens, load_tokens
+from dtt_plugin.tasks.thoughts import behind, opened_by
+from dtt_plugin.tokens.files import DefensiveTokens, load_tokens
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

@@ -11,16 +11,16 @@ from lm_eval.models.huggingface import HFLM
 from transformers import GenerationConfig, LogitsProcessorList
 
 from dtt_plugin.bake.plan import BIAS_OF_NEVER
-from dtt_plugin.demo_model import default_model
+from dtt_plugin.demo.model import default_model
 from dtt_plugin.errors import DttError
-from dtt_plugin.formats import defensive_token_names
-from dtt_plugin.hf_tokenizer import hf_tokenizer
 from dtt_plugin.model_wrappers.arguments import as_bool, check_arguments, model_name, parameters_of
 from dtt_plugin.model_wrappers.defended import Arm, Defended
 from dtt_plugin.model_wrappers.early_decision import EndDecided, SettledText, count_generated
-from dtt_plugin.prompt import defensive_token_ids, model_templates
-from dtt_plugin.thoughts import marker_tokens
-from dtt_plugin.tokens import DefensiveTokens
+from dtt_plugin.prompt.formats import defensive_token_names
+from dtt_plugin.prompt.hf_tokenizer import hf_tokenizer
+from dtt_plugin.prompt.renderer import defensive_token_ids, model_templates
+from dtt_plugin.tasks.thoughts import marker_tokens
+from dtt_plugin.tokens.files import DefensiveTokens
 
 logger = logging.getLogger("dtt_plugin")
 

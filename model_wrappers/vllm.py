@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from dtt_plugin.bake import bake_cached
-from dtt_plugin.demo_model import default_model
+from dtt_plugin.demo.model import default_model
 from dtt_plugin.errors import DttError
-from dtt_plugin.hf_tokenizer import MISTRALS_OWN, hf_tokenizer, mistral_refusal
 from dtt_plugin.model_wrappers.arguments import as_bool, check_arguments, model_name, parameters_of, template_arguments
 from dtt_plugin.model_wrappers.defended import Arm, Defended
 from dtt_plugin.model_wrappers.early_decision import generate_decided
 from dtt_plugin.model_wrappers.vllm_import import import_vllm_class
-from dtt_plugin.prompt import model_templates
+from dtt_plugin.prompt.hf_tokenizer import MISTRALS_OWN, hf_tokenizer, mistral_refusal
+from dtt_plugin.prompt.renderer import model_templates
 
 if TYPE_CHECKING:
     from lm_eval.models.vllm_causallms import VLLM

@@ -24,13 +24,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
 
-from dtt_plugin.data import Record
-from dtt_plugin.defenses import NONE, TOKENS, Message, apply_prompt_defenses, parse_defense
+from dtt_plugin.data.records import Record
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import sha256_json
+from dtt_plugin.files.replacing import sha256_json
+from dtt_plugin.prompt.defenses import NONE, TOKENS, Message, apply_prompt_defenses, parse_defense
 from dtt_plugin.tasks.attacks import injected_data
 from dtt_plugin.tasks.metrics import DECIDED, process_results
-from dtt_plugin.thoughts import Reading, has_unopened_end, opened_by, read
+from dtt_plugin.tasks.thoughts import Reading, has_unopened_end, opened_by, read
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dtt_plugin.tasks.attacks import ATTACKS, BENIGN
-from dtt_plugin.thoughts import answer_begun, read
+from dtt_plugin.tasks.thoughts import answer_begun, read
 
 _HACKED = "hacked"
 REFUSAL_WINDOW = 500

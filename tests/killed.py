@@ -14,7 +14,7 @@ from typing import Any
 # One process that has imported everything forks a child for each run: it reads [n, arguments], one JSON a line.
 _FORKING = """
 import json, os, signal, sys
-import dtt_plugin.bake, dtt_plugin.peft_adapter, dtt_plugin.transfer, dtt_plugin.alignment
+import dtt_plugin.bake, dtt_plugin.tokens.peft, dtt_plugin.transfer.move, dtt_plugin.alignment
 from dtt_plugin.cli import main
 
 def die_at(calls):

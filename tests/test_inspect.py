@@ -17,8 +17,8 @@ import pytest
 from dtt_plugin import cli
 from dtt_plugin.bake import MANIFEST, altered_since, is_defended_checkpoint, read_manifest
 from dtt_plugin.bake.manifest import fingerprint
-from dtt_plugin.tensor_files import write_safetensors
-from dtt_plugin.tokens import save_adapter, save_tokens, save_upstream_json
+from dtt_plugin.checkpoint.tensors import write_safetensors
+from dtt_plugin.tokens.files import save_adapter, save_tokens, save_upstream_json
 from tests.bake_helpers import random_tokens, tiny
 
 

@@ -21,11 +21,11 @@ import pytest
 from dtt_plugin import cli
 from dtt_plugin.alignment import align, save_alignment
 from dtt_plugin.bake import bake
-from dtt_plugin.checkpoint import open_checkpoint
-from dtt_plugin.data import load_records, load_sentences
+from dtt_plugin.checkpoint.opening import open_checkpoint
+from dtt_plugin.data.fetch import literal_sentences
+from dtt_plugin.data.records import load_records, load_sentences
 from dtt_plugin.errors import DttError
-from dtt_plugin.fetch import literal_sentences
-from dtt_plugin.tokens import save_adapter, save_tokens, save_upstream_json
+from dtt_plugin.tokens.files import save_adapter, save_tokens, save_upstream_json
 from dtt_plugin.training.records import load_training_data
 from tests.bake_helpers import random_tokens, tiny
 from tests.checkpoints import CHAT_TEMPLATE

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtt_plugin.alignment.options import AlignmentOptions
+from dtt_plugin.checkpoint.tensors import TensorLocation
+from dtt_plugin.checkpoint.vocabulary import Vocabulary
 from dtt_plugin.errors import DttError
-from dtt_plugin.input_files import parse_json, read_bytes
-from dtt_plugin.tensor_files import TensorLocation
-from dtt_plugin.vocabulary import Vocabulary
+from dtt_plugin.files.reading import parse_json, read_bytes
 
 Rows = NDArray[np.int64]
 

@@ -15,10 +15,10 @@ from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from dtt_plugin import paths
 from dtt_plugin.alignment.result import Alignment, load_alignment, save_alignment
-from dtt_plugin.checkpoint_state import DigestNotes
+from dtt_plugin.checkpoint.state import DigestNotes
+from dtt_plugin.checkpoint.tensors import TensorLocation
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import keep_newest
-from dtt_plugin.tensor_files import TensorLocation
+from dtt_plugin.files.replacing import keep_newest
 
 # An alignment of 4096 dimensions has 134 MB: the oldest make room.
 MOST_ENTRIES = 16

@@ -14,9 +14,9 @@ from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 from dtt_plugin.alignment.anchors import Anchors, Rows
 from dtt_plugin.alignment.engine import Cross, Engine, Matrix
 from dtt_plugin.alignment.options import AlignmentOptions
+from dtt_plugin.checkpoint.tensors import TensorLocation
+from dtt_plugin.checkpoint.vocabulary import Vocabulary
 from dtt_plugin.errors import DttError
-from dtt_plugin.tensor_files import TensorLocation
-from dtt_plugin.vocabulary import Vocabulary
 
 # Numbers per block and matrix: large enough for full speed, small beside M.
 _BLOCK = 2**24

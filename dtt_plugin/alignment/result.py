@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtt_plugin.alignment.engine import Matrix
+from dtt_plugin.checkpoint.tensors import read_header, write_safetensors
 from dtt_plugin.costs import recorded_costs
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import replacing
+from dtt_plugin.files.replacing import replacing
 from dtt_plugin.public_names import public_name, public_text
-from dtt_plugin.tensor_files import read_header, write_safetensors
 
 FORMAT = "dtt.alignment/1"
 _WIDEST = 1 << 14

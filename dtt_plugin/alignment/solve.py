@@ -21,11 +21,11 @@ from dtt_plugin.alignment.options import AlignmentOptions
 from dtt_plugin.alignment.polar import Polar, polar_factor
 from dtt_plugin.alignment.result import Alignment
 from dtt_plugin.alignment.workers import one_thread_per_call
-from dtt_plugin.checkpoint import Checkpoint
+from dtt_plugin.checkpoint.opening import Checkpoint
+from dtt_plugin.checkpoint.vocabulary import load_vocabulary, vocabulary_digest
 from dtt_plugin.costs import peak_memory_mb
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import sha256_file, sha256_json
-from dtt_plugin.vocabulary import load_vocabulary, vocabulary_digest
+from dtt_plugin.files.replacing import sha256_file, sha256_json
 
 _SLOW_WIDTH = 1500
 # Changes when the same input would give another alignment or another report.

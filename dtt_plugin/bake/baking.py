@@ -24,14 +24,14 @@ from dtt_plugin.bake.template import defended_templates, unprotected_markers
 from dtt_plugin.bake.tokenizer import DEFAULT_TEMPLATE, TokenizerFiles
 from dtt_plugin.bake.verify import verify as verify_checkpoint
 from dtt_plugin.bake.weights import write_overlay, write_weights
-from dtt_plugin.checkpoint import Checkpoint, open_checkpoint
-from dtt_plugin.checkpoint_folder import check_within, read_json_table
+from dtt_plugin.checkpoint.folder import check_within, read_json_table
+from dtt_plugin.checkpoint.opening import Checkpoint, open_checkpoint
 from dtt_plugin.costs import peak_memory_mb, recorded_costs
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import sync
-from dtt_plugin.formats import check_format
-from dtt_plugin.staging import check_free, staged
-from dtt_plugin.tokens import DefensiveTokens
+from dtt_plugin.files.replacing import sync
+from dtt_plugin.files.staging import check_free, staged
+from dtt_plugin.prompt.formats import check_format
+from dtt_plugin.tokens.files import DefensiveTokens
 from dtt_plugin.vllm_plugin import CONFIG_KEY
 
 # Files that engines read besides weights and tokenizer; small, so they are copied.
@@ -100,7 +100,7 @@ def bake(
         tokens: (k, d), in the base model's embedding space.
         out: the folder to make; not the base model's, and not inside it.
         revision: of a hub id.
-        prompt_format: see `dtt_plugin.formats`; the tokens' own by default.
+        prompt_format: see `dtt_plugin.prompt.formats`; the tokens' own by default.
         default_on: whether the tokens stand in prompts of requests that leave `add_defensive_tokens` out.
         reuse_reserved: overwrite unused reserved tokens, so that no tensor changes its shape.
         system_in_user: for templates without a system role: put the system message in front of the user's.

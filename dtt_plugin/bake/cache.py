@@ -15,12 +15,12 @@ from filelock import FileLock
 from dtt_plugin import __version__
 from dtt_plugin.bake.baking import bake
 from dtt_plugin.bake.manifest import baked_facts
-from dtt_plugin.checkpoint import Checkpoint, open_checkpoint
-from dtt_plugin.checkpoint_state import state
+from dtt_plugin.checkpoint.opening import Checkpoint, open_checkpoint
+from dtt_plugin.checkpoint.state import state
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import discard, remove_leftovers, replacing, sha256_json
+from dtt_plugin.files.replacing import discard, remove_leftovers, replacing, sha256_json
 from dtt_plugin.paths import cache_folder
-from dtt_plugin.tokens import DefensiveTokens
+from dtt_plugin.tokens.files import DefensiveTokens
 
 
 @dataclass(frozen=True)

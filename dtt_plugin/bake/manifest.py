@@ -14,15 +14,15 @@ from dtt_plugin import __version__
 from dtt_plugin.bake.plan import BakePlan
 from dtt_plugin.bake.tokenizer import MORE_TEMPLATES, TEMPLATE_FILE
 from dtt_plugin.bake.weights import blocks, indexed_tensors
-from dtt_plugin.checkpoint_folder import read_json_table
+from dtt_plugin.checkpoint.folder import read_json_table
 from dtt_plugin.costs import recorded_costs
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import sha256_bytes, write_json
-from dtt_plugin.formats import default_of_template, protection
-from dtt_plugin.input_files import read_bytes
-from dtt_plugin.licence import inherited, licence_of
+from dtt_plugin.files.reading import read_bytes
+from dtt_plugin.files.replacing import sha256_bytes, write_json
+from dtt_plugin.prompt.formats import default_of_template, protection
 from dtt_plugin.public_names import card_name, public_name, public_text
-from dtt_plugin.tokens import MOST_TOKENS
+from dtt_plugin.tokens.files import MOST_TOKENS
+from dtt_plugin.tokens.licence import inherited, licence_of
 
 MANIFEST = "dtt_checkpoint.json"
 FORMAT = "dtt.checkpoint/1"

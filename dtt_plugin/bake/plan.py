@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtt_plugin.bake.tokenizer import TokenizerFiles
-from dtt_plugin.checkpoint import Checkpoint
-from dtt_plugin.checkpoint_folder import is_copy
+from dtt_plugin.checkpoint.families import OTHER_HEAD, always_tied, families
+from dtt_plugin.checkpoint.folder import is_copy
+from dtt_plugin.checkpoint.opening import Checkpoint
+from dtt_plugin.checkpoint.tensors import TensorLocation
 from dtt_plugin.errors import DttError
-from dtt_plugin.families import OTHER_HEAD, always_tied, families
-from dtt_plugin.formats import defensive_token_names
-from dtt_plugin.tensor_files import TensorLocation
-from dtt_plugin.tokens import DefensiveTokens
+from dtt_plugin.prompt.formats import defensive_token_names
+from dtt_plugin.tokens.files import DefensiveTokens
 
 _ROWS_AT_ONCE = 1024
 AT_ONCE = 4

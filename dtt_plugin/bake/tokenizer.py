@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtt_plugin.bake.engine_tokenizer import load_as_engine
-from dtt_plugin.checkpoint_folder import check_within, read_json_table
-from dtt_plugin.control_tokens import DEFENSIVE_TOKEN_PREFIX
+from dtt_plugin.checkpoint.folder import check_within, read_json_table
 from dtt_plugin.errors import DttError
+from dtt_plugin.prompt.control_tokens import DEFENSIVE_TOKEN_PREFIX
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer

@@ -10,9 +10,9 @@ import numpy as np
 
 from dtt_plugin.bake.plan import AT_ONCE, BakePlan, TensorChange
 from dtt_plugin.bake.weights import BLOCK, blocks, indexed_tensors
-from dtt_plugin.checkpoint_folder import read_json_table
+from dtt_plugin.checkpoint.folder import read_json_table
+from dtt_plugin.checkpoint.tensors import TensorLocation
 from dtt_plugin.errors import DttError
-from dtt_plugin.tensor_files import TensorLocation
 
 
 def verify(plan: BakePlan, folder: Path) -> dict[str, str]:

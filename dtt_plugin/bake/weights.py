@@ -23,9 +23,9 @@ from typing import Any, Literal
 import numpy as np
 
 from dtt_plugin.bake.plan import BakePlan, TensorChange
-from dtt_plugin.checkpoint_folder import HEAD_NAMES, INDEX_FILE, is_copy, read_json_table, shards_of_index
+from dtt_plugin.checkpoint.folder import HEAD_NAMES, INDEX_FILE, is_copy, read_json_table, shards_of_index
+from dtt_plugin.checkpoint.tensors import TensorLocation, read_header
 from dtt_plugin.errors import DttError
-from dtt_plugin.tensor_files import TensorLocation, read_header
 
 logger = logging.getLogger("dtt_plugin")
 

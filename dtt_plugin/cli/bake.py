@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
     import sys
 
     from dtt_plugin.bake import bake
-    from dtt_plugin.formats import protection
-    from dtt_plugin.tokens import load_tokens
+    from dtt_plugin.prompt.formats import protection
+    from dtt_plugin.tokens.files import load_tokens
 
     report = bake(
         args.model,

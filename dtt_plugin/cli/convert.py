@@ -28,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `dtt convert`."""
     from dtt_plugin.errors import DttError
-    from dtt_plugin.tokens import load_tokens, save_adapter, save_as_upstream_json, save_tokens
+    from dtt_plugin.tokens.files import load_tokens, save_adapter, save_as_upstream_json, save_tokens
 
     tokens = load_tokens(args.tokens, model=args.tokens_model)
     if os.path.lexists(args.out):

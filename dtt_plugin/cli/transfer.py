@@ -16,7 +16,7 @@ from dtt_plugin.safe_text import one_line
 
 if TYPE_CHECKING:
     from dtt_plugin.alignment import Alignment
-    from dtt_plugin.tokens import DefensiveTokens
+    from dtt_plugin.tokens.files import DefensiveTokens
 
 _EPILOG = """\
 examples:
@@ -74,8 +74,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Transfer, write what was asked for, print the report."""
     from dtt_plugin.alignment import load_alignment
-    from dtt_plugin.tokens import load_tokens, save_tokens
-    from dtt_plugin.transfer import compare, compare_methods, transfer
+    from dtt_plugin.tokens.files import load_tokens, save_tokens
+    from dtt_plugin.transfer.move import compare, compare_methods, transfer
 
     if args.tokens is None:
         raise DttError("Which tokens? Give a token file: dtt transfer TOKENS ALIGNMENT -o OUT.")
@@ -116,7 +116,7 @@ def _entry(path: str, chosen: str | None, alignment: Alignment | None, side: str
     """Return which entry of an upstream JSON is meant; a token file has only one."""
     if chosen or alignment is None or not path.endswith(".json"):
         return chosen
-    from dtt_plugin.tokens import upstream_models
+    from dtt_plugin.tokens.files import upstream_models
 
     name = public_name(getattr(alignment, side))
     entries = [entry for entry in upstream_models(path) if public_name(entry) == name]

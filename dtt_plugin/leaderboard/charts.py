@@ -9,8 +9,8 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from dtt_plugin.leaderboard.curves import Curve
-from dtt_plugin.leaderboard.geometry import Geometry, letter
 from dtt_plugin.leaderboard.marks import weak_mark
+from dtt_plugin.tokens.geometry import Geometry, letter
 
 WIDTH = 900
 _BAR = 14

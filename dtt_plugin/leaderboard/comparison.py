@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dtt_plugin.defenses import NONE
 from dtt_plugin.leaderboard import published as paper
 from dtt_plugin.leaderboard import statistics
 from dtt_plugin.leaderboard.marks import WEAK_NATIVE
 from dtt_plugin.leaderboard.runs import COMPARABLE, REFUSAL, Run, differences, small_differences
+from dtt_plugin.prompt.defenses import NONE
 
 FORMAT = "dtt.leaderboard/1"
 FLOOR = 0.10

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dtt_plugin.errors import DttError
-from dtt_plugin.input_files import read_bytes
+from dtt_plugin.files.reading import read_bytes
 from dtt_plugin.public_names import public_text
 from dtt_plugin.safe_text import printable
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import replacing
+from dtt_plugin.files.replacing import replacing
 from dtt_plugin.leaderboard.charts import ratios_of
 from dtt_plugin.leaderboard.curves import Curve
-from dtt_plugin.leaderboard.geometry import Geometry, letter
 from dtt_plugin.leaderboard.marks import WEAK_NATIVE, weak_mark
 from dtt_plugin.safe_text import all_printable
+from dtt_plugin.tokens.geometry import Geometry, letter
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

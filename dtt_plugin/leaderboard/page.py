@@ -10,16 +10,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from dtt_plugin.files import replacing
+from dtt_plugin.files.replacing import replacing
 from dtt_plugin.leaderboard import charts
 from dtt_plugin.leaderboard.curves import Curve
-from dtt_plugin.leaderboard.geometry import Geometry, letter
 from dtt_plugin.leaderboard.marks import weak_mark
 from dtt_plugin.leaderboard.public import Public
 from dtt_plugin.leaderboard.runs import Run
 from dtt_plugin.leaderboard.sample_book import make_book
 from dtt_plugin.leaderboard.tables import COSTS, cost_text, p_text, ratio_text, remarks
 from dtt_plugin.safe_text import all_printable
+from dtt_plugin.tokens.geometry import Geometry, letter
 
 
 def write_report(

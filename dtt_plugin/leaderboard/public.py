@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dtt_plugin.leaderboard.geometry import Geometry
 from dtt_plugin.leaderboard.identity import told_apart
 from dtt_plugin.public_names import public_name
+from dtt_plugin.tokens.geometry import Geometry
 
 _PART = r"[^\s/,;:'\"()<>|]"
 # A path in running text, where spaces would end it (`Public` knows those that have some): absolute, or below somebody's

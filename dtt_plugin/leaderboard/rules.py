@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dtt_plugin.data import ASSETS, read_json
+from dtt_plugin.data.records import ASSETS, read_json
 from dtt_plugin.errors import DttError
 from dtt_plugin.leaderboard import statistics
 from dtt_plugin.leaderboard.runs import BENIGN, REFUSAL, Run

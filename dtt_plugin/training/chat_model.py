@@ -5,11 +5,11 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from dtt_plugin.defenses import NONE, parse_defense
 from dtt_plugin.errors import DttError
-from dtt_plugin.formats import MODEL_FORMAT
-from dtt_plugin.hf_tokenizer import hf_tokenizer
-from dtt_plugin.prompt import PromptRenderer, has_defensive_tokens, missing_bos, model_template
+from dtt_plugin.prompt.defenses import NONE, parse_defense
+from dtt_plugin.prompt.formats import MODEL_FORMAT
+from dtt_plugin.prompt.hf_tokenizer import hf_tokenizer
+from dtt_plugin.prompt.renderer import PromptRenderer, has_defensive_tokens, missing_bos, model_template
 from dtt_plugin.training.failures import is_out_of_memory
 from dtt_plugin.training.mixture import Encode, encoder
 

@@ -16,11 +16,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dtt_plugin.checkpoint import open_checkpoint
-from dtt_plugin.checkpoint_state import state
-from dtt_plugin.data import read_json
+from dtt_plugin.checkpoint.opening import open_checkpoint
+from dtt_plugin.checkpoint.state import state
+from dtt_plugin.data.records import read_json
 from dtt_plugin.errors import DttError
-from dtt_plugin.tokens import DefensiveTokens
+from dtt_plugin.tokens.files import DefensiveTokens
 from dtt_plugin.training.options import TrainingOptions
 from dtt_plugin.training.records import TrainingData
 

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dtt_plugin.data import Record
+from dtt_plugin.data.records import Record
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import write_json
-from dtt_plugin.formats import MODEL_FORMAT
-from dtt_plugin.licence import inherited, origin_of
-from dtt_plugin.tokens import DefensiveTokens, save_tokens
+from dtt_plugin.files.replacing import write_json
+from dtt_plugin.prompt.formats import MODEL_FORMAT
+from dtt_plugin.tokens.files import DefensiveTokens, save_tokens
+from dtt_plugin.tokens.licence import inherited, origin_of
 from dtt_plugin.training.failures import told_plainly
 from dtt_plugin.training.options import TrainingOptions
 from dtt_plugin.training.records import TrainingData, load_training_data, split

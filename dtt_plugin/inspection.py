@@ -11,14 +11,8 @@ import numpy as np
 
 from dtt_plugin.alignment.result import FORMAT as FORMAT_OF_ALIGNMENT
 from dtt_plugin.alignment.result import REPORTED
-from dtt_plugin.bake.manifest import (
-    MANIFEST,
-    altered_since,
-    defaults_of_templates,
-    is_defended_checkpoint,
-    read_manifest,
-    sampled_files,
-)
+from dtt_plugin.bake.manifest import altered_since, defaults_of_templates, sampled_files
+from dtt_plugin.checkpoint.defended import MANIFEST, is_defended_checkpoint, read_manifest
 from dtt_plugin.checkpoint.opening import open_checkpoint
 from dtt_plugin.checkpoint.tensors import read_header
 from dtt_plugin.costs import recorded_costs

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from dtt_plugin import __version__
-from dtt_plugin.bake.manifest import baked_facts
+from dtt_plugin.checkpoint.defended import baked_facts
 from dtt_plugin.checkpoint.state import argument_states, state
 from dtt_plugin.costs import recorded_costs
 from dtt_plugin.errors import DttError

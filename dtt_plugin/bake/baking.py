@@ -13,17 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from dtt_plugin.bake.check_tokenizer import check_tokenizer
-from dtt_plugin.bake.manifest import (
-    card,
-    is_defended_checkpoint,
-    manifest_of,
-    write_manifest,
-)
+from dtt_plugin.bake.manifest import card, manifest_of, write_manifest
 from dtt_plugin.bake.plan import BakePlan, make_plan
 from dtt_plugin.bake.template import defended_templates, unprotected_markers
 from dtt_plugin.bake.tokenizer import DEFAULT_TEMPLATE, TokenizerFiles
 from dtt_plugin.bake.verify import verify as verify_checkpoint
 from dtt_plugin.bake.weights import write_overlay, write_weights
+from dtt_plugin.checkpoint.defended import is_defended_checkpoint
 from dtt_plugin.checkpoint.folder import check_within, read_json_table
 from dtt_plugin.checkpoint.opening import Checkpoint, open_checkpoint
 from dtt_plugin.costs import peak_memory_mb, recorded_costs

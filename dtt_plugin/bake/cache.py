@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from dtt_plugin import __version__
 from dtt_plugin.bake.baking import bake
-from dtt_plugin.bake.manifest import baked_facts
+from dtt_plugin.checkpoint.defended import baked_facts
 from dtt_plugin.checkpoint.opening import Checkpoint, open_checkpoint
 from dtt_plugin.checkpoint.state import state
 from dtt_plugin.errors import DttError

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dtt_plugin.bake.manifest import baked_facts
+from dtt_plugin.checkpoint.defended import baked_facts
 from dtt_plugin.costs import recorded_costs
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.replacing import sha256_bytes, sha256_json

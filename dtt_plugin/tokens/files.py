@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dtt_plugin.checkpoint.defended import MOST_TOKENS
 from dtt_plugin.checkpoint.tensors import FLOAT_DTYPES, TensorLocation, read_header, write_safetensors
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.reading import open_regular, read_json
@@ -22,7 +23,6 @@ from dtt_plugin.tokens.peft import read_adapter, write_adapter
 
 FORMAT = "dtt.tokens/1"
 TENSOR = "defensive_tokens"
-MOST_TOKENS = 1000
 MOST_MODELS = 1000
 MOST_VALUES = 1 << 24
 """1,000 tokens as wide as the widest models' embeddings, 16,384."""

@@ -23,7 +23,7 @@ from dtt_plugin.checkpoint.defended import baked_facts
 from dtt_plugin.checkpoint.state import argument_states, state
 from dtt_plugin.costs import recorded_costs
 from dtt_plugin.errors import DttError
-from dtt_plugin.files.replacing import sha256_bytes, sha256_json
+from dtt_plugin.files.digests import sha256_bytes, sha256_json
 from dtt_plugin.model_wrappers.early_decision import Rule, rule_of
 from dtt_plugin.prompt.defenses import NONE, TOKENS, parse_defense
 from dtt_plugin.prompt.formats import MODEL_FORMAT, check_format

@@ -26,7 +26,7 @@ from lm_eval.api.task import ConfigurableTask
 
 from dtt_plugin.data.records import Record
 from dtt_plugin.errors import DttError
-from dtt_plugin.files.replacing import sha256_json
+from dtt_plugin.files.digests import sha256_json
 from dtt_plugin.prompt.defenses import NONE, TOKENS, Message, apply_prompt_defenses, parse_defense
 from dtt_plugin.tasks.attacks import injected_data
 from dtt_plugin.tasks.metrics import DECIDED, process_results

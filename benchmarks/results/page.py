@@ -13,7 +13,8 @@ import numpy as np
 
 from benchmarks.alignment import machine
 from benchmarks.results import plan
-from dtt_plugin.files.replacing import replacing, sha256_file
+from dtt_plugin.files.digests import sha256_file
+from dtt_plugin.files.replacing import replacing
 from dtt_plugin.leaderboard import statistics, tables
 from dtt_plugin.leaderboard.comparison import build
 from dtt_plugin.leaderboard.curves import FORMAT, read_curve

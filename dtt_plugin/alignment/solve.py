@@ -25,7 +25,7 @@ from dtt_plugin.checkpoint.opening import Checkpoint
 from dtt_plugin.checkpoint.vocabulary import load_vocabulary, vocabulary_digest
 from dtt_plugin.costs import peak_memory_mb
 from dtt_plugin.errors import DttError
-from dtt_plugin.files.replacing import sha256_file, sha256_json
+from dtt_plugin.files.digests import sha256_file, sha256_json
 
 _SLOW_WIDTH = 1500
 # Changes when the same input would give another alignment or another report.

@@ -18,7 +18,8 @@ from dtt_plugin.checkpoint.defended import baked_facts
 from dtt_plugin.checkpoint.opening import Checkpoint, open_checkpoint
 from dtt_plugin.checkpoint.state import state
 from dtt_plugin.errors import DttError
-from dtt_plugin.files.replacing import discard, remove_leftovers, replacing, sha256_json
+from dtt_plugin.files.digests import sha256_json
+from dtt_plugin.files.replacing import discard, remove_leftovers, replacing
 from dtt_plugin.paths import cache_folder
 from dtt_plugin.tokens.files import DefensiveTokens
 

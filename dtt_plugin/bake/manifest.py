@@ -16,8 +16,9 @@ from dtt_plugin.bake.tokenizer import MORE_TEMPLATES, TEMPLATE_FILE
 from dtt_plugin.bake.weights import blocks, indexed_tensors
 from dtt_plugin.checkpoint.defended import FORMAT, MANIFEST
 from dtt_plugin.checkpoint.folder import read_json_table
+from dtt_plugin.files.digests import sha256_bytes
 from dtt_plugin.files.reading import read_bytes
-from dtt_plugin.files.replacing import sha256_bytes, write_json
+from dtt_plugin.files.replacing import write_json
 from dtt_plugin.prompt.formats import default_of_template, protection
 from dtt_plugin.public_names import card_name, public_name, public_text
 from dtt_plugin.tokens.licence import inherited, licence_of

@@ -21,7 +21,8 @@ from typing import Any
 
 from dtt_plugin.checkpoint.hub import cached_commit
 from dtt_plugin.errors import DttError
-from dtt_plugin.files.replacing import keep_newest, replacing, sha256_bytes, sha256_file, sha256_json, sync
+from dtt_plugin.files.digests import sha256_bytes, sha256_file, sha256_json
+from dtt_plugin.files.replacing import keep_newest, replacing, sync
 from dtt_plugin.paths import cache_folder
 from dtt_plugin.public_names import is_hub_id
 

@@ -17,7 +17,7 @@ from typing import Any
 from dtt_plugin.checkpoint.folder import read_json_table
 from dtt_plugin.checkpoint.opening import Checkpoint
 from dtt_plugin.errors import DttError
-from dtt_plugin.files.replacing import sha256_bytes, sha256_file
+from dtt_plugin.files.digests import sha256_bytes, sha256_file
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 

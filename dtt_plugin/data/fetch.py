@@ -15,8 +15,9 @@ from pathlib import Path
 
 from dtt_plugin.data.records import RECORDS_FILE, SENTENCES_FILE, TOKENS_FILE, load_records, load_sentences
 from dtt_plugin.errors import DttError
+from dtt_plugin.files.digests import sha256_file
 from dtt_plugin.files.reading import read_bytes
-from dtt_plugin.files.replacing import replacing, sha256_file
+from dtt_plugin.files.replacing import replacing
 
 _SENTENCES_NAME = "IGNORE_ATTACK_SENTENCES"
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypedDict
 
 from dtt_plugin.errors import DttError
 from dtt_plugin.files import reading
-from dtt_plugin.files.replacing import sha256_bytes
+from dtt_plugin.files.digests import sha256_bytes
 from dtt_plugin.paths import cache_folder
 
 RECORDS_FILE = "davinci_003_outputs.json"

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from dtt_plugin.data.records import ASSETS, IgnoreSentences, Record
-from dtt_plugin.files.replacing import sha256_bytes
+from dtt_plugin.files.digests import sha256_bytes
 
 FILE = ASSETS / "separation.json"
 INJECTED_WORD = "hacked"

@@ -17,7 +17,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from dtt_plugin.errors import DttError
-from dtt_plugin.files.replacing import sha256_file, temporary_sibling
+from dtt_plugin.files.digests import sha256_file
+from dtt_plugin.files.replacing import temporary_sibling
 from dtt_plugin.paths import cache_folder
 
 logger = logging.getLogger("dtt_plugin")

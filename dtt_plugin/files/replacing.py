@@ -1,4 +1,4 @@
-"""Digests, and writing files so that a reader never sees half of one.
+"""Writing files so that a reader never sees half of one.
 
 What is being written has a temporary name beside its own. A killed process leaves it behind; whoever writes
 into that folder next removes it. Whether it is in use shows a lock on it, which dies with its owner.
@@ -7,7 +7,6 @@ into that folder next removes it. Whether it is in use shows a lock on it, which
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -21,22 +20,6 @@ from dtt_plugin.errors import DttError
 
 TEMPORARY_SUFFIX = ".dtt-tmp"
 _NAME_CHARACTERS = 40  # of the final name in the temporary one, which must not be too long for a file system
-
-
-def sha256_bytes(data: bytes | memoryview) -> str:
-    """Return the SHA-256 of `data` as lower-case hex."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of the file at `path` as lower-case hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_json(value: Any) -> str:
-    """Return the SHA-256 of `value` as canonical JSON (sorted keys, UTF-8)."""
-    return sha256_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode())
 
 
 @contextmanager

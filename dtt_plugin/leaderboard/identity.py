@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dtt_plugin.files.replacing import sha256_bytes, sha256_json
+from dtt_plugin.files.digests import sha256_bytes, sha256_json
 from dtt_plugin.public_names import is_hub_model, public_name
 
 

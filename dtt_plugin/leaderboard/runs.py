@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from dtt_plugin.checkpoint.defended import baked_facts
 from dtt_plugin.costs import recorded_costs
 from dtt_plugin.errors import DttError
-from dtt_plugin.files.replacing import sha256_bytes, sha256_json
+from dtt_plugin.files.digests import sha256_bytes, sha256_json
 from dtt_plugin.leaderboard.identity import Identity, canonical, parse_arguments, read_identity, told_apart
 from dtt_plugin.prompt.defenses import NONE, TOKENS, parse_defense
 from dtt_plugin.public_names import is_hub_model, public_name

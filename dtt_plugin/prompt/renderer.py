@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dtt_plugin.errors import DttError
-from dtt_plugin.files.replacing import sha256_json
+from dtt_plugin.files.digests import sha256_json
 from dtt_plugin.prompt.bos import PROBES, bos_to_render
 from dtt_plugin.prompt.control_tokens import (
     DEFENSIVE_TOKEN_PREFIX,

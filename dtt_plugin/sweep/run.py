@@ -28,7 +28,7 @@ from dtt_plugin.checkpoint.opening import open_checkpoint
 from dtt_plugin.checkpoint.state import argument_states, state
 from dtt_plugin.data.records import TOKENS_FILE, data_file
 from dtt_plugin.errors import DttError
-from dtt_plugin.files.replacing import sha256_json
+from dtt_plugin.files.digests import sha256_json
 from dtt_plugin.prompt.defenses import TOKENS, parse_defense
 from dtt_plugin.prompt.formats import check_format
 from dtt_plugin.safe_text import printable

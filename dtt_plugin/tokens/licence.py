@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from dtt_plugin.data.records import ASSETS
-from dtt_plugin.files.replacing import sha256_bytes
+from dtt_plugin.files.digests import sha256_bytes
 from dtt_plugin.prompt.formats import FORMAT_OF_PUBLISHED_MODEL
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from jinja2 import TemplateError
 
 from dtt_plugin.data.records import Record, read_json
 from dtt_plugin.errors import DttError
-from dtt_plugin.files.replacing import keep_newest, sha256_json, write_json
+from dtt_plugin.files.digests import sha256_json
+from dtt_plugin.files.replacing import keep_newest, write_json
 from dtt_plugin.paths import cache_folder
 from dtt_plugin.training.mixture import Encode
 from dtt_plugin.training.soft_prompt import SoftPrompt, end_ids

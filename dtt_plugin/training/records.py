@@ -17,7 +17,7 @@ from dtt_plugin.data.separation import (
     holds_injected_word,
 )
 from dtt_plugin.errors import DttError
-from dtt_plugin.files.replacing import sha256_json
+from dtt_plugin.files.digests import sha256_json
 
 logger = logging.getLogger("dtt_plugin")
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from dtt_plugin.bake import MANIFEST, altered_since, bake, read_manifest
 from dtt_plugin.checkpoint.opening import open_checkpoint
 from dtt_plugin.errors import DttError
-from dtt_plugin.files.replacing import sha256_file
+from dtt_plugin.files.digests import sha256_file
 from tests.bake_helpers import assert_same_logits, load, logits_of_ids, logits_of_rows, random_tokens, tiny
 from tests.checkpoints import BOS, DTYPES, END, default_vocab_tokens, write_weights
 

@@ -15,7 +15,7 @@ import pytest
 from dtt_plugin.checkpoint import state as checkpoint_state
 from dtt_plugin.checkpoint.state import DigestNotes, argument_states, state
 from dtt_plugin.errors import DttError
-from dtt_plugin.files.replacing import sha256_file
+from dtt_plugin.files.digests import sha256_file
 from dtt_plugin.public_names import is_hub_id
 from tests.checkpoints import change_in_place, make_checkpoint
 

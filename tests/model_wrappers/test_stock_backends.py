@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dtt_plugin.bake import bake
-from dtt_plugin.files.replacing import sha256_json
+from dtt_plugin.files.digests import sha256_json
 from dtt_plugin.tokens.files import load_tokens
 from tests import conftest
 from tests.checkpoints import make_checkpoint

@@ -20,7 +20,7 @@ from dtt_plugin.checkpoint.opening import open_checkpoint
 from dtt_plugin.checkpoint.tensors import write_safetensors
 from dtt_plugin.data.records import TOKENS_FILE
 from dtt_plugin.errors import DttError
-from dtt_plugin.files.replacing import sha256_bytes
+from dtt_plugin.files.digests import sha256_bytes
 from dtt_plugin.public_names import public_name
 from dtt_plugin.tokens import licence
 from dtt_plugin.tokens.files import DefensiveTokens, load_tokens, save_adapter, save_tokens

@@ -70,7 +70,8 @@ def train(name: str, model: str, data: Path, *more: str, init: str = "random") -
 
 def sweep(name: str, grid: list[dict[str, Any]], *, limit: int | None = None) -> None:
     """Run a grid into `NAME/`; cells that are finished are not run again."""
-    from dtt_plugin.sweep.run import read_sweep, run_sweep
+    from dtt_plugin.sweep.file import read_sweep
+    from dtt_plugin.sweep.run import run_sweep
 
     file = Path(f"{name}.json")  # JSON is YAML
     content: dict[str, Any] = {"engine": "dtt_vllm", "model_args": plan.ENGINE, "grid": grid}

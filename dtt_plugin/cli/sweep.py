@@ -25,7 +25,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from dtt_plugin.sweep.run import download_settings, read_sweep, run_sweep
+    from dtt_plugin.sweep.file import read_sweep
+    from dtt_plugin.sweep.run import download_settings, run_sweep
 
     cells = read_sweep(args.sweep)
     if not args.dry_run:

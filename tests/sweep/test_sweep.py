@@ -20,7 +20,8 @@ from dtt_plugin.checkpoint.opening import open_checkpoint
 from dtt_plugin.cli import main
 from dtt_plugin.data.records import TOKENS_FILE
 from dtt_plugin.errors import DttError
-from dtt_plugin.sweep.run import read_sweep, run_sweep, token_arguments
+from dtt_plugin.sweep.file import read_sweep
+from dtt_plugin.sweep.run import run_sweep, token_arguments
 from dtt_plugin.tokens.files import load_tokens
 from dtt_plugin.transfer.move import transfer
 from tests.checkpoints import END, change_in_place, default_vocab_tokens, make_checkpoint

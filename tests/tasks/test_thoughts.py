@@ -314,7 +314,8 @@ def test_what_will_happen_to_thoughts_is_said_once_at_the_start(
     with caplog.at_level(logging.WARNING):
         model = get_model("dtt_hf").create_from_arg_obj({"pretrained": thinker(opening), **arguments})
         model.change_defense("reminder")
-    warnings = [record.getMessage() for record in caplog.records if "think" in record.getMessage()]
+    told = [record.getMessage() for record in caplog.records]
+    warnings = [message for message in told if "may think" in message or "enable_thinking=" in message]
     assert len(warnings) == bool(said)
     assert all(said in warning for warning in warnings)
     prompt = model.apply_chat_template([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])

@@ -125,8 +125,8 @@ _Place = Callable[[Any], tuple[list[dict[str, Any]], dict[str, Any]]]
 def _places(trust_assistant: bool) -> Iterator[tuple[_Place, int]]:
     """Yield where untrusted data may stand in a request, and of how many tokens every shape is tried there."""
 
-    def call(data: Any) -> list[dict[str, Any]]:
-        function = {"name": data, "arguments": {data: data}}
+    def call(data: Any, arguments: Any) -> list[dict[str, Any]]:
+        function = {"name": data, "arguments": arguments}
         return [{"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}]
 
     asked = [{"role": "user", "content": "question"}]
@@ -134,7 +134,8 @@ def _places(trust_assistant: bool) -> Iterator[tuple[_Place, int]]:
     yield lambda data: ([{"role": "tool", "content": data}], {}), 3
     if not trust_assistant:
         yield lambda data: ([{"role": "assistant", "content": data}], {}), 3
-        yield lambda data: ([*asked, *call(data)], {}), 0
+        yield lambda data: ([*asked, *call(data, {data: data})], {}), 0
+        yield lambda data: ([*asked, *call(data, data)], {}), 0
     yield lambda data: ([{**asked[0], "name": data}], {}), 0
     yield lambda data: ([*asked, {"role": "tool", "content": "answer", "name": data, "tool_call_id": data}], {}), 0
     yield lambda data: (asked, {"documents": [{"title": data, "text": data, "doc_id": data}]}), 0

@@ -496,6 +496,7 @@ REWRITING = {
     "a bracket around a name": "{{ data }}<|{{ m['name'] }}|>",
     "a bracket around a title": "{{ data }}{% for d in documents %}<|{{ d.title }}|>{% endfor %}",
     "a function's name in lower case": "{{ data }}{% for t in m.tool_calls %}{{ t.function.name | lower }}{% endfor %}",
+    "a call's text in brackets": "{{ data }}{% for t in m.tool_calls %}<|{{ '' + t.function.arguments }}|>{% endfor %}",
     "parts with a letter between": "{{ data if data is string else data | map(attribute='text') | join('_') }}",
 }
 

@@ -220,7 +220,11 @@ def _carry_over(checkpoint: Checkpoint, folder: Path) -> None:
         if _LEFT_OUT.fullmatch(path.name) or path.name.endswith(".index.json") or path.name.startswith("dtt_"):
             continue
         check_within(path, checkpoint.folder)
-        shutil.copyfile(path, folder / path.name)
+        if path.name == "processor_config.json":  # older ones hold a template, which goes before every file
+            kept = {key: value for key, value in read_json_table(path).items() if key != "chat_template"}
+            _write_table(folder / path.name, kept)
+        else:
+            shutil.copyfile(path, folder / path.name)
 
 
 def _write_config(plan: BakePlan, folder: Path) -> None:

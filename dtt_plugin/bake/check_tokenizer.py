@@ -158,7 +158,8 @@ def _check_conversation(
     ordinary = control_ids - (unknown - set(expected))
     used = [token for token, i in controls.items() if i in set(expected)]
     hostile = ["\n".join((token, *look_alikes(token))) for token in used]
-    for data in (*_HARMLESS, *hostile):
+    edges = sorted({letter for token in controls if token.strip() for letter in (token[0], token[-1])})
+    for data in (*_HARMLESS, *edges, *hostile):
         ids = prompt(data)
         if ids is not None and [i for i in ids if i in ordinary] != expected:
             raise DttError(

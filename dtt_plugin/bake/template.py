@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
@@ -17,6 +18,8 @@ from dtt_plugin.prompt.formats import GENERATION_TAG, MODEL_FORMAT, chat_templat
 _SYSTEM, _USER = "the trusted instruction", "the untrusted data"
 # Of the longest tokens and of the shortest, so many are tried in a template: it treats them all alike.
 _TRIED = 8
+# JSON writes these as a backslash and more.
+_ESCAPED = 'a\n\t\r\b\f"\\\x01b'
 
 
 def defended_templates(
@@ -67,7 +70,8 @@ def defended_templates(
             trust_assistant=trust_assistant,
         )
         controls = control_texts([*tokenizer.added_tokens, *markers(prompt_format)])
-        _check_rewriting(templates[name], tokenizer, controls, trust_assistant=trust_assistant)
+        own_text = model_template or "" if prompt_format == MODEL_FORMAT else ""
+        _check_rewriting(templates[name], tokenizer, controls, own_text, trust_assistant=trust_assistant)
     return templates
 
 
@@ -77,21 +81,33 @@ def unprotected_markers(tokenizer: TokenizerFiles, prompt_format: str) -> list[s
     return plain_text_markers(prompt_format, tokenizer.added_tokens, rendered)
 
 
-def _check_rewriting(template: str, tokenizer: TokenizerFiles, controls: list[str], *, trust_assistant: bool) -> None:
-    """Refuse a template that makes control tokens of broken ones: it changes case, or joins parts by a letter.
+def _check_rewriting(
+    template: str, tokenizer: TokenizerFiles, controls: list[str], own: str, *, trust_assistant: bool
+) -> None:
+    """Refuse a template that makes control tokens of broken ones.
 
-    Templates that trim texts, and join them by white space or nothing, are no danger.
+    It changes case, takes words out, joins parts by a letter, or puts the rest of a token next to data. Templates
+    that trim texts, and join them by white space or nothing, are no danger.
+
+    Args:
+        template: the defended one.
+        tokenizer: of the base model.
+        controls: from `control_texts`.
+        own: the model's own template; empty for a published format.
+        trust_assistant: what the assistant says is not untrusted.
     """
-    for role, tried in (("user", _TRIED), ("tool", 3), ("assistant", 0 if trust_assistant else 3)):
+    words = _words(own)
+    for place, tried in _places(trust_assistant):
         for front in ([{"role": "system", "content": _SYSTEM}], []):
 
-            def text_of(content: Any, role: str = role, front: list[dict[str, str]] = front) -> str | None:
-                return render(template, tokenizer, [*front, {"role": role, "content": content}])
+            def text_of(data: Any, place: _Place = place, front: list[dict[str, Any]] = front) -> str | None:
+                messages, variables = place(data)
+                return render(template, tokenizer, [*front, *messages], **variables)
 
-            texts, parts = text_of(_USER), text_of(_parts(_USER, _USER))
+            texts, parts = text_of(_USER), text_of(_parts(_USER, _USER)) if tried else None
             if texts is not None:
                 break
-        for content in _hostile_contents(controls, tried) if texts is not None and tried else ():
+        for content in _hostile_contents(controls, tried, texts, words) if texts is not None else ():
             harmless = parts if isinstance(content, list) else texts
             text = text_of(content)
             for control in controls:
@@ -103,12 +119,54 @@ def _check_rewriting(template: str, tokenizer: TokenizerFiles, controls: list[st
                     )
 
 
-def _hostile_contents(controls: list[str], number: int) -> Iterator[Any]:
-    """Yield contents that a template may turn into control tokens, in detail for that `number` of them."""
+_Place = Callable[[Any], tuple[list[dict[str, Any]], dict[str, Any]]]
+
+
+def _places(trust_assistant: bool) -> Iterator[tuple[_Place, int]]:
+    """Yield where untrusted data may stand in a request, and of how many tokens every shape is tried there."""
+
+    def call(data: Any, arguments: Any) -> list[dict[str, Any]]:
+        function = {"name": data, "arguments": arguments}
+        return [{"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}]
+
+    asked = [{"role": "user", "content": "question"}]
+    yield lambda data: ([{"role": "user", "content": data}], {}), _TRIED
+    yield lambda data: ([{"role": "tool", "content": data}], {}), 3
+    if not trust_assistant:
+        yield lambda data: ([{"role": "assistant", "content": data}], {}), 3
+        yield lambda data: ([*asked, *call(data, {data: data})], {}), 0
+        yield lambda data: ([*asked, *call(data, data)], {}), 0
+    yield lambda data: ([{**asked[0], "name": data}], {}), 0
+    yield lambda data: ([*asked, {"role": "tool", "content": "answer", "name": data, "tool_call_id": data}], {}), 0
+    yield lambda data: (asked, {"documents": [{"title": data, "text": data, "doc_id": data}]}), 0
+    yield lambda data: (asked, {"tools": [{"type": "function", "function": {"name": data, "description": data}}]}), 0
+
+
+def _words(template: str) -> list[str]:
+    """Return the strings that a template names: it may take one out of a text, or part it there."""
+    import jinja2
+
+    tree = _environment().parse(GENERATION_TAG.sub("", template))
+    values = (node.value for node in tree.find_all(jinja2.nodes.Const))
+    return sorted({value for value in values if isinstance(value, str) and value})
+
+
+def _hostile_contents(controls: list[str], number: int, harmless: str, words: list[str]) -> Iterator[Any]:
+    """Yield contents that a template may turn into control tokens, of `number` of these in every shape.
+
+    `harmless` is a prompt with harmless data, `words` is what `_words` returns.
+    """
     rewrites: list[Callable[[str], str]] = [
         str, str.upper, str.lower, str.swapcase, str.title, str.capitalize, html.escape, lambda text: text[::-1],
     ]  # fmt: skip
     yield " data ".join(rewrite(control) for rewrite in rewrites for control in controls)
+    yield _ESCAPED
+    yield from _completed(controls, harmless)
+    for control in dict.fromkeys((controls[0], controls[-1])):
+        half = (len(control) + 1) // 2
+        yield from (control[:half] + word + control[half:] for word in words)
+    if not number:
+        return
     yield {"a": [[{"b": {}}], [["c"]]]}  # the brackets of JSON are the attacker's, too
     tried = dict.fromkeys(controls[-number:] + controls[:number])
     for control in tried:
@@ -118,6 +176,18 @@ def _hostile_contents(controls: list[str], number: int) -> Iterator[Any]:
     for letter in sorted(set("".join(tried))):  # which a template may put between parts
         control = next(control for control in tried if letter in control)
         yield _parts(*control.split(letter, 1))
+
+
+def _completed(controls: list[str], harmless: str) -> Iterator[str]:
+    """Yield the pieces of control tokens that would be whole next to what the template puts around the data."""
+    before, *between, after = harmless.split(_USER) if _USER in harmless else ("", "")
+    pairs = list(itertools.pairwise([before, *between, after]))
+    for control in controls:
+        size = len(control)
+        for front, behind in pairs:
+            starts = [n for n in range(size) if front.endswith(control[:n])]
+            ends = [n for n in range(1, size + 1) if behind.startswith(control[n:])]
+            yield from (control[start:end] for start in starts for end in ends if 0 < end - start < size)
 
 
 def _parts(*texts: str) -> list[dict[str, str]]:
@@ -149,6 +219,11 @@ def render(template: str, tokenizer: TokenizerFiles, messages: list[dict[str, An
 
 @lru_cache(8)
 def _compiled(template: str) -> Any:
+    return _environment().from_string(GENERATION_TAG.sub("", template))
+
+
+@lru_cache(1)
+def _environment() -> Any:
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -164,7 +239,7 @@ def _compiled(template: str) -> Any:
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda pattern: pattern
-    return environment.from_string(GENERATION_TAG.sub("", template))
+    return environment
 
 
 def _check_system_role(template: str | None, tokenizer: TokenizerFiles) -> None:

@@ -255,6 +255,17 @@ def test_no_older_template_file_overrules_the_defended_one(tmp_path: Path) -> No
     assert not (tmp_path / "baked" / "chat_template.json").exists()
 
 
+def test_no_template_in_a_processors_configuration_overrules_the_defended_one(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    base = tiny(tmp_path / "base")
+    older = {"processor_class": "LlavaProcessor", "patch_size": 14, "chat_template": CHAT_TEMPLATE}
+    (base / "processor_config.json").write_text(json.dumps(older))
+    bake(str(base), random_tokens(32), tmp_path / "baked")
+    loaded, _ = transformers.LlavaProcessor.get_processor_dict(tmp_path / "baked")
+    assert loaded["chat_template"] == (tmp_path / "baked" / "chat_template.jinja").read_text()
+    assert loaded["patch_size"] == 14
+
+
 def test_a_model_without_a_template_needs_a_published_format(tmp_path: Path) -> None:
     base = tiny(tmp_path / "base")
     config = json.loads((base / "tokenizer_config.json").read_text())
@@ -479,6 +490,13 @@ REWRITING = {
     "a bracket in front": "<{{ data }}",
     "a bracket behind": "{{ data }}>",
     "both": "<|{{ data }}|>",
+    "a word taken out": "{{ data | replace('<image>', '') }}",
+    "a word taken out by a method": "{{ data.replace(word, '').strip() }}",
+    "a word to part by": "{{ data.split('</think>') | join }}",
+    "a bracket around a name": "{{ data }}<|{{ m['name'] }}|>",
+    "a bracket around a title": "{{ data }}{% for d in documents %}<|{{ d.title }}|>{% endfor %}",
+    "a function's name in lower case": "{{ data }}{% for t in m.tool_calls %}{{ t.function.name | lower }}{% endfor %}",
+    "a call's text in brackets": "{{ data }}{% for t in m.tool_calls %}<|{{ '' + t.function.arguments }}|>{% endfor %}",
     "parts with a letter between": "{{ data if data is string else data | map(attribute='text') | join('_') }}",
 }
 
@@ -486,9 +504,25 @@ REWRITING = {
 @pytest.mark.parametrize("how", REWRITING)
 def test_a_template_that_makes_tokens_of_broken_ones_is_not_baked(tmp_path: Path, how: str) -> None:
     base = tiny(tmp_path / "base")
-    loop = "{% for m in messages %}{% set data = m['content'] %}"
+    loop = "{% set word = '<image>\\n' %}{% for m in messages %}{% set data = m['content'] %}"
     turn = "{% if m['role'] == 'system' %}{{ data }}{% else %}" + REWRITING[how] + "{% endif %}\n{% endfor %}"
     (base / "chat_template.jinja").write_text(loop + turn)
+    with pytest.raises(DttError, match="rewrites messages such that untrusted data becomes the control token"):
+        bake(str(base), random_tokens(32), tmp_path / "baked")
+
+
+def test_a_bracket_that_completes_any_of_many_tokens_is_found(tmp_path: Path) -> None:
+    longer, shorter = ([f"<|{n}{'x' * size}|>" for n in range(10)] for size in (20, 1))
+    base = tiny(tmp_path / "base", special=(BOS, START, END, *longer, *shorter, "[TOOL_1]"))
+    (base / "chat_template.jinja").write_text("{% for m in messages %}{{ m['role'] }} [{{ m['content'] }}]{% endfor %}")
+    with pytest.raises(DttError, match="rewrites messages"):
+        bake(str(base), random_tokens(32), tmp_path / "baked")
+
+
+@pytest.mark.parametrize("token", ["\\n", "\\u0001", '\\"'])
+def test_a_token_that_json_writes_for_a_letter_is_found(tmp_path: Path, token: str) -> None:
+    base = tiny(tmp_path / "base", special=(BOS, START, END, token))
+    (base / "chat_template.jinja").write_text(CHAT_TEMPLATE + "{{ documents | default([]) | tojson }}")
     with pytest.raises(DttError, match="rewrites messages such that untrusted data becomes the control token"):
         bake(str(base), random_tokens(32), tmp_path / "baked")
 

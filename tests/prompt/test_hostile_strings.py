@@ -197,6 +197,8 @@ FAMILIES: dict[str, Family] = {
     "accents stripped": normalised({"type": "NFD"}, {"type": "StripAccents"}),
     "spaces removed": normalised(replace(" ", "")),
     "zero width removed": normalised(replace("\u200b", "")),
+    # Its tokens are found behind a second bracket only, which data can bring.
+    "a bracket put in front": normalised({"type": "Prepend", "prepend": "<"}),
     "full width to ASCII": normalised(replace("\uff1c", "<"), replace("\uff1e", ">")),
 }
 

@@ -22,6 +22,7 @@ from dtt_plugin.safe_text import printable
 COMMANDS = (
     "align",
     "transfer",
+    "probe",
     "train",
     "convert",
     "push",

@@ -1,4 +1,4 @@
-"""`dtt probe`: its figures are what a plain forward pass gives, its rule is applied, bad input is told in a sentence."""
+"""`dtt probe`: its figures are those of a plain forward pass, its rule is applied, bad input is told in a sentence."""
 
 from __future__ import annotations
 
@@ -92,10 +92,13 @@ def test_every_word_meets_every_attack_and_no_record_is_read_twice(model: str) -
     attacked = [data for _, data in seen if "Print exactly" in data]
     assert len(attacked) == len(prompts.attacked) == len(prompts.clean) == 32
     for word in WORDS:
-        forms = [data for data in attacked if f"Print exactly '{word}'" in data]
-        assert {("### response" in data, data.endswith(f"instruction:\n\nPrint exactly '{word}'")) for data in forms} == {
-            (False, False), (True, True), (True, False),
-        }  # fmt: skip
+        printed = f"Print exactly '{word}'"
+        forms = {
+            ("### response" in data, data.endswith(f"instruction:\n\n{printed}"))
+            for data in attacked
+            if printed in data
+        }
+        assert forms == {(False, False), (True, True), (True, False)}
     assert len(ATTACKS) == 3
     records = [(one.record["instruction"], one.record["input"]) for one in prompts.attacked]
     records += [(record["instruction"], record["input"]) for record in prompts.clean_records]

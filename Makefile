@@ -40,11 +40,12 @@ test: $(READY)  ## the default test suite
 test-all: $(READY)  ## the slow tests too
 	$(BIN)/python -m pytest -m ''
 
-lint: $(READY)  ## ruff, mypy and the declared dependencies
+lint: $(READY)  ## ruff, mypy, declared dependencies, and which room may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/deptry dtt_plugin
+	$(BIN)/lint-imports
 
 format: $(READY)  ## let ruff format the code
 	$(BIN)/ruff check --fix .

@@ -28,7 +28,7 @@ SHARD = 5_000_000_000
 CHANGED = ("model.embed_tokens.weight", "lm_head.weight")
 
 BAKE = """
-import sys; from pathlib import Path; from dtt_plugin.bake import bake; from dtt_plugin.tokens import load_tokens
+import sys; from pathlib import Path; from dtt_plugin.bake import bake; from dtt_plugin.tokens.files import load_tokens
 report = bake(sys.argv[1], load_tokens(sys.argv[2]), Path(sys.argv[3]),
               reuse_reserved="reuse" in sys.argv, overlay="overlay" in sys.argv, verify="unverified" not in sys.argv)
 print(report.bytes_written)
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=21)
     parser.add_argument("--no-reference", action="store_true")
     args = parser.parse_args()
-    from dtt_plugin.tokens import DefensiveTokens, save_tokens
+    from dtt_plugin.tokens.files import DefensiveTokens, save_tokens
 
     base, tokens = args.folder / "base", args.folder / "tokens.safetensors"
     if not base.exists():

@@ -49,11 +49,12 @@ def show_bad_input_as_a_sentence() -> None:
 
     def show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         from dtt_plugin.errors import DttError
+        from dtt_plugin.safe_text import one_line
 
         if not isinstance(error, DttError):
             show_traceback(kind, error, traceback)
             return
-        print(f"dtt-plugin: {error}", file=sys.stderr)
+        print(f"dtt-plugin: {one_line(str(error))}", file=sys.stderr)
         raise SystemExit(2)
 
     sys.excepthook = show
@@ -85,16 +86,23 @@ _AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
 }
 
 
+_searching: set[str] = set()  # another hook may ask all finders too, ours among them
+
+
 class _LmEvalHook:
     """A meta-path finder that finds nothing itself: it runs a function after a module of lm-eval is executed."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         action = _AFTER_IMPORT.get(name)
-        if action is None:
+        if action is None or name in _searching:
             return None
-        others = (finder for finder in sys.meta_path if finder is not _LmEvalHook)
-        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        _searching.add(name)
+        try:
+            others = (finder for finder in sys.meta_path if finder is not _LmEvalHook and hasattr(finder, "find_spec"))
+            spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        finally:
+            _searching.discard(name)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module

@@ -80,7 +80,7 @@ def _imports(model: str, extra: str) -> str:
 
 
 def _data() -> str:
-    from dtt_plugin.data import (
+    from dtt_plugin.data.records import (
         RECORDS_FILE,
         SENTENCES_FILE,
         data_file,
@@ -95,8 +95,8 @@ def _data() -> str:
 
 
 def _tokens(tokens: str, tokens_model: str | None, model: str | None) -> str:
-    from dtt_plugin.checkpoint import open_checkpoint
-    from dtt_plugin.tokens import load_tokens
+    from dtt_plugin.checkpoint.opening import open_checkpoint
+    from dtt_plugin.tokens.files import load_tokens
 
     loaded = load_tokens(Path(tokens), model=tokens_model)
     summary = f"{loaded.k} tokens of width {loaded.width}, {loaded.method}, for {loaded.model}"
@@ -111,18 +111,14 @@ def _tokens(tokens: str, tokens_model: str | None, model: str | None) -> str:
 
 
 def _template(model: str) -> str:
+    from dtt_plugin.prompt.formats import MODEL_FORMAT
+    from dtt_plugin.prompt.hf_tokenizer import hf_tokenizer
+    from dtt_plugin.prompt.renderer import PromptRenderer, model_template
+
     try:
-        from transformers import AutoTokenizer
+        tokenizer = hf_tokenizer(model)
     except ImportError as error:
         raise DttError("Checking a chat template needs transformers: pip install 'dtt-plugin[hf]'.") from error
-
-    from dtt_plugin.formats import MODEL_FORMAT
-    from dtt_plugin.prompt import PromptRenderer, model_template
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise DttError(f"{model}: its tokenizer does not load ({str(error).splitlines()[0]}).") from error
     renderer = PromptRenderer(
         tokenizer, prompt_format=MODEL_FORMAT, model_template=model_template(tokenizer), defenses=()
     )

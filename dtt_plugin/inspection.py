@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import math
+import os.path
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dtt_plugin.bake.manifest import altered_since, is_defended_checkpoint, read_manifest
-from dtt_plugin.checkpoint import open_checkpoint
+from dtt_plugin.alignment.result import FORMAT as FORMAT_OF_ALIGNMENT
+from dtt_plugin.alignment.result import REPORTED
+from dtt_plugin.bake.manifest import altered_since, defaults_of_templates, sampled_files
+from dtt_plugin.checkpoint.defended import MANIFEST, is_defended_checkpoint, read_manifest
+from dtt_plugin.checkpoint.opening import open_checkpoint
+from dtt_plugin.checkpoint.tensors import read_header
+from dtt_plugin.costs import recorded_costs
 from dtt_plugin.errors import DttError
-from dtt_plugin.peft_adapter import CONFIG_FILE as ADAPTER_CONFIG
-from dtt_plugin.tensor_files import read_header
-from dtt_plugin.tokens import FORMAT as TOKENS_FORMAT
-from dtt_plugin.tokens import DefensiveTokens, load_tokens
-
-ALIGNMENT_FORMAT = "dtt.alignment/1"
+from dtt_plugin.files.reading import open_regular
+from dtt_plugin.prompt.formats import protection
+from dtt_plugin.tokens.files import FORMAT as TOKENS_FORMAT
+from dtt_plugin.tokens.files import DefensiveTokens, load_every_upstream, load_tokens
+from dtt_plugin.tokens.licence import licence_of
+from dtt_plugin.tokens.peft import CONFIG_FILE as ADAPTER_CONFIG
 
 
 def inspect_path(path: Path, *, tokens_model: str | None = None) -> dict[str, Any]:
@@ -38,20 +44,20 @@ def inspect_path(path: Path, *, tokens_model: str | None = None) -> dict[str, An
 def _inspected(path: Path, tokens_model: str | None) -> dict[str, Any]:
     if path.is_dir():
         return _folder(path)
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise DttError(f"There is no file or folder {path}; check the path.")
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(16)
     if start[8:9] != b"{" or path.suffix == ".json":
         return _json(path, tokens_model)
     metadata = read_header(path)[1]
     if metadata.get("format") == TOKENS_FORMAT:
         return {"what": "token file", **_tokens(load_tokens(path, model=tokens_model))}
-    if metadata.get("format") == ALIGNMENT_FORMAT:
+    if metadata.get("format") == FORMAT_OF_ALIGNMENT:
         return _alignment(path)
     raise DttError(
         f"{path} is a safetensors file of neither format that this plugin writes ({TOKENS_FORMAT}, "
-        f"{ALIGNMENT_FORMAT}); give a token file, an alignment file or a checkpoint's folder."
+        f"{FORMAT_OF_ALIGNMENT}); give a token file, an alignment file or a checkpoint's folder."
     )
 
 
@@ -66,22 +72,18 @@ def _tokens(tokens: DefensiveTokens) -> dict[str, Any]:
         "width": tokens.width,
         "norms": [float(norm) for norm in norms],
         "sha256": tokens.digest,
-        **tokens.metadata,
+        "licence": licence_of(tokens) or "none known",
+        # What the file says, in a place of its own: none of it may pass for what was found here.
+        "metadata": tokens.metadata,
     }
 
 
 def _json(path: Path, tokens_model: str | None) -> dict[str, Any]:
     if tokens_model:
         return {"what": "published tokens", **_tokens(load_tokens(path, model=tokens_model))}
-    try:
-        names = list(json.loads(path.read_bytes()))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise DttError(f"{path} is neither safetensors nor JSON; give a token file or a folder.") from error
-    report: dict[str, Any] = {"what": "published tokens", "models": len(names)}
-    for name in names:
-        tokens = load_tokens(path, model=name)
-        report[str(name)] = f"{tokens.k} x {tokens.width}, {tokens.prompt_format} format, sha256 {tokens.digest}"
-    return report
+    found = load_every_upstream(path)
+    described = {t.model: f"{t.k} x {t.width}, {t.prompt_format} format, sha256 {t.digest}" for t in found}
+    return {"what": "published tokens", "models": len(found), "tokens": described}
 
 
 def _alignment(path: Path) -> dict[str, Any]:
@@ -89,17 +91,21 @@ def _alignment(path: Path) -> dict[str, Any]:
     if "W" not in tensors or len(tensors["W"].shape) != 2:
         raise DttError(f"{path} says it is an alignment file and has no matrix W; make it again with `dtt align`.")
     source_width, target_width = tensors["W"].shape
-    facts = {name: _number(value) for name, value in sorted(metadata.items()) if name != "format"}
-    return {"what": "alignment file", "source_width": source_width, "target_width": target_width, **facts}
+    costs = recorded_costs(metadata)
+    known = {name: _number(metadata[name]) for name in REPORTED if name in metadata}
+    others = {name: value for name, value in sorted(metadata.items()) if name not in (*known, *costs, "format")}
+    report = {"what": "alignment file", "source_width": source_width, "target_width": target_width}
+    return {**report, **known, **costs, "metadata": others}
 
 
 def _number(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    if not math.isfinite(number):
+        return text
+    return int(number) if number.is_integer() else number
 
 
 def _folder(path: Path) -> dict[str, Any]:
@@ -111,7 +117,7 @@ def _folder(path: Path) -> dict[str, Any]:
     embedding = checkpoint.input_embedding()
     return {
         "what": "model without DefensiveTokens",
-        "architecture": ", ".join(checkpoint.config().get("architectures") or ["unknown"]),
+        "architecture": checkpoint.config().get("architectures") or ["unknown"],
         "rows": embedding.shape[0],
         "width": embedding.shape[1],
         "dtype": embedding.dtype,
@@ -119,15 +125,39 @@ def _folder(path: Path) -> dict[str, Any]:
     }
 
 
+_DEFAULTS = {
+    True: "on",
+    False: "off: a plain server is undefended",
+    None: "unknown: a chat template does not start as `dtt bake` writes it",
+}
+_SAMPLED = (
+    "of the files only_sampled the DefensiveTokens' tensors were compared in full, of the rest 256 blocks; to compare "
+    "all of it, bake the base model again and compare the files"
+)
+
+
+def _default(path: Path, manifest: dict[str, Any]) -> tuple[str, list[str]]:
+    """Return what the chat templates do by default, and where the manifest says otherwise."""
+    found = defaults_of_templates(path, manifest)
+    if found == {manifest["default_on"]}:
+        return _DEFAULTS[manifest["default_on"]], []
+    said = "on" if manifest["default_on"] else "off"
+    texts = sorted(_DEFAULTS[default] for default in found)
+    return "; ".join(texts), [f"{MANIFEST} says that the default is {said}, the chat templates say: {', '.join(texts)}"]
+
+
 def _defended(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     tokens = manifest["tokens"]
     altered = altered_since(path, manifest)
+    default, mismatch = _default(path, manifest)
+    sampled = sampled_files(manifest)
+    plain_markers = [str(marker) for marker in manifest.get("plain_text_markers", [])]
     changes = [
         *(f"{name} is missing" for name in altered.missing),
         *(f"{name} was changed" for name in altered.changed),
         *(f"{name} was added" for name in altered.added),
-    ]
+    ] or mismatch
     return {
         "what": "defended checkpoint",
         "base_model": manifest["base_model"],
@@ -139,10 +169,13 @@ def _defended(path: Path) -> dict[str, Any]:
         "width": tokens["width"],
         "token_ids": manifest["token_ids"],
         "prompt_format": manifest["prompt_format"],
-        "default": "on" if manifest["default_on"] else "off: a plain server is undefended",
+        "default": default,
+        "trusts": "system, developer" + ", assistant" * bool(manifest.get("trust_assistant", True)),
+        "not_protected": protection(manifest["prompt_format"], plain_markers),
         "untied": manifest["base_tied"],
         "reuse_reserved": manifest["reuse_reserved"],
         "verified_when_baked": all(entry["sha256"] for entry in manifest["changed_tensors"].values()),
         "altered": "; ".join(changes) if changes else "",
+        **({"only_sampled": sampled, "note": _SAMPLED} if sampled else {}),
         "made_by": f"dtt-plugin {manifest['dtt_plugin']}",
     }

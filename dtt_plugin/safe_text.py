@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 # Control characters but tab, line feed and carriage return; the marks that turn the direction
-# of what follows; lone surrogates, which no file in UTF-8 can hold; line and paragraph separators.
-_UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+# of what follows; lone surrogates, which no file in UTF-8 can hold; line and paragraph separators;
+# characters without a width that no script needs, among them the tags that can spell a hidden text.
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\ufffe\uffff\U000e0000-\U000e007f]"
+)
+_LINE_ENDS = re.compile("[\t\n\r]")
 
 
 def printable(text: str) -> str:
     """Return `text` with each such character as its code point, for instance `⟨U+202E⟩`."""
     return _UNSEEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
+
+
+def one_line(text: str) -> str:
+    """Return `text` printable and without the characters that end a line, go back in it, or leave gaps in it."""
+    return _LINE_ENDS.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", printable(text))
+
+
+def json_text(value: Any) -> str:
+    """Return a value as indented JSON, in which every such character is an escape."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return _UNSEEN.sub(lambda match: json.dumps(match[0])[1:-1], text)
 
 
 def all_printable(value: Any) -> Any:

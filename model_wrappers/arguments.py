@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -44,3 +45,25 @@ def as_bool(name: str, value: Any) -> bool:
         return words[str(value).lower()]
     except KeyError:
         raise DttError(f"{name}={value!r} is neither true nor false.") from None
+
+
+def model_name(pretrained: Any) -> str | None:
+    """Return the folder or hub id that `pretrained=` names, if it is given.
+
+    Raises:
+        DttError: it is a loaded model: what its weights are, no fingerprint could tell.
+    """
+    if pretrained is None or isinstance(pretrained, (str, os.PathLike)):
+        return None if pretrained is None else os.fspath(pretrained)
+    raise DttError(
+        f"pretrained= is a loaded {type(pretrained).__name__}, and the dtt_ models load theirs themselves; save it with"
+        " save_pretrained and give the folder, or a hub id."
+    )
+
+
+def template_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the variables for the chat template; lm-eval's vLLM class keeps `enable_thinking` to itself."""
+    variables = dict(given.get("chat_template_args") or {})
+    if given.get("enable_thinking") is not None:
+        variables["enable_thinking"] = given["enable_thinking"]
+    return variables

@@ -10,22 +10,27 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from dtt_plugin import __version__
-from dtt_plugin.bake.manifest import baked_facts
+from dtt_plugin.checkpoint.defended import baked_facts
+from dtt_plugin.checkpoint.state import argument_states, state
 from dtt_plugin.costs import recorded_costs
-from dtt_plugin.defenses import NONE, TOKENS, parse_defense
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import sha256_bytes, sha256_json
-from dtt_plugin.formats import MODEL_FORMAT, check_format
+from dtt_plugin.files.digests import sha256_bytes, sha256_json
 from dtt_plugin.model_wrappers.early_decision import Rule, rule_of
-from dtt_plugin.prompt import Prompt, PromptRenderer, has_defensive_tokens
-from dtt_plugin.tokens import DefensiveTokens, load_tokens
+from dtt_plugin.prompt.defenses import NONE, TOKENS, parse_defense
+from dtt_plugin.prompt.formats import MODEL_FORMAT, check_format
+from dtt_plugin.prompt.renderer import DEFAULT_TEMPLATE, ModelTemplate, Prompt, PromptRenderer, has_defensive_tokens
+from dtt_plugin.public_names import is_hub_id, is_hub_model
+from dtt_plugin.tasks.thoughts import behind, opened_by
+from dtt_plugin.tokens.files import DefensiveTokens, load_tokens
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -77,7 +82,6 @@ class Defended:
 
     arm: Arm
     early_decision: bool
-    renderer: PromptRenderer
     cache_hook: Answers
 
     if TYPE_CHECKING:
@@ -91,37 +95,63 @@ class Defended:
         *,
         model: str,
         revision: str | None,
-        model_template: str | None,
+        templates: Mapping[str, ModelTemplate],
         arguments: Mapping[str, Any],
         extra_bos: bool,
         template_args: Mapping[str, Any],
+        template_name: str = DEFAULT_TEMPLATE,
     ) -> None:
-        """Build the renderer and the fingerprint once model and tokenizer are loaded."""
+        """Build the renderer and the fingerprint once model and tokenizer are loaded.
+
+        Args:
+            model: name of the model under test.
+            revision: of a hub model.
+            templates: of the *undefended* tokenizer, whatever the engine loads.
+            arguments: of the engine, for the fingerprint.
+            extra_bos: see `PromptRenderer`.
+            template_args: variables for the chat template.
+            template_name: which of `templates` is used.
+        """
+        first = getattr(self, "_renderer", None) is None
         self._loaded: dict[str, Any] = {
             "model": model,
             "revision": revision,
-            "model_template": model_template,
+            "templates": templates,
             "arguments": arguments,
             "extra_bos": extra_bos,
             "template_args": template_args,
+            "template_name": template_name,
         }
+        self._renderer: PromptRenderer | None = None
+        self.fingerprint = ""
+        self.cache_hook = Answers(None)
+        self._reported = True
+        self._begin_run()
+        if self.arm.prompt_format == MODEL_FORMAT and templates and template_name not in templates:
+            return  # --apply_chat_template NAME, which lm-eval tells later, may choose one
         tokens = self.arm.tokens
-        self.renderer = PromptRenderer(
+        weights = state(model, revision, cache_dir=arguments.get("cache_dir") or arguments.get("download_dir"))
+        template = templates.get(template_name)
+        self._renderer = PromptRenderer(
             self.tokenizer,
             prompt_format=self.arm.prompt_format,
-            model_template=model_template,
+            model_template=template.text if template else None,
             defenses=self.arm.defenses,
             k=tokens.k if tokens else 0,
+            bos=template.bos if template else "",
             extra_bos=extra_bos,
             template_args=template_args,
         )
+        held = self.renderer.check_arm()
         if has_defensive_tokens(self.tokenizer) and not self.arm.defended:
-            logger.info("%s is a defended checkpoint: its own template decides about its tokens.", model)
+            told = f"it puts {held} of them into a prompt" if held else "it puts none of them into a prompt"
+            logger.warning("%s is a defended checkpoint, whose own template decides about its tokens: %s.", model, told)
         self._identity = {
             "dtt_plugin": __version__,
             "model": model,
             "revision": revision,
-            "weights": weights_state(model, revision),
+            "weights": weights,
+            "argument_states": argument_states(arguments, model),
             "defense": self.arm.name,
             "tokens_sha256": tokens.digest if tokens and self.arm.defended else None,
             "tokens_method": tokens.method if tokens and self.arm.defended else None,
@@ -133,19 +163,45 @@ class Defended:
             "engine_arguments": {key: str(value) for key, value in sorted(arguments.items())},
             "versions": installed_versions(),
         }
-        self.fingerprint = sha256_json([type(self).__name__, self._identity])
-        self._neutralised = 0
-        self._generated_tokens = 0
+        if weights is None:
+            logger.warning("In which state %s is can't be told, so no other run's answers are used for it.", model)
+        unlike_any_other = uuid4().hex if weights is None else None
+        self.fingerprint = sha256_json([type(self).__name__, self._identity, unlike_any_other])
         self._decided: Rule | None = None  # of the requests that are being generated
         if self.early_decision and self.think_end_token is not None:
-            raise DttError("early_decision=true can't be combined with think_end_token=; leave one of the two out.")
-        self.cache_hook = Answers(None)
+            raise DttError(
+                "early_decision=true can't be combined with think_end_token=; leave one of the two out (the injection"
+                " tasks know the usual ends of thoughts)."
+            )
         logger.info("Defense under test: %s, prompt format: %s.", self.arm.name, self.arm.prompt_format)
         if tokens and self.arm.defended:
             made_for = f"{tokens.model}, {tokens.method}"
             logger.info("DefensiveTokens: %d x %d, made for %s.", tokens.k, tokens.width, made_for)
-            if is_hub_id(model) and is_hub_id(tokens.model) and model != tokens.model:
+            if is_hub_model(model) and is_hub_id(tokens.model) and model != tokens.model:
                 logger.warning("These tokens were made for %s: on %s they are a direct copy.", tokens.model, model)
+
+        if first:
+            self._tell_of_thoughts()
+
+    def _tell_of_thoughts(self) -> None:
+        """Say what will happen to the responses of a model that thinks before it answers."""
+        switch = "enable_thinking"
+        known, given = switch in self.renderer.template, switch in self.renderer.template_args
+        if given and not known:
+            logger.warning("%s= has no effect: this chat template does not know it.", switch)
+        opened = ""
+        system, user = {"role": "system", "content": "a"}, {"role": "user", "content": "b"}
+        for conversation in ([system, user], [user]):
+            with suppress(DttError):  # a format without a system role, a defense that wants one
+                opened = opened or opened_by(self.renderer.render(conversation).text)
+        if self.end_of_thoughts is None and (opened or (known and not given)):
+            logger.warning(
+                "This model may think before it answers (%s). The injection tasks score the answer behind the thoughts"
+                " and count responses without one as unfinished; other tasks see the thoughts unless think_end_token="
+                " names their end. Give them room with --gen_kwargs max_gen_toks=N%s; docs/models.md tells more.",
+                f"its prompts end in {opened}" if opened else f"its template knows {switch}",
+                f", or turn them off with {switch}=False" if known else "",
+            )
 
     def change_defense(self, defense: str) -> None:
         """Put the loaded model under another defense, as if it had been loaded with it.
@@ -161,13 +217,62 @@ class Defended:
 
     # What lm-eval asks a chat model for -------------------------------------------------------------
 
+    @property
+    def renderer(self) -> PromptRenderer:
+        """Renders every prompt of this arm.
+
+        Raises:
+            DttError: the model has several chat templates, none is called "default" and none was chosen.
+        """
+        if self._renderer is None:
+            names = ", ".join(sorted(self._loaded["templates"]))
+            raise DttError(
+                f"The model's tokenizer has no chat template called {DEFAULT_TEMPLATE}, only: {names}; choose one with"
+                " --apply_chat_template NAME, or a published one with prompt_format=."
+            )
+        return self._renderer
+
     def apply_chat_template(self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
         """Render a conversation, for tasks that bring no messages of their own."""
-        return self.renderer.render(chat_history, generation_prompt=add_generation_prompt).text
+        self._begin_run()
+        self._asked_to_render = True
+        prompt = self.renderer.render(chat_history, generation_prompt=add_generation_prompt)
+        self._neutralised_in[prompt.text] = prompt.neutralised  # counted when it is sent
+        return prompt.text
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """Return the jinja template in use, for lm-eval's results file."""
+        """Use the template that `--apply_chat_template NAME` names; return it, for lm-eval's results file.
+
+        Raises:
+            DttError: the model has no template of that name, or the prompt format is not its own.
+        """
+        self._begin_run()
+        self._asked_to_render = bool(chat_template)
+        name = chat_template if isinstance(chat_template, str) else DEFAULT_TEMPLATE
+        if name != self._loaded["template_name"]:
+            self._choose_template(name)
         return self.renderer.template
+
+    def _choose_template(self, name: str) -> None:
+        names = ", ".join(sorted(self._loaded["templates"])) or "none"
+        if self.arm.prompt_format != MODEL_FORMAT:
+            raise DttError(
+                f"--apply_chat_template {name} names a template of the model's own, and the prompts are in"
+                f" prompt_format={self.arm.prompt_format}; leave the name out, or add prompt_format=model."
+            )
+        if name not in self._loaded["templates"]:
+            raise DttError(f"--apply_chat_template {name}: the model has no chat template of that name, only: {names}.")
+        asked, answers = self._asked_to_render, self.cache_hook
+        self._ready(**self._loaded | {"template_name": name})
+        self._asked_to_render = asked
+        self.set_cache_hook(answers)
+
+    def _begin_run(self) -> None:
+        """Start counting anew: lm-eval asks for the model's facts when a run is over."""
+        if self._reported:
+            self._reported = self._asked_to_render = False
+            self._neutralised = self._generated_tokens = 0
+            self._neutralised_in: dict[str, int] = {}
 
     @property
     def tokenizer_name(self) -> str:
@@ -184,6 +289,7 @@ class Defended:
         facts["costs"] = recorded_costs(tokens.metadata) if tokens else {}
         facts["tokens_model"] = tokens.model if tokens else None
         facts["baked"] = baked_facts(str(self._identity["model"]))
+        self._reported = True
         return {**base(), "dtt_plugin": {**facts, **self._identity, "machine": platform.machine()}}
 
     def set_cache_hook(self, cache_hook: Any) -> None:
@@ -205,8 +311,18 @@ class Defended:
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Score continuations of rendered conversations."""
+        self._begin_run()
+        contexts = {}  # each once, with however many continuations
         for request in requests:
             self._require_rendered(request)
+            context, continuation = request.args
+            contexts[request.task_name, request.doc_id, context] = self._neutralised_in.get(context, 0)
+            ids = self.renderer.encode(context)
+            self.renderer.check_tokens(ids)
+            n_more = len(self.renderer.encode(context + continuation)) - len(ids)
+            self._check_length(request, len(ids), f"{n_more} of the continuation", n_more)
+        self._neutralised += sum(contexts.values())
+        self._tell_neutralised()
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # type: ignore[misc,no-any-return]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -218,6 +334,7 @@ class Defended:
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answer the requests; each request's arguments then hold the exact prompt and its facts."""
+        self._begin_run()
         for request in requests:
             self._prepare(request)
         answers: dict[int, str] = {}
@@ -225,35 +342,53 @@ class Defended:
             answer = self._cached(request)
             if answer is not None:
                 answers[index] = answer
-        missing: dict[Rule | None, list[int]] = {}
+        missing: dict[tuple[Rule | None, bool], list[int]] = {}
         for index, request in enumerate(requests):
             if index not in answers:
-                missing.setdefault(self._rule(request), []).append(index)
-        for self._decided, indices in missing.items():
+                missing.setdefault((self._rule(request), reads_thoughts(request)), []).append(index)
+        for (self._decided, whole), indices in missing.items():
             # lm-eval's classes expect exactly a prompt and its generation arguments.
             plain = [replace(requests[i], arguments=requests[i].arguments[:2], resps=[]) for i in indices]
-            generated = super().generate_until(plain, disable_tqdm=disable_tqdm)  # type: ignore[misc]
+            with self._not_cutting(whole):
+                generated = super().generate_until(plain, disable_tqdm=disable_tqdm)  # type: ignore[misc]
             for index, answer in zip(indices, generated, strict=True):
                 answers[index] = answer
                 self.cache_hook.add_partial("generate_until", self._cache_key(requests[index]), answer)
-        if self._neutralised:
-            logger.warning("%d control tokens in untrusted data were neutralised.", self._neutralised)
+        self._tell_neutralised()
         return [answers[index] for index in range(len(requests))]
+
+    @contextmanager
+    def _not_cutting(self, whole: bool) -> Iterator[None]:
+        """Keep lm-eval from cutting responses at `think_end_token=`, for a task that reads thoughts itself."""
+        named = self.think_end_token
+        try:
+            self.think_end_token = None if whole else named
+            yield
+        finally:
+            self.think_end_token = named
+
+    @property
+    def end_of_thoughts(self) -> str | None:
+        """`think_end_token=` as text; it may be a token's id."""
+        end = self.think_end_token
+        return str(self.tokenizer.decode([int(end)])) if str(end).isdecimal() else end  # type: ignore[arg-type,return-value]
 
     # One request ------------------------------------------------------------------------------------
 
     def _prepare(self, request: Instance) -> None:
         """Replace a request's arguments by (prompt, generation arguments, facts for the log)."""
+        from lm_eval.models.utils import normalize_gen_kwargs
+
         text, generation, *rest = request.arguments
         if rest and rest[0]["fingerprint"] == self.fingerprint:  # a repeat of a request that this arm prepared
             return
-        messages = request.doc.get("messages") if isinstance(request.doc, Mapping) else None
         facts: dict[str, Any] = {"defense": self.arm.name, "fingerprint": self.fingerprint}
-        if messages is None:
-            self._require_rendered(request)
-        else:
+        if getattr(request, "own_messages", False):  # a column `messages` of another task may hold the answer
             self._check_task_defense(getattr(request, "task_defense", NONE))
-            prompt: Prompt = self.renderer.render(messages)
+            try:
+                prompt: Prompt = self.renderer.render(request.doc["messages"])
+            except DttError as error:
+                raise DttError(f"{request.task_name}, document {request.doc_id}: {error}") from error
             text = prompt.text
             self._neutralised += prompt.neutralised
             facts |= {
@@ -262,17 +397,33 @@ class Defended:
                 "messages": prompt.messages,
                 "neutralised": prompt.neutralised,
             }
+        else:
+            self._require_rendered(request)
+            if text in self._neutralised_in:  # not so, where lm-eval has the prompt from its request cache
+                facts["neutralised"] = self._neutralised_in[text]
+                self._neutralised += facts["neutralised"]
         ids = self.renderer.encode(text)
-        self._check_length(request, ids, generation)
+        self.renderer.check_tokens(ids)
+        room = int(normalize_gen_kwargs(dict(generation), self.max_gen_toks)["max_gen_toks"])
+        self._check_length(request, len(ids), f"{room} new ones", room, ", or lower max_gen_toks with --gen_kwargs")
         facts |= {"prompt_tokens": len(ids), "prompt_ids_sha256": sha256_json(ids)}
+        if reads_thoughts(request) and self.end_of_thoughts:
+            facts["think_end_token"] = self.end_of_thoughts
         request.arguments = (text, generation, facts)
 
     def _require_rendered(self, request: Instance) -> None:
-        if not self.renderer.is_rendered(request.args[0]):
+        text = request.args[0]
+        # Prompts of lm-eval's request cache were rendered by another process: they are known by how they begin.
+        if text in self._neutralised_in or self.renderer.is_rendered(text, asked=self._asked_to_render):
+            return
+        if self._asked_to_render:
             raise DttError(
-                f"{request.task_name} brings plain text, and the dtt_ models are chat models: add"
-                " --apply_chat_template."
+                f"{request.task_name}, document {request.doc_id}: the text is no conversation in the chat template in"
+                " use, in spite of --apply_chat_template; use lm-eval's own hf or vllm model for such a task."
             )
+        raise DttError(
+            f"{request.task_name} brings plain text, and the dtt_ models are chat models: add --apply_chat_template."
+        )
 
     def _check_task_defense(self, asked: str) -> None:
         """Refuse a `--metadata` defense that contradicts the model's: one of the two would be dropped in silence."""
@@ -282,28 +433,34 @@ class Defended:
                 " dtt_ models their defense in --model_args."
             )
 
-    def _check_length(self, request: Instance, ids: Sequence[int], generation: Mapping[str, Any]) -> None:
-        from lm_eval.models.utils import normalize_gen_kwargs
-
-        room = int(normalize_gen_kwargs(dict(generation), self.max_gen_toks)["max_gen_toks"])
-        if len(ids) + room > self.max_length:
+    def _check_length(self, request: Instance, n_prompt: int, more: str, n_more: int, remedy: str = "") -> None:
+        if n_prompt + n_more > self.max_length:
             raise DttError(
-                f"{request.task_name}, document {request.doc_id}: {len(ids)} prompt tokens and {room} new ones exceed"
-                f" the model's {self.max_length}, and cutting the prompt would cut the defense; raise max_model_len="
-                " (dtt_vllm) or max_length= (dtt_hf), or lower max_gen_toks with --gen_kwargs."
+                f"{request.task_name}, document {request.doc_id}: {n_prompt} prompt tokens and {more} exceed the"
+                f" model's {self.max_length}, and cutting the prompt would cut the defense; raise max_model_len="
+                f" (dtt_vllm) or max_length= (dtt_hf){remedy}."
             )
+
+    def _tell_neutralised(self) -> None:
+        if self._neutralised:
+            logger.warning("%d control tokens in untrusted data were neutralised.", self._neutralised)
 
     def _cached(self, request: Instance) -> str | None:
         sampled = request.arguments[1].get("do_sample")
         return None if sampled else self.cache_hook.find("generate_until", self._cache_key(request))
 
     def _rule(self, request: Instance) -> Rule | None:
-        return rule_of(request) if self.early_decision else None
+        return behind(opened_by(request.args[0]), rule_of(request)) if self.early_decision else None
 
     def _cache_key(self, request: Instance) -> tuple[Any, ...]:
         """Return what an answer depends on within this arm; one that was cut short also on where it was cut."""
         rule = self._rule(request)
         return request.arguments[:2] if rule is None else (*request.arguments[:2], rule.__name__)
+
+
+def reads_thoughts(request: Instance) -> bool:
+    """Return whether a request's task takes the thoughts off a response itself, as our injection tasks do."""
+    return hasattr(request, "decided")
 
 
 class Answers:
@@ -330,24 +487,6 @@ class Answers:
     def find(self, method: str, arguments: Sequence[Any]) -> str | None:
         """Return the answer that is kept for a request, if any."""
         return None if self.dbdict is None else self.dbdict.get(self._key(method, arguments))
-
-
-def is_hub_id(model: str) -> bool:
-    """Return whether a model's name is a hub id rather than a path."""
-    return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not Path(model).exists()
-
-
-def weights_state(model: str, revision: str | None) -> str | list[tuple[str, int, int]]:
-    """Return the commit of a hub model, or name, size and modification time of a folder's files."""
-    folder = Path(model)
-    if folder.is_dir():
-        files = sorted(path for path in folder.iterdir() if path.is_file())
-        return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    from huggingface_hub import try_to_load_from_cache
-
-    # The hub's cache keeps a file below snapshots/COMMIT.
-    config = try_to_load_from_cache(model, "config.json", revision=revision) if is_hub_id(model) else None
-    return Path(config).parent.name if isinstance(config, str) else ""
 
 
 def installed_versions() -> dict[str, str]:

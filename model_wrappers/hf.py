@@ -8,17 +8,19 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from transformers import LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList
 
 from dtt_plugin.bake.plan import BIAS_OF_NEVER
-from dtt_plugin.demo_model import default_model
+from dtt_plugin.demo.model import default_model
 from dtt_plugin.errors import DttError
-from dtt_plugin.formats import defensive_token_names
-from dtt_plugin.model_wrappers.arguments import as_bool, check_arguments, parameters_of
+from dtt_plugin.model_wrappers.arguments import as_bool, check_arguments, model_name, parameters_of
 from dtt_plugin.model_wrappers.defended import Arm, Defended
 from dtt_plugin.model_wrappers.early_decision import EndDecided, SettledText, count_generated
-from dtt_plugin.prompt import model_template
-from dtt_plugin.tokens import DefensiveTokens
+from dtt_plugin.prompt.formats import defensive_token_names
+from dtt_plugin.prompt.hf_tokenizer import hf_tokenizer
+from dtt_plugin.prompt.renderer import defensive_token_ids, model_templates
+from dtt_plugin.tasks.thoughts import marker_tokens
+from dtt_plugin.tokens.files import DefensiveTokens
 
 logger = logging.getLogger("dtt_plugin")
 
@@ -52,6 +54,13 @@ _LOADING_ARGUMENTS = frozenset(
         "variant",
     ]
 )
+# All that a checkpoint's generation_config decides.
+_GENERATION_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# What need not be told when it is left out: kept, bookkeeping or given by every request; and factors of 1.
+_UNTOLD = frozenset([*_GENERATION_IDS, "transformers_version", "_from_model_config", "use_cache", "do_sample"])
+_ONE_IS_NONE = frozenset(
+    ["num_beams", "temperature", "top_p", "typical_p", "repetition_penalty", "length_penalty", "num_return_sequences"]
+)
 
 
 class DttHF(Defended, HFLM):
@@ -61,6 +70,8 @@ class DttHF(Defended, HFLM):
     (docs/models.md).
     With DefensiveTokens their rows are put into the loaded model; nothing is written to disk.
     """
+
+    _n_scored: int | None = None  # rows that the output head had before it grew
 
     def __init__(
         self,
@@ -75,7 +86,7 @@ class DttHF(Defended, HFLM):
         check_arguments("dtt_hf", kwargs, parameters_of(HFLM.__init__) | _LOADING_ARGUMENTS)
         self.arm = Arm.from_arguments(tokens, tokens_model, defense, prompt_format)
         self.early_decision = as_bool("early_decision", early_decision)
-        model = pretrained or default_model()
+        model = model_name(pretrained) or default_model()
         extra_bos = as_bool("add_bos_token", kwargs.pop("add_bos_token", None))
         if self.arm.defended and kwargs.get("tp_plan"):
             raise DttError("dtt_hf can't put tokens into a tp_plan model; use dtt_vllm with tensor_parallel_size=.")
@@ -86,30 +97,61 @@ class DttHF(Defended, HFLM):
         super().__init__(model, **kwargs)
         if self.backend != "causal":
             raise DttError(f"pretrained={model}: dtt_hf needs a causal language model, this is a {self.backend} one.")
-        self._decode_plainly()
+        if "generation_config" not in arguments:
+            self._decode_plainly()
         if self.early_decision and not self._ends:
             raise DttError(f"pretrained={model} names no token that ends a response; leave early_decision out.")
-        template = model_template(self.tokenizer)
+        templates = model_templates(self.tokenizer, self.arm.prompt_format)
         if self.arm.defended and self.arm.tokens is not None:
+            self._n_scored = self.model.get_output_embeddings().weight.shape[0]
             install_tokens(self.model, self.tokenizer, self.arm.tokens, name=model)
+        special = {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        kept = marker_tokens(special) | ({self.end_of_thoughts} & special.keys())
+        # Empty where lm-eval's decoding drops nothing that is needed.
+        self._dropped = set(special.values()) - {special[text] for text in kept} if kept else set()
         self._ready(
             model=model,
             revision=kwargs.get("revision"),
-            model_template=template,
+            templates=templates,
             arguments=arguments,
             extra_bos=extra_bos,
             template_args=self.chat_template_args,
         )
 
+    def _create_tokenizer(self, pretrained: str, tokenizer: Any = None, **options: Any) -> None:
+        """Load the tokenizer as lm-eval does, but never Mistral's own."""
+        if options.get("gguf_file") or not (tokenizer is None or isinstance(tokenizer, str)):
+            super()._create_tokenizer(pretrained, tokenizer, **options)
+            return
+        self.tokenizer = hf_tokenizer(
+            tokenizer or pretrained,
+            revision=options["revision"],
+            trust_remote_code=options["trust_remote_code"],
+            use_fast=options["use_fast_tokenizer"],
+            **({"subfolder": options["subfolder"]} if options.get("subfolder") else {}),
+        )
+
     def _decode_plainly(self) -> None:
-        """Leave out a checkpoint's own repetition penalty: greedy is greedy, as it is in vLLM under lm-eval."""
-        settings = self.model.generation_config
-        if settings.repetition_penalty not in (None, 1.0):
+        """Leave out what a checkpoint says about its generation: greedy is greedy, as it is in vLLM under lm-eval.
+
+        Its ids stay, and the DefensiveTokens that a defended checkpoint suppresses.
+        """
+        settings = self.model.generation_config.to_dict()
+        kept = {name: settings.get(name) for name in _GENERATION_IDS}
+        ours = defensive_token_ids(self.tokenizer)
+        self.model.generation_config = GenerationConfig(**kept, suppress_tokens=ours or None)
+        if settings.get("suppress_tokens"):
+            settings["suppress_tokens"] = sorted({*settings["suppress_tokens"]} - {*ours})
+        left_out = [
+            f"{name}={value}"
+            for name, value in sorted(settings.items())
+            if value and name not in _UNTOLD and not (name in _ONE_IS_NONE and value == 1)
+        ]
+        if left_out:
             logger.warning(
-                "The checkpoint's repetition_penalty=%s is not applied; set it with --gen_kwargs if it is wanted.",
-                settings.repetition_penalty,
+                "Not applied of the checkpoint's generation_config: %s; set it with --gen_kwargs if it is wanted.",
+                ", ".join(left_out),
             )
-            settings.repetition_penalty = None
 
     @property
     def _ends(self) -> list[int]:
@@ -117,6 +159,13 @@ class DttHF(Defended, HFLM):
         ids = self.model.generation_config.eos_token_id
         ends: list[int] = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
         return sorted(ends, key=lambda token: token != self.eot_token_id)
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        """Return lm-eval's logits, float [batch, length, vocabulary]; DefensiveTokens have no probability."""
+        logits: torch.Tensor = super()._model_call(inps, *args, **options)
+        if self._n_scored is not None:
+            logits[..., self._n_scored :] = float("-inf")
+        return logits
 
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
@@ -127,11 +176,21 @@ class DttHF(Defended, HFLM):
             settled = SettledText(self.tokenizer, self.tok_decode, stop)
             ending = EndDecided(prompt_length, self._ends, settled, self._decided)
             generation_kwargs["logits_processor"] = LogitsProcessorList([ending])
+        if "suppress_tokens" in generation_kwargs:  # the user's come beside the DefensiveTokens, never for them
+            ours = self.model.generation_config.suppress_tokens or []
+            generation_kwargs["suppress_tokens"] = sorted({*ours, *(generation_kwargs["suppress_tokens"] or [])})
         generated: torch.Tensor = super()._model_generate(
             context=context, max_length=max_length, stop=stop, **generation_kwargs
         )
         self._generated_tokens += count_generated(generated[:, prompt_length:].tolist(), self._ends)
         return generated
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+        """Decode as lm-eval does, but keep the special tokens that tell thoughts from the answer."""
+        if skip_special_tokens and self._dropped:
+            tokens = [token for token in tokens if token not in self._dropped]
+            skip_special_tokens = False
+        return str(super().tok_decode(tokens, skip_special_tokens=skip_special_tokens))
 
     def tok_batch_encode(
         self, strings: Sequence[str], *_args: Any, **_options: Any
@@ -168,7 +227,13 @@ def install_tokens(model: Any, tokenizer: Any, tokens: DefensiveTokens, *, name:
     known = tokenizer.get_vocab()
     if any(token in known for token in names):
         raise DttError(f"{name} already has DefensiveTokens; leave tokens= out, or give the undefended checkpoint.")
-    embedding = model.get_input_embeddings()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for module, what in ((embedding, "input embedding"), (head, "output head")):
+        if module is not None and "weight" not in module._parameters:  # a wrapper of PEFT's, for instance
+            raise DttError(
+                f"{name} has an adapter on its {what}, which has no rows for DefensiveTokens; merge it into the model"
+                " first (PEFT's merge_and_unload, then save_pretrained) and give that folder without peft=."
+            )
     weight = embedding.weight
     if tokens.width != weight.shape[1]:
         raise DttError(
@@ -179,7 +244,6 @@ def install_tokens(model: Any, tokenizer: Any, tokens: DefensiveTokens, *, name:
 
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in names], special_tokens=True)
     ids: list[int] = tokenizer.convert_tokens_to_ids(names)
-    head = model.get_output_embeddings()
     n_ordinary = min(ids[0], weight.shape[0])
     growth = max(ids) + 1 - weight.shape[0]
     rows = torch.nn.functional.pad(weight, (0, 0, 0, max(growth, 0)))  # a copy: the head keeps the old tensor
@@ -194,8 +258,23 @@ def install_tokens(model: Any, tokenizer: Any, tokens: DefensiveTokens, *, name:
             never = head.bias.new_full((growth,), BIAS_OF_NEVER)
             head.bias = torch.nn.Parameter(torch.cat([head.bias, never]), requires_grad=False)
     config = model.config.get_text_config()
+    _grow_per_layer_embedding(model, config, max(ids) + 1)
     config.vocab_size = rows.shape[0]
     config.tie_word_embeddings = model.config.tie_word_embeddings = False
     suppressed = model.generation_config.suppress_tokens or []
     model.generation_config.suppress_tokens = sorted({*suppressed, *ids})
     return ids
+
+
+def _grow_per_layer_embedding(model: Any, config: Any, n_rows: int) -> None:
+    """Give Gemma 3n's and 4's second table, which every layer reads, the row of padding for the new ids.
+
+    So these models treat what is no text, too (an image's soft tokens, for instance).
+    """
+    find = getattr(model, "get_per_layer_input_embeddings", None)
+    table = find() if find and getattr(config, "hidden_size_per_layer_input", 0) else None
+    if table is None or n_rows <= table.weight.shape[0]:
+        return
+    padding = table.weight[config.pad_token_id or 0].expand(n_rows - table.weight.shape[0], -1)
+    table.weight = torch.nn.Parameter(torch.cat([table.weight, padding]), requires_grad=False)
+    table.num_embeddings = table.weight.shape[0]

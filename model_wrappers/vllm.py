@@ -6,16 +6,18 @@ import dataclasses
 import logging
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
 from dtt_plugin.bake import bake_cached
-from dtt_plugin.demo_model import default_model
+from dtt_plugin.demo.model import default_model
 from dtt_plugin.errors import DttError
-from dtt_plugin.model_wrappers.arguments import as_bool, check_arguments, parameters_of
+from dtt_plugin.model_wrappers.arguments import as_bool, check_arguments, model_name, parameters_of, template_arguments
 from dtt_plugin.model_wrappers.defended import Arm, Defended
 from dtt_plugin.model_wrappers.early_decision import generate_decided
 from dtt_plugin.model_wrappers.vllm_import import import_vllm_class
-from dtt_plugin.prompt import model_template
+from dtt_plugin.prompt.hf_tokenizer import MISTRALS_OWN, hf_tokenizer, mistral_refusal
+from dtt_plugin.prompt.renderer import model_templates
 
 if TYPE_CHECKING:
     from lm_eval.models.vllm_causallms import VLLM
@@ -50,7 +52,7 @@ class DttVLLM(Defended, VLLM):
         self.early_decision = as_bool("early_decision", early_decision)
         if self.early_decision and int(kwargs.get("data_parallel_size", 1)) > 1:
             raise DttError("early_decision=true needs data_parallel_size=1; tensor_parallel_size= works with it.")
-        model = pretrained or default_model()
+        model = model_name(pretrained) or default_model()
         if self.arm.defended and kwargs.get("tokenizer"):
             raise DttError(
                 "dtt_vllm can't combine tokens= with tokenizer=; put that tokenizer's files into the checkpoint folder."
@@ -58,13 +60,18 @@ class DttVLLM(Defended, VLLM):
         extra_bos = as_bool("add_bos_token", kwargs.pop("add_bos_token", None))
         revision = kwargs.get("revision")
         arguments = dict(kwargs)
+        template_args = template_arguments(kwargs)
         self._set_defaults(kwargs, demo=pretrained is None)
-        template = None
+        if kwargs["tokenizer_mode"] == "mistral":
+            raise mistral_refusal(model)
+        templates = None
         checkpoint = model
+        if (self.arm.defended and self.arm.tokens is not None) or (Path(model) / MISTRALS_OWN).is_file():
+            # Of the undefended tokenizer: a baked one's template holds the tokens already, and adds no BOS.
+            trust = as_bool("trust_remote_code", kwargs.get("trust_remote_code"))
+            base = hf_tokenizer(kwargs.get("tokenizer") or model, revision=revision, trust_remote_code=trust)
+            templates = model_templates(base, self.arm.prompt_format)
         if self.arm.defended and self.arm.tokens is not None:
-            template = _template_of(
-                model, revision, trust=as_bool("trust_remote_code", kwargs.get("trust_remote_code"))
-            )
             baked = bake_cached(model, self.arm.tokens, revision=revision, prompt_format=self.arm.prompt_format)
             checkpoint = str(baked)
             kwargs.pop("revision", None)
@@ -72,10 +79,10 @@ class DttVLLM(Defended, VLLM):
         self._ready(
             model=model,
             revision=revision,
-            model_template=template or model_template(self.tokenizer),
+            templates=model_templates(self.tokenizer, self.arm.prompt_format) if templates is None else templates,
             arguments=arguments,
             extra_bos=extra_bos,
-            template_args=self.chat_template_args,
+            template_args=template_args,
         )
 
     def get_model_info(self) -> dict[str, Any]:
@@ -108,9 +115,13 @@ class DttVLLM(Defended, VLLM):
     @staticmethod
     def _set_defaults(kwargs: dict[str, Any], *, demo: bool) -> None:
         """Fill in what serves where the user said nothing."""
+        from vllm.config.model import TokenizerMode
         from vllm.platforms import current_platform
 
         kwargs.setdefault("load_format", "safetensors")  # never unpickle weights
+        if kwargs.get("tokenizer_mode", "auto") == "auto":  # which takes Mistral's own where there is one
+            kwargs["tokenizer_mode"] = "hf" if "hf" in get_args(TokenizerMode) else "auto"
+        kwargs.setdefault("config_format", "hf")
         # lm-eval passes batch size 1 where none is given; vLLM schedules its batches itself.
         if str(kwargs.get("batch_size", 1)) == "1":
             kwargs["batch_size"] = "auto"
@@ -139,9 +150,3 @@ def _known_arguments() -> set[str]:
 
     engine = {field.name for field in dataclasses.fields(EngineArgs)}
     return parameters_of(VLLM.__init__) | parameters_of(LLM.__init__) | engine | {"device", "swap_space"}
-
-
-def _template_of(model: str, revision: str | None, *, trust: bool) -> str | None:
-    from transformers import AutoTokenizer
-
-    return model_template(AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtt_plugin.tokens import DefensiveTokens
+from dtt_plugin.tokens.files import DefensiveTokens
 from tests.checkpoints import make_checkpoint
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from dtt_plugin.data import (
+from dtt_plugin.data.records import (
     RECORDS_FILE,
     SENTENCES_FILE,
     TOKENS_FILE,
@@ -24,7 +24,7 @@ from dtt_plugin.data import (
 )
 from dtt_plugin.errors import DttError
 from dtt_plugin.paths import cache_folder
-from dtt_plugin.tokens import DefensiveTokens, save_tokens
+from dtt_plugin.tokens.files import DefensiveTokens, save_tokens
 from tests.checkpoints import make_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +68,7 @@ def test_sentences(data_dir: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def smollm2() -> str:
     """The folder of the demo model, SmolLM2-135M-Instruct."""
-    from dtt_plugin.demo_model import demo_model
+    from dtt_plugin.demo.model import demo_model
 
     try:
         return demo_model()
@@ -184,6 +184,19 @@ def lm_eval(*arguments: str, folder: Path, all_tasks: bool = True) -> subprocess
         check=False,
         cwd=folder,
     )
+
+
+@pytest.fixture
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let lm-eval's vLLM class load its tokenizer, as it does, and start no engine."""
+    tokenizers = pytest.importorskip("vllm.tokenizers")
+    from dtt_plugin.model_wrappers.vllm import DttVLLM
+
+    def tokenizer_only(self: Any, pretrained: str, tokenizer_mode: str, **_: Any) -> None:
+        self.tokenizer = tokenizers.get_tokenizer(pretrained, tokenizer_mode=tokenizer_mode)
+        self.think_end_token = None
+
+    monkeypatch.setattr(DttVLLM.__mro__[2], "__init__", tokenizer_only)  # lm-eval's, behind our mixin
 
 
 class VLLMRun(NamedTuple):

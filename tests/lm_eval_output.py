@@ -36,6 +36,11 @@ def write_run(
     inputs: Sequence[str] | None = None,
     stock: bool = False,
     facts: Mapping[str, Any] | None = None,
+    model_args: Mapping[str, Any] | str | None = None,
+    config: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
+    predict_only: bool = False,
+    before: str = "",
     stamp: int = 0,
 ) -> Path:
     """Write one run below `folder` and return its results file.
@@ -59,6 +64,11 @@ def write_run(
         stock: a run of a model that is not one of ours; `defense` then comes from --metadata, or is "tokens" for
             a defended checkpoint, whose template puts them there.
         facts: more of what our wrappers tell.
+        model_args: as the results file has them, table or text; the model's name alone where not given.
+        config: more of the results file's `config`.
+        more: more of the results file itself.
+        before: what the chat template begins with.
+        predict_only: as with that flag, without the task's metrics.
         stamp: tells two runs in one folder apart.
     """
     columns = {attack: list(values) for attack, values in (outcomes or {}).items()}
@@ -72,7 +82,7 @@ def write_run(
         for name, values in columns.items()
     }
     answers = {**made_up, **(responses or {})}
-    fingerprint = hashlib.sha256(f"{model}{defense}{method}{stamp}".encode()).hexdigest()
+    fingerprint = (facts or {}).get("fingerprint") or _sha(json.dumps([model, defense, method, facts], default=str))
     samples = []
     for i in range(n):
         data = inputs[i] if inputs else f"Data of record {i}."
@@ -87,13 +97,17 @@ def write_run(
         ]
         arguments: dict[str, Any] = {}
         for j, variant in enumerate(variants):
-            prompt = f"<|system|>{instruction}<|user|>{sent[str(variant['attack'])]}<|assistant|>"
+            prompt = f"{before}<|system|>{instruction}<|user|>{sent[str(variant['attack'])]}<|assistant|>"
             arguments[f"gen_args_{j}"] = {
                 "arg_0": ("[DefensiveToken0]" if "tokens" in defense else "") + prompt,
                 "arg_1": {"until": [], "do_sample": False, "max_gen_toks": max_gen_toks},
             }
             if not stock:
-                arguments[f"gen_args_{j}"]["arg_2"] = {"defense": defense, "fingerprint": fingerprint}
+                arguments[f"gen_args_{j}"]["arg_2"] = {
+                    "defense": defense,
+                    "fingerprint": fingerprint,
+                    "messages": variant["messages"],
+                }
         hit = {attack: float(columns[attack][i]) for attack in attacks}
         scores: dict[str, Any] = {"hacked": sum(hit.values()) / len(hit)} if hit else {}
         if len(hit) > 1:
@@ -101,6 +115,8 @@ def write_run(
             scores |= {f"hacked_{attack}": value for attack, value in hit.items()}
         if refusal is not None:
             scores["refusal"] = float(refusal[i])
+        if predict_only:
+            scores = {"bypass": None}
         samples.append(
             {
                 "doc_id": i,
@@ -123,13 +139,16 @@ def write_run(
         del rates["hacked,none"]
     if refusal is not None:
         rates["refusal,none"] = sum(refusal) / n
-    config: dict[str, Any] = {
+    if predict_only:
+        rates = {"bypass,none": 999}
+    about: dict[str, Any] = {
         "model": "vllm" if stock else "dtt_vllm",
-        "model_args": {"pretrained": model},
+        "model_args": {"pretrained": model} if model_args is None else model_args,
         "limit": limit,
+        **(config or {}),
     }
     if not stock:
-        config["dtt_plugin"] = {
+        about["dtt_plugin"] = {
             "fingerprint": fingerprint,
             "model": model,
             "defense": defense,
@@ -150,10 +169,11 @@ def write_run(
         },
         "versions": {task: version},
         "n-samples": {task: {"original": original or n, "effective": n}},
-        "config": config,
+        "config": about,
         "task_hashes": {task: _sha("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples))},
         "model_name": model,
         "total_evaluation_time_seconds": str(seconds),
+        **(more or {}),
     }
     path = folder / model.replace("/", "__")
     path.mkdir(parents=True, exist_ok=True)

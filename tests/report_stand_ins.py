@@ -89,6 +89,7 @@ def row(run: str, hits: Sequence[int] = (30, 90, 60), **fields: Any) -> dict[str
         "published": False,
         "limited": False,
         "early_decision": False,
+        "unfinished": 0,
         "n": 208,
         "asr": {attack: rate(count) for attack, count in zip(ATTACKS, hits, strict=True)},
         "asr_max": rate(worst) | {"attack": ATTACKS[list(hits).index(worst)]},

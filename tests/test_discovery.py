@@ -83,6 +83,58 @@ def test_python_without_lm_eval_starts_as_before(tmp_path: Path) -> None:
     assert run(sys.executable, "-I", "-c", code).stdout.strip() == "False"
 
 
+@pytest.mark.parametrize("left", ["nothing", "an empty folder", "a package without its files"])
+def test_lm_eval_is_imported_where_the_package_is_gone(left: str, tmp_path: Path) -> None:
+    """As after an editable checkout was moved: the .pth file is still there."""
+    if left != "nothing":
+        (tmp_path / "dtt_plugin" / "__pycache__").mkdir(parents=True)
+    if left == "a package without its files":
+        (tmp_path / "dtt_plugin" / "__init__.py").touch()
+    (tmp_path / "lm_eval.py").write_text("found = True")
+    line = (ROOT / "dtt_plugin.pth").read_text()
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); exec({line!r})\n"
+        "import importlib.util; assert importlib.util.find_spec('lm_eval')\n"
+        "import lm_eval; print(lm_eval.found)"
+    )
+    assert run(sys.executable, "-I", "-S", "-c", code).stdout.strip() == "True"
+
+
+def test_an_error_within_the_package_is_not_hidden(tmp_path: Path) -> None:
+    (tmp_path / "dtt_plugin").mkdir()
+    (tmp_path / "dtt_plugin" / "__init__.py").touch()
+    (tmp_path / "lm_eval.py").touch()
+    line = (ROOT / "dtt_plugin.pth").read_text()
+    for content, words in (("import none_such", "No module named 'none_such'"), ("1 / 0", "ZeroDivisionError")):
+        (tmp_path / "dtt_plugin" / "_startup.py").write_text(content)
+        code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); exec({line!r}); import lm_eval"
+        done = run(sys.executable, "-I", "-S", "-c", code, check=False)
+        assert done.returncode == 1
+        assert words in done.stderr
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_another_hook_that_asks_all_finders_does_not_recurse(first: bool) -> None:
+    code = f"""
+import sys
+class Asking:
+    def find_spec(self, name, path=None, target=None):
+        if not name.startswith("lm_eval"): return None
+        for finder in sys.meta_path:
+            if finder is not self and hasattr(finder, "find_spec") and (spec := finder.find_spec(name, path, target)):
+                return spec
+class Ancient:  # has no find_spec, which Python allows
+    find_module = staticmethod(lambda name, path=None: None)
+sys.meta_path.append(Ancient)
+import dtt_plugin._startup
+sys.meta_path.insert(0 if {first} else len(sys.meta_path), Asking())
+import lm_eval.models
+from lm_eval.api.registry import model_registry
+print("dtt_hf" in model_registry)
+"""
+    assert run(sys.executable, "-c", code).stdout.strip() == "True"
+
+
 def test_uninstalling_leaves_nothing(tmp_path: Path) -> None:
     python, site = make_environment(tmp_path / "venv")
     before = {path for path in (tmp_path / "venv").rglob("*") if "__pycache__" not in path.parts}

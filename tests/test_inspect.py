@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,9 @@ import pytest
 
 from dtt_plugin import cli
 from dtt_plugin.bake import MANIFEST, altered_since, is_defended_checkpoint, read_manifest
-from dtt_plugin.tensor_files import write_safetensors
-from dtt_plugin.tokens import save_adapter, save_tokens, save_upstream_json
+from dtt_plugin.bake.manifest import fingerprint
+from dtt_plugin.checkpoint.tensors import write_safetensors
+from dtt_plugin.tokens.files import save_adapter, save_tokens, save_upstream_json
 from tests.bake_helpers import random_tokens, tiny
 
 
@@ -38,7 +42,7 @@ def test_bake_then_inspect_then_alter(files: Path, capsys: pytest.CaptureFixture
     code, found = run(capsys, "inspect", out)
     assert code == 0
     assert found["what"] == "defended checkpoint"
-    assert (found["base_model"], found["method"], found["k"]) == (str(files / "base"), "random", 5)
+    assert (found["base_model"], found["method"], found["k"]) == ("base", "random", 5)
     assert (found["default"], found["altered"], found["verified_when_baked"]) == ("on", "", True)
     assert found["tokens_sha256"] == random_tokens(32).digest
     (out / "chat_template.jinja").write_text("{{ messages }}")
@@ -130,7 +134,7 @@ def test_token_files_alignments_and_models_are_told_apart(files: Path, capsys: p
     assert np.allclose(found["norms"], np.linalg.norm(random_tokens(32).rows, axis=1), rtol=1e-5)
     save_upstream_json(files / "published.json", {"a": np.ones((5, 8), np.float32), "b": np.ones((2, 4), np.float32)})
     found = run(capsys, "inspect", files / "published.json")[1]
-    assert (found["models"], found["b"][:5]) == (2, "2 x 4")
+    assert (found["models"], found["tokens"]["b"][:5]) == (2, "2 x 4")
     assert run(capsys, "inspect", files / "published.json", "--tokens-model", "a")[1]["norms"][0] == 8**0.5
     metadata = {"format": "dtt.alignment/1", "source_model": "s", "residual": "0.25"}
     write_safetensors(files / "w.safetensors", {"W": np.ones((4, 6), np.float32)}, metadata)
@@ -152,7 +156,7 @@ def test_cache_lists_and_prunes(
     for seed in (1, 2):
         bake_cached(str(files / "base"), random_tokens(32, seed=seed))
     listed = run(capsys, "cache", "list")[1]
-    assert [row["base_model"] for row in listed["entries"]] == [str(files / "base")] * 2
+    assert [row["base_model"] for row in listed["entries"]] == ["base"] * 2
     assert listed["disk_bytes"] > 0
     assert len(run(capsys, "cache", "prune", "--keep", "1")[1]["removed"]) == 1
     damaged = bake_cached(str(files / "base"), random_tokens(32, seed=3))
@@ -165,3 +169,167 @@ def test_cache_lists_and_prunes(
     assert run(capsys, "cache", "prune", "--older-than", "1")[1]["removed"] == []
     assert len(run(capsys, "cache", "prune")[1]["removed"]) == 1
     assert run(capsys, "cache", "prune", "--keep", "-1")[0] == 2
+
+
+@pytest.fixture(scope="module")
+def baked_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from dtt_plugin.bake import bake
+
+    folder = tmp_path_factory.mktemp("once")
+    bake(str(tiny(folder / "base", shards=2)), random_tokens(32), folder / "baked")
+    return folder / "baked"
+
+
+@pytest.fixture
+def baked(baked_once: Path, tmp_path: Path) -> Path:
+    shutil.copytree(baked_once, tmp_path / "baked")
+    return tmp_path / "baked"
+
+
+def below(put: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    """Put something into a new folder."""
+
+    def make_folder_and_put(path: Path) -> None:
+        path.parent.mkdir()
+        put(path)
+
+    return make_folder_and_put
+
+
+def add_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+
+
+ADDED: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "a link to a folder": ("additional_chat_templates", lambda path: path.symlink_to(path.parent.parent)),
+    "a link to a file": ("x.jinja", lambda path: path.symlink_to(path.parent / "config.json")),
+    "a dangling link": ("additional_chat_templates", lambda path: path.symlink_to("/none/at/all")),
+    "a link to itself": ("loop", lambda path: path.symlink_to("loop")),
+    "a pipe": ("tokenizer.model", os.mkfifo),
+    "a socket": ("s", add_socket),
+    "an empty folder": ("empty/", lambda path: path.mkdir()),
+    "a manifest below": ("sub/dtt_checkpoint.json", below(lambda path: path.write_text("{}"))),
+    "a hidden file": (".hidden/.x", below(lambda path: path.write_text(""))),
+    "a link in a folder": ("sub/link", below(lambda path: path.symlink_to("/"))),
+    "a pipe among the weights": ("zz.safetensors", os.mkfifo),
+}
+
+
+@pytest.mark.parametrize("what", ADDED)
+def test_whatever_was_added_is_found(what: str, baked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "inspect", baked)[0] == 0
+    name, add = ADDED[what]
+    add(baked / name)
+    code, found = run(capsys, "inspect", baked)
+    assert (code, found["altered"]) == (1, f"{name} was added")
+
+
+def test_something_else_in_a_files_place_is_a_change(baked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, put in (("README.md", os.mkfifo), ("tokenizer.json", os.mkdir)):
+        (baked / name).unlink()
+        put(baked / name)
+    (baked / "generation_config.json").unlink()
+    (baked / "generation_config.json").symlink_to("/none/at/all")
+    code, found = run(capsys, "inspect", baked)
+    assert code == 1
+    assert "README.md was changed" in found["altered"]
+    assert "tokenizer.json is missing" in found["altered"]
+    assert "tokenizer.json/ was added" in found["altered"]
+    assert "generation_config.json is missing" in found["altered"]
+
+
+INDEX = "model.safetensors.index.json"
+ODD_INDICES: tuple[Any, ...] = (
+    {}, {"weight_map": None}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": {"x": 1}},
+    {"weight_map": {"x": []}},
+    {"weight_map": {"x": "none.safetensors"}}, {"weight_map": {"x": "a\0b"}}, {"weight_map": {"x": "y" * 300}}, [],
+    {"weight_map": {"x": "../base/model-00001-of-00002.safetensors"}}, {"weight_map": {"x": "/etc/passwd"}},
+    {"weight_map": {"x": "config.json"}},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("consistent", [True, False])
+def test_an_odd_index_is_one_sentence_and_not_followed(
+    consistent: bool, baked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in ODD_INDICES:
+        (baked / INDEX).write_text(json.dumps(index))
+        if consistent:
+            manifest = json.loads((baked / MANIFEST).read_text())
+            manifest["files"][INDEX] = fingerprint(baked / INDEX)
+            (baked / MANIFEST).write_text(json.dumps(manifest))
+        code, found = run(capsys, "inspect", baked)
+        if consistent:
+            assert (code, found.count("\n")) == (2, 1), index
+            assert found.startswith("dtt inspect: ")
+            assert "passwd is" not in found
+        else:
+            assert (code, found["altered"]) == (1, f"{INDEX} was changed")
+
+
+def test_the_default_is_read_from_the_template(baked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = json.loads((baked / MANIFEST).read_text())
+    (baked / MANIFEST).write_text(json.dumps(manifest | {"default_on": False}))
+    code, found = run(capsys, "inspect", baked)
+    assert (code, found["default"]) == (1, "on")
+    assert found["altered"] == f"{MANIFEST} says that the default is off, the chat templates say: on"
+    template = baked / "chat_template.jinja"
+    template.write_text("{# #}" + template.read_text())
+    manifest["files"][template.name] = fingerprint(template)
+    (baked / MANIFEST).write_text(json.dumps(manifest))
+    code, found = run(capsys, "inspect", baked)
+    assert code == 1
+    assert "unknown" in found["default"]
+
+
+def test_files_that_were_only_sampled_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dtt_plugin.bake import bake, manifest
+
+    base = tiny(tmp_path / "base", shards=2)
+    monkeypatch.setattr(manifest, "_SMALL", 16_000)
+    monkeypatch.setattr(manifest, "_SAMPLE_BYTES", 16)
+    bake(str(base), random_tokens(32), tmp_path / "baked")
+    code, found = run(capsys, "inspect", tmp_path / "baked")
+    large = sorted(path.name for path in (tmp_path / "baked").iterdir() if path.stat().st_size > 16_000)
+    assert large
+    assert (code, found["only_sampled"]) == (0, large)
+    assert "bake the base model again" in found["note"]
+
+
+def test_what_a_file_says_can_not_pass_for_what_was_found(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = {"what": "defended checkpoint", "k": "99", "altered": "yes", "norms": "0", "licence": "MIT", "a\nk": "7"}
+    hostile = "owner/model\x1b]0;PWNED\x07\x1b[2J\x9b2J\nk  99\r\u202e\u200b\U000e0041"
+    tokens = replace(random_tokens(32), model=hostile, metadata={**said, "\x1b[8mnote": hostile})
+    save_tokens(files / "spoofed.safetensors", tokens)
+    code, found = run(capsys, "inspect", files / "spoofed.safetensors")
+    assert (code, found["what"], found["k"], len(found["norms"])) == (0, "token file", 5, 5)
+    assert (found["licence"], "altered" in found) == ("none known", False)
+    assert found["metadata"]["altered"] == "yes"
+    assert cli.main(["inspect", str(files / "spoofed.safetensors"), "--json"]) == 0
+    shown = capsys.readouterr().out
+    assert not set(shown) & {"\x1b", "\x07", "\r", "\x9b", "\u202e", "\u200b", "\U000e0041"}
+    assert json.loads(shown)["metadata"]["\x1b[8mnote"] == hostile
+    for command in (
+        ("inspect", files / "spoofed.safetensors"),
+        ("transfer", files / "spoofed.safetensors", "--method", "copy", "--target-model", "a/b", "-o", files / "o"),
+        ("convert", files / "spoofed.safetensors", files / "o.json"),
+        ("inspect", files / "o.json"),
+    ):
+        assert cli.main([*map(str, command)]) == 0
+        shown = capsys.readouterr().out
+        assert not set(shown) & {"\x1b", "\x07", "\r", "\u202e", "\u200b", "\U000e0041"}, command
+        assert not any(line.startswith("k  99") for line in shown.splitlines())
+    assert cli.main(["inspect", str(files / "spoofed.safetensors"), "--tokens-model", hostile + "?"]) == 2
+    shown = capsys.readouterr().err
+    assert (shown.count("\n"), "\x1b" in shown) == (1, False)
+
+
+def test_published_names_can_not_pass_for_facts(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("what", "models", "altered", "\x1b[2J")
+    save_upstream_json(files / "p.json", dict.fromkeys(names, np.ones((1, 2), np.float32)))
+    code, found = run(capsys, "inspect", files / "p.json")
+    assert (code, found["what"], found["models"]) == (0, "published tokens", 4)
+    assert set(found["tokens"]) == set(names)

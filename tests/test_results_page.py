@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.results.page import write_page
-from dtt_plugin.tokens import DefensiveTokens, save_tokens
+from dtt_plugin.tokens.files import DefensiveTokens, save_tokens
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -28,7 +28,7 @@ from typing import Any
 
 from benchmarks.results import plan
 from benchmarks.results.plan import MODEL, NATIVE, SIBLING, TWIN
-from dtt_plugin.data import data_folder
+from dtt_plugin.data.records import data_folder
 from dtt_plugin.errors import DttError
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,8 @@ def train(name: str, model: str, data: Path, *more: str, init: str = "random") -
 
 def sweep(name: str, grid: list[dict[str, Any]], *, limit: int | None = None) -> None:
     """Run a grid into `NAME/`; cells that are finished are not run again."""
-    from dtt_plugin.sweep import read_sweep, run_sweep
+    from dtt_plugin.sweep.file import read_sweep
+    from dtt_plugin.sweep.run import run_sweep
 
     file = Path(f"{name}.json")  # JSON is YAML
     content: dict[str, Any] = {"engine": "dtt_vllm", "model_args": plan.ENGINE, "grid": grid}
@@ -90,7 +91,7 @@ def moved(source: str, tokens: str, *methods: str) -> list[dict[str, Any]]:
 
 
 def make_twin() -> None:
-    from dtt_plugin.twin import write_twin
+    from dtt_plugin.transfer.twin import write_twin
 
     if not Path(TWIN).exists():
         write_twin(MODEL, Path(TWIN), seed=1, dtype="float32")

@@ -19,9 +19,9 @@ def log_likelihoods(model_name: str, tokens_file: str | None, n_records: int) ->
     """Return per record the mean log-likelihood of a reference token, nats."""
     import torch
 
-    from dtt_plugin.data import RECORDS_FILE, data_file, load_records
-    from dtt_plugin.formats import MODEL_FORMAT
-    from dtt_plugin.tokens import load_tokens
+    from dtt_plugin.data.records import RECORDS_FILE, data_file, load_records
+    from dtt_plugin.prompt.formats import MODEL_FORMAT
+    from dtt_plugin.tokens.files import load_tokens
     from dtt_plugin.training.chat_model import load_chat_model
     from dtt_plugin.training.soft_prompt import Example, SoftPrompt
 

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.results import plan
-from dtt_plugin.data import data_folder
+from dtt_plugin.data.records import data_folder
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import sha256_file
+from dtt_plugin.files.digests import sha256_file
 
 RELEASE = "bigbench-1.0.0.tar.gz"
 RELEASE_SHA256 = "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"

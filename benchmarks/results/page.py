@@ -13,7 +13,8 @@ import numpy as np
 
 from benchmarks.alignment import machine
 from benchmarks.results import plan
-from dtt_plugin.files import replacing, sha256_file
+from dtt_plugin.files.digests import sha256_file
+from dtt_plugin.files.replacing import replacing
 from dtt_plugin.leaderboard import statistics, tables
 from dtt_plugin.leaderboard.comparison import build
 from dtt_plugin.leaderboard.curves import FORMAT, read_curve
@@ -21,7 +22,7 @@ from dtt_plugin.leaderboard.figures import write_figures
 from dtt_plugin.leaderboard.flips import flips
 from dtt_plugin.leaderboard.page import write_report
 from dtt_plugin.leaderboard.runs import Run, read_runs
-from dtt_plugin.tokens import load_tokens
+from dtt_plugin.tokens.files import load_tokens
 
 Points = dict[str, dict[int, dict[str, Any]]]
 """Per start, per step: the worst attack's rate, as `statistics.rate` gives it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import codecs
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtt_plugin.alignment.options import AlignmentOptions
+from dtt_plugin.checkpoint.tensors import TensorLocation
+from dtt_plugin.checkpoint.vocabulary import Vocabulary
 from dtt_plugin.errors import DttError
-from dtt_plugin.tensor_files import TensorLocation
-from dtt_plugin.vocabulary import Vocabulary
+from dtt_plugin.files.reading import parse_json, read_bytes
 
 Rows = NDArray[np.int64]
 
@@ -105,8 +106,11 @@ def _by_row_number(source: TensorLocation, target: TensorLocation) -> Rows:
 def _rows_of_file(path: Path, source: Vocabulary) -> Rows:
     """Return the source's rows of the tokens that an anchors file lists."""
     try:
-        text = path.read_text(encoding="utf-8")
-        tokens = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+        content = read_bytes(path)
+        is_json = content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        tokens = parse_json(content) if is_json else content.decode("utf-8-sig").splitlines()
+    except DttError:
+        raise
     except OSError as error:
         raise DttError(f"{path} can't be read: {error.strerror}.") from error
     except ValueError as error:

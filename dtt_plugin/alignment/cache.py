@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -16,15 +15,14 @@ from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from dtt_plugin import paths
 from dtt_plugin.alignment.result import Alignment, load_alignment, save_alignment
+from dtt_plugin.checkpoint.state import DigestNotes
+from dtt_plugin.checkpoint.tensors import TensorLocation
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import replacing, sha256_json
-from dtt_plugin.tensor_files import TensorLocation
+from dtt_plugin.files.replacing import keep_newest
 
 # An alignment of 4096 dimensions has 134 MB: the oldest make room.
 MOST_ENTRIES = 16
 _BLOCK_NBYTES = 2**24
-# A file written within this time may be written again without a visible change of its time stamp.
-_SETTLED_SECONDS = 2.0
 
 
 def cache_folder() -> Path:
@@ -70,31 +68,22 @@ class AlignmentCache:
 
     def digest(self, location: TensorLocation, advance: Callable[[int], object] = int) -> str:
         """Return the digest of the tensor, from a note where its file has not changed since."""
-        note = self.folder / "digests" / self._identity(location)
-        try:
-            known = note.read_text(encoding="ascii").strip()
-        except OSError:
-            known = ""
-        if len(known) == 64:
-            return known
-        digest = matrix_digest(location, advance)
-        if time.time() - location.file.stat().st_mtime > _SETTLED_SECONDS:
-            with replacing(note) as temporary:
-                temporary.write_text(digest + "\n", encoding="ascii")
-        return digest
+        notes, part = DigestNotes(self.folder / "digests"), [location.offset, location.nbytes]
+        return notes.digest(location.file, lambda: matrix_digest(location, advance), part)
 
-    @staticmethod
-    def _identity(location: TensorLocation) -> str:
-        """Name what would have to change for the tensor's bytes to change."""
-        file = location.file.resolve()
-        stat = file.stat()
-        return sha256_json(
-            {
-                "file": [str(file), stat.st_dev, stat.st_ino, stat.st_size],
-                "times": [stat.st_mtime_ns, stat.st_ctime_ns],
-                "part": [location.offset, location.nbytes],
-            }
-        )
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        """Say in one sentence what to do where the cache can't be written."""
+        try:
+            yield
+        except (OSError, DttError) as error:
+            reason = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(reason, OSError):
+                raise
+            raise DttError(
+                f"The cache folder {self.folder} can't be written ({reason.strerror or reason}); set DTT_CACHE_DIR "
+                "to one that can, or use --no-cache."
+            ) from error
 
     @contextmanager
     def locked(self, keys: Sequence[str]) -> Iterator[None]:
@@ -106,16 +95,11 @@ class AlignmentCache:
         from filelock import FileLock
 
         with ExitStack() as stack:
-            try:
+            with self._written():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 # In one order everywhere, so that two processes never wait for each other.
                 for key in sorted(set(keys)):
                     stack.enter_context(FileLock(self.folder / f"{key}.lock"))
-            except OSError as error:
-                raise DttError(
-                    f"The cache folder {self.folder} can't be written ({error.strerror}); set DTT_CACHE_DIR "
-                    "to one that can, or use --no-cache."
-                ) from error
             yield
 
     def load(self, key: str) -> Alignment | None:
@@ -131,18 +115,14 @@ class AlignmentCache:
         return alignment
 
     def store(self, key: str, alignment: Alignment) -> None:
-        """Keep `alignment` under `key`, and drop the least recently used beyond `MOST_ENTRIES`."""
-        save_alignment(self._path(key), alignment, with_costs=True)
-        entries = sorted(self.folder.glob("*.safetensors"), key=_used, reverse=True)
-        for entry in entries[MOST_ENTRIES:]:
-            entry.unlink(missing_ok=True)
+        """Keep `alignment` under `key`, and drop the least recently used beyond `MOST_ENTRIES`.
+
+        Raises:
+            DttError: the cache folder can't be written.
+        """
+        with self._written():
+            save_alignment(self._path(key), alignment, with_costs=True)
+            keep_newest(self.folder, "*.safetensors", MOST_ENTRIES)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
-
-
-def _used(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:  # another process dropped it
-        return 0.0

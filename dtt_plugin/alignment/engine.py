@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -18,11 +19,15 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dtt_plugin.alignment.workers import Workers
 from dtt_plugin.errors import DttError
 
 Matrix = NDArray[np.float64]
 # Below this many multiplications float64 products cost less than deciding against them.
 SMALL_PRODUCT = 2**36
+# Reflections of an eigenproblem that are applied at once, and to how many rows.
+_REFLECTIONS = 128
+_ROWS_AT_ONCE = 256
 
 
 class Eigh(NamedTuple):
@@ -78,9 +83,10 @@ class Engine(Protocol):
 class NumpyEngine:
     """numpy and SciPy; the products of blocks in `work_dtype`."""
 
-    def __init__(self, work_dtype: Any = np.float32) -> None:
+    def __init__(self, work_dtype: Any = np.float32, workers: Workers | None = None) -> None:
         self.work_dtype = np.dtype(work_dtype)
         self.name = f"numpy {self.work_dtype.name}"
+        self.workers = workers or Workers()
 
     def float_block(self, raw: NDArray[Any]) -> NDArray[Any]:
         """Convert a block; bfloat16 is the upper half of a float32, so a shift does it."""
@@ -92,21 +98,80 @@ class NumpyEngine:
 
     def cross(self, d_s: int, d_t: int) -> Cross:
         """Return an empty sum of products."""
-        return _NumpyCross(d_s, d_t, self.work_dtype)
+        return _NumpyCross(self.workers, d_s, d_t, self.work_dtype)
 
     def matmul(self, a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
         """Return a @ b."""
-        product: NDArray[Any] = a @ b
+        product = np.empty((len(a), b.shape[1]), np.result_type(a, b))
+        self.workers.over_strips(len(a), lambda strip: np.matmul(a[strip], b, out=product[strip]))
         return product
 
     def gram(self, a: Matrix) -> Matrix:
-        """Return a^T a; numpy computes one triangle and mirrors it."""
-        product: Matrix = a.T @ a
+        """Return a^T a; the lower triangle is computed and mirrored."""
+        n = a.shape[1]
+        product: Matrix = np.empty((n, n))
+
+        def strip_of_rows(from_the_end: slice) -> None:
+            # The last rows are the longest, and so the first to be done.
+            start, stop = n - from_the_end.stop, n - from_the_end.start
+            rows = product[start:stop, :stop]
+            np.matmul(a[:, start:stop].T, a[:, :stop], out=rows)
+            corner = rows[:, start:]
+            corner[:] = np.tril(corner) + np.tril(corner, -1).T
+            product[:start, start:stop] = rows[:, :start].T
+
+        self.workers.over_strips(n, strip_of_rows)
         return product
 
     def eigh(self, a: Matrix) -> Eigh:
-        """Divide and conquer, in place where possible."""
-        return Eigh(*np.linalg.eigh(a))
+        """Tridiagonalise, divide and conquer, transform back: LAPACK's three steps.
+
+        The first two have little to share between threads: half of the first is memory traffic. The third is
+        as much arithmetic as both, and LAPACK does it in blocks too small for full speed.
+        """
+        from scipy.linalg import lapack
+
+        n = len(a)
+        if n < 3:
+            return Eigh(*np.linalg.eigh(a))
+        # The transpose of a symmetric matrix is the same matrix, in the order that LAPACK overwrites.
+        lwork = int(lapack.dsytrd_lwork(n, lower=1)[0])
+        reduced, diagonal, beside, tau, _ = lapack.dsytrd(a.T, lower=1, lwork=lwork, overwrite_a=1)
+        values, vectors, failed = lapack.dstevd(diagonal, beside)
+        if failed:
+            raise DttError("The eigenvalues of the cross-covariance did not converge; check the embeddings.")
+        self._reflect(reduced, tau, vectors.T)
+        return Eigh(values, vectors)
+
+    def _reflect(self, reduced: Matrix, tau: Matrix, rows: Matrix) -> None:
+        """Apply dsytrd's reflections to `rows` (n, n), in place: row x becomes x Q^T, Q = H_0 H_1 ... H_(n-2).
+
+        H_i = I - tau_i v_i v_i^T, where v_i is 0 up to i, 1 at i + 1, and stands in column i of `reduced` below.
+        A block of them is I - V T V^T with an upper triangular T (Schreiber and Van Loan 1989).
+        """
+        blocks = []
+        for first in range(0, len(tau), _REFLECTIONS):
+            last = min(first + _REFLECTIONS, len(tau))
+            V = reduced[first + 1 :, first:last]  # (n - first - 1, last - first)
+            head = V[: last - first]
+            head[:] = np.tril(head, -1)
+            head.flat[:: len(head) + 1] = 1
+            overlap = V.T @ V
+            T = np.zeros_like(overlap)
+            for i, factor in enumerate(tau[first:last]):
+                T[:i, i] = -factor * (T[:i, :i] @ overlap[:i, i])
+                T[i, i] = factor
+            blocks.append((V, T))
+
+        def strip_of_rows(strip: slice) -> None:
+            # Few at a time, which keeps the products small beside the matrix.
+            for start in range(strip.start, strip.stop, _ROWS_AT_ONCE):
+                few = rows[start : min(start + _ROWS_AT_ONCE, strip.stop)]
+                for V, T in reversed(blocks):
+                    part = few[:, -len(V) :]
+                    part -= ((part @ V) @ T.T) @ V.T
+
+        self.workers.over_strips(len(rows), strip_of_rows)
 
     def svd(self, a: Matrix) -> Svd:
         """Divide and conquer; SciPy falls back on nothing, so failure is said."""
@@ -119,16 +184,32 @@ class NumpyEngine:
 
 
 class _NumpyCross:
-    def __init__(self, d_s: int, d_t: int, work_dtype: np.dtype[Any]) -> None:
+    """Strips of the sum, each added to by whoever is free, block after block; no block waits for a whole other one."""
+
+    def __init__(self, workers: Workers, d_s: int, d_t: int, work_dtype: np.dtype[Any]) -> None:
+        self._workers = workers
         self._sum = np.zeros((d_s, d_t))
         self._product = np.empty((d_s, d_t), work_dtype)
+        self._earlier: list[Future[None]] = []
+        self._latest: list[Future[None]] = []
 
     def add(self, x: NDArray[Any], y: NDArray[Any], *, bfloat16: bool) -> None:
-        np.matmul(x.T, y, out=self._product)
-        self._sum += self._product
+        def strip_of_rows(strip: slice) -> None:
+            np.matmul(x.T[strip], y, out=self._product[strip])
+            self._sum[strip] += self._product[strip]
+
+        self._earlier, self._latest = self._latest, self._workers.after(self._latest, len(self._sum), strip_of_rows)
+        # Two blocks at most are in memory for this.
+        _finish(self._earlier)
 
     def total(self) -> Matrix:
+        _finish(self._latest)
         return self._sum
+
+
+def _finish(tasks: list[Future[None]]) -> None:
+    for task in tasks:
+        task.result()
 
 
 class TorchEngine(NumpyEngine):
@@ -137,28 +218,21 @@ class TorchEngine(NumpyEngine):
     def __init__(self, device: str = "cpu") -> None:
         import torch
 
-        super().__init__(np.float32)
+        super().__init__(np.float32, Workers(self._one_thread))
         self._torch = torch
         self.device = device
         self.name = f"torch {device} float32"
 
-    def float_block(self, raw: NDArray[Any]) -> NDArray[Any]:
-        """Convert a block with all cores, into numpy's memory, which comes in large pages."""
-        if raw.dtype.name != "bfloat16":
-            return super().float_block(raw)
-        out = np.empty(raw.shape, np.float32)
-        stored = self._torch.from_numpy(raw.view(np.int16)).view(self._torch.bfloat16)
-        self._torch.from_numpy(out).copy_(stored)
-        return out
-
     def cross(self, d_s: int, d_t: int) -> Cross:
         """Return an empty sum of products on the device."""
         if self.device == "cpu":
-            return _TorchCpuCross(self._torch, d_s, d_t)
+            return _TorchCpuCross(self._torch, self.workers, d_s, d_t)
         return _TorchDeviceCross(self._torch, self.device, d_s, d_t)
 
     def eigh(self, a: Matrix) -> Eigh:
-        """Divide and conquer of MKL or cuSOLVER."""
+        """Divide and conquer of cuSOLVER."""
+        if self.device == "cpu":
+            return super().eigh(a)
         values, vectors = self._torch.linalg.eigh(self._to(a))
         return Eigh(self._from(values), self._from(vectors))
 
@@ -181,6 +255,13 @@ class TorchEngine(NumpyEngine):
             return super().svd(a)
         return Svd(*map(self._from, self._torch.linalg.svd(self._to(a), full_matrices=False)))
 
+    def _one_thread(self) -> None:
+        """Keep torch from starting threads for the thread that calls this."""
+        from threadpoolctl import threadpool_limits
+
+        self._torch.get_num_threads()  # torch sets its number with the first call in a thread
+        threadpool_limits(1, "openmp")
+
     def _to(self, a: NDArray[Any]) -> Any:
         return self._torch.from_numpy(np.ascontiguousarray(a)).to(self.device)
 
@@ -190,16 +271,21 @@ class TorchEngine(NumpyEngine):
 
 
 class _TorchCpuCross(_NumpyCross):
-    """Products by torch, on numpy's memory; numpy adds a float32 matrix to a float64 one faster."""
+    """Products by torch; numpy adds a float32 matrix to a float64 one faster."""
 
-    def __init__(self, torch: Any, d_s: int, d_t: int) -> None:
-        super().__init__(d_s, d_t, np.dtype(np.float32))
+    def __init__(self, torch: Any, workers: Workers, d_s: int, d_t: int) -> None:
+        super().__init__(workers, d_s, d_t, np.dtype(np.float32))
         self._torch, self._out = torch, torch.from_numpy(self._product)
 
     def add(self, x: NDArray[Any], y: NDArray[Any], *, bfloat16: bool) -> None:
+        source, target = self._torch.from_numpy(x).T, self._torch.from_numpy(y)
+
+        def strip_of_rows(strip: slice) -> None:
+            self._torch.mm(source[strip], target, out=self._out[strip])
+            self._sum[strip] += self._product[strip]
+
         with _float32_products(self._torch, bfloat16=bfloat16):
-            self._torch.mm(self._torch.from_numpy(x).T, self._torch.from_numpy(y), out=self._out)
-        self._sum += self._product
+            self._workers.over_strips(len(self._sum), strip_of_rows)
 
 
 class _TorchDeviceCross:

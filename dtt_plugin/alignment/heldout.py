@@ -64,11 +64,11 @@ def hold_out(M: Matrix, polar: Polar, x: NDArray[Any], y: NDArray[Any], engine: 
     predicted = targets = None
     fit: Literal["exact", "first-order"] = "first-order"
     if polar.vectors is not None and M.shape[0] == M.shape[1] > _EXACT_UP_TO:
-        predicted, targets = _first_order(polar, polar.vectors, x32, y32)
+        predicted, targets = _first_order(polar, polar.vectors, x32, y32, engine)
     if predicted is None or targets is None:
         fit = "exact"
-        left = M - np.asarray(x, np.float64).T @ np.asarray(y, np.float64)
-        predicted, targets = x32 @ polar_factor(left, engine).W.astype(np.float32), y32
+        left = M - engine.matmul(np.asarray(x, np.float64).T, np.asarray(y, np.float64))
+        predicted, targets = engine.matmul(x32, polar_factor(left, engine).W.astype(np.float32)), y32
     lengths = np.linalg.norm(x32, axis=1)
     retained = np.linalg.norm(predicted, axis=1)[lengths > 0] / lengths[lengths > 0]
     # Turning the predictions once more turns the map: the null needs no map of its own.
@@ -83,7 +83,7 @@ def hold_out(M: Matrix, polar: Polar, x: NDArray[Any], y: NDArray[Any], engine: 
 
 
 def _first_order(
-    polar: Polar, V: NDArray[np.float32], x: NDArray[np.float32], y: NDArray[np.float32]
+    polar: Polar, V: NDArray[np.float32], x: NDArray[np.float32], y: NDArray[np.float32], engine: Engine
 ) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
     """Take the held-out rows' share E = x^T y out of the polar factor of M, to first order.
 
@@ -97,9 +97,9 @@ def _first_order(
     """
     from scipy import linalg
 
-    a = (x @ polar.W.astype(np.float32)) @ V  # (n, d)
-    b = y @ V  # (n, d)
-    K = a.T @ b  # V^T W^T E V: (d, d)
+    a = engine.matmul(engine.matmul(x, polar.W.astype(np.float32)), V)  # (n, d)
+    b = engine.matmul(y, V)  # (n, d)
+    K = engine.matmul(a.T, b)  # V^T W^T E V: (d, d)
     p = polar.singular_values.astype(np.float32) - np.diagonal(K)
     if p.min() <= 0:
         return None, None
@@ -111,7 +111,7 @@ def _first_order(
     # a (I + K/2) (I - K/2)^-1, and I - K/2 is the transpose of I + K/2.
     K *= 0.5
     K.flat[:: len(K) + 1] += 1
-    turned = a @ K
+    turned = engine.matmul(a, K)
     # SciPy's, because numpy's solvers convert to float64; the transpose is in the order that needs no copy.
     factors = linalg.lu_factor(K.T, overwrite_a=True, check_finite=False)
     return linalg.lu_solve(factors, turned.T, trans=1, overwrite_b=True, check_finite=False).T, b

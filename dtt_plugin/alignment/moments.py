@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +14,14 @@ from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 from dtt_plugin.alignment.anchors import Anchors, Rows
 from dtt_plugin.alignment.engine import Cross, Engine, Matrix
 from dtt_plugin.alignment.options import AlignmentOptions
+from dtt_plugin.checkpoint.tensors import TensorLocation
+from dtt_plugin.checkpoint.vocabulary import Vocabulary
 from dtt_plugin.errors import DttError
-from dtt_plugin.tensor_files import TensorLocation
-from dtt_plugin.vocabulary import Vocabulary
 
 # Numbers per block and matrix: large enough for full speed, small beside M.
 _BLOCK = 2**24
 _FEWEST_ROWS = 256
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -92,62 +93,83 @@ def measure(
     sums = [_Sums(engine.cross(d_s, width)) for width in widths]
     union = np.unique(np.concatenate([anchors.source_rows for _, anchors in targets]))
     block = max(_FEWEST_ROWS, _BLOCK // max(d_s, *widths))
-    with tqdm(total=len(union), unit="row", desc="aligning", delay=2, disable=not progress) as bar:
-        for rows, x_raw, parts in _blocks(source, targets, union, block):
-            for total, (side, _), (x_rows, part, y_raw, y_rows, held) in zip(sums, targets, parts, strict=True):
-                if not len(x_rows):
-                    continue
-                x_part = x_raw if len(part) == len(x_raw) else x_raw[part]
-                x, x_squares = _prepared(x_part, x_rows, source, options, engine)
-                y, y_squares = _prepared(y_raw, y_rows, side, options, engine)
-                exact = options.weight == "none" and x_raw.dtype == y_raw.dtype and x_raw.dtype.name == "bfloat16"
-                total.cross.add(x, y, bfloat16=exact)
-                total.source_square += float(x_squares.sum())
-                total.target_square += float(y_squares.sum())
-                if options.center:
-                    total.source_sum = total.source_sum + x.sum(axis=0, dtype=np.float64)
-                    total.target_sum = total.target_sum + y.sum(axis=0, dtype=np.float64)
-                total.held_source.append(x[held])
-                total.held_target.append(y[held])
-            bar.update(len(rows))
+    n_rows = sum(len(anchors.source_rows) for _, anchors in targets)
+    with tqdm(total=n_rows, unit="row", desc="aligning", delay=2, disable=not progress) as bar:
+        for index, x, y in _one_ahead(_blocks(source, targets, union, block, options, engine)):
+            total = sums[index]
+            total.cross.add(x.values, y.values, bfloat16=x.bfloat16 and y.bfloat16)
+            total.source_square += float(x.squares.sum())
+            total.target_square += float(y.squares.sum())
+            if options.center:
+                total.source_sum = total.source_sum + x.values.sum(axis=0, dtype=np.float64)
+                total.target_sum = total.target_sum + y.values.sum(axis=0, dtype=np.float64)
+            total.held_source.append(x.values[x.held_out])
+            total.held_target.append(y.values[x.held_out])
+            bar.update(len(x.values))
     return [
         _finished(total, len(anchors.source_rows), source, side, options)
         for total, (side, anchors) in zip(sums, targets, strict=True)
     ]
 
 
-_Part = tuple[Rows, Rows, NDArray[Any], Rows, NDArray[np.bool_]]
+@dataclass(frozen=True)
+class _Block:
+    """Rows of one side as they enter the sums."""
+
+    values: NDArray[Any]
+    """(b, d), in the engine's work type."""
+    squares: Matrix
+    """(b,): squared lengths."""
+    bfloat16: bool
+    """Whether all values are bfloat16 numbers."""
+    held_out: NDArray[np.bool_]
+    """(b,)"""
 
 
 def _blocks(
-    source: Side, targets: Sequence[tuple[Side, Anchors]], union: Rows, block: int
-) -> Iterator[tuple[Rows, NDArray[Any], list[_Part]]]:
-    """Yield blocks of source rows with every target's part of them, reading one block ahead."""
-
-    def read(start: int) -> tuple[Rows, NDArray[Any], list[_Part]]:
-        rows = union[start : start + block]
-        parts = []
-        for side, anchors in targets:
+    source: Side,
+    targets: Sequence[tuple[Side, Anchors]],
+    union: Rows,
+    block: int,
+    options: AlignmentOptions,
+    engine: Engine,
+) -> Iterator[tuple[int, _Block, _Block]]:
+    """Yield, block of source rows by block, every target's number with the rows of both sides that it shares."""
+    # Nothing is multiplied before the first block is there, so that one is short.
+    for rows in np.split(union, range(max(block // 4, 1), len(union), block)):
+        x_raw = source.embedding.read_rows_at(rows)
+        for index, (side, anchors) in enumerate(targets):
             first, last = np.searchsorted(anchors.source_rows, [rows[0], rows[-1] + 1])
             x_rows, y_rows = anchors.source_rows[first:last], anchors.target_rows[first:last]
-            y_raw = side.embedding.read_rows_at(y_rows)
-            parts.append((x_rows, np.searchsorted(rows, x_rows), y_raw, y_rows, anchors.held_out[first:last]))
-        return rows, source.embedding.read_rows_at(rows), parts
+            if not len(x_rows):
+                continue
+            x_part = x_raw if len(x_rows) == len(rows) else x_raw[np.searchsorted(rows, x_rows)]
+            y_raw, held = side.embedding.read_rows_at(y_rows), anchors.held_out[first:last]
+            yield (
+                index,
+                _prepared(x_part, x_rows, source, held, options, engine),
+                _prepared(y_raw, y_rows, side, held, options, engine),
+            )
 
+
+def _one_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
+    """Yield `items`, making the next one in another thread meanwhile."""
     with ThreadPoolExecutor(1, thread_name_prefix="dtt-read") as reader:
-        starts = range(0, len(union), block)
-        ahead = reader.submit(read, 0)
-        for start in starts:
-            current = ahead.result()
-            if start + block < len(union):
-                ahead = reader.submit(read, start + block)
+        ahead = reader.submit(next, items, None)
+        while (current := ahead.result()) is not None:
+            ahead = reader.submit(next, items, None)
             yield current
 
 
 def _prepared(
-    raw: NDArray[Any], rows: Rows, side: Side, options: AlignmentOptions, engine: Engine
-) -> tuple[NDArray[Any], Matrix]:
-    """Convert a block to the work type, check it, weight it; return it with its rows' squared lengths."""
+    raw: NDArray[Any],
+    rows: Rows,
+    side: Side,
+    held_out: NDArray[np.bool_],
+    options: AlignmentOptions,
+    engine: Engine,
+) -> _Block:
+    """Convert a block to the work type, check it and weight it."""
     values = engine.float_block(raw)
     with np.errstate(over="ignore", invalid="ignore"):
         # Float32 sums of squares come out too small by 1e-6, which the residual, a difference, would show.
@@ -158,7 +180,7 @@ def _prepared(
         lengths = np.sqrt(np.where(squares > 0, squares, 1))
         values = values / lengths.astype(values.dtype)[:, None]
         squares = (squares > 0).astype(np.float64)
-    return values, squares
+    return _Block(values, squares, raw.dtype.name == "bfloat16" and options.weight == "none", held_out)
 
 
 def _reject(raw: NDArray[Any], rows: Rows, side: Side, squares: NDArray[Any]) -> None:

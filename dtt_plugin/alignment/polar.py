@@ -17,7 +17,6 @@ WORST_CONDITION_FOR_EIGH = 1e5
 # What float32 products leave undetermined, relative to the largest singular value.
 RANK_TOLERANCE = 2.0**-24
 _ORTHOGONAL_ENOUGH = 2e-13
-_STEP_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -117,9 +116,7 @@ def _orthogonalise(W: Matrix, engine: Engine) -> float:
         half_defect: NDArray[Any] = defect.astype(dtype)
         half_defect *= 0.5
         del defect  # the peak of memory is here
-        for start in range(0, len(W), _STEP_ROWS):
-            rows = W[start : start + _STEP_ROWS]
-            rows -= engine.matmul(rows.astype(dtype), half_defect)
+        W -= engine.matmul(W.astype(dtype, copy=False), half_defect)
         del half_defect
         defect = _defect(W, engine)
         before, error = error, float(np.linalg.norm(defect))

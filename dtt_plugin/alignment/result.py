@@ -13,14 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtt_plugin.alignment.engine import Matrix
+from dtt_plugin.checkpoint.tensors import read_header, write_safetensors
 from dtt_plugin.costs import recorded_costs
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import replacing
-from dtt_plugin.tensor_files import read_header, write_safetensors
+from dtt_plugin.files.replacing import replacing
+from dtt_plugin.public_names import public_name, public_text
 
 FORMAT = "dtt.alignment/1"
+_WIDEST = 1 << 14
 # Repeated as metadata of their own, so that a reader needs no JSON for them.
-_PLAIN = (
+REPORTED = (
     "source_model",
     "target_model",
     "source_sha256",
@@ -97,17 +99,25 @@ def save_alignment(path: str | Path, alignment: Alignment, *, with_costs: bool =
     tensors: dict[str, Matrix] = {"W": alignment.W}
     if alignment.source_mean is not None and alignment.target_mean is not None:
         tensors["source_mean"], tensors["target_mean"] = alignment.source_mean, alignment.target_mean
-    report = alignment.report
+    report = _public(alignment.report)
     metadata: dict[str, str] = {
         "format": FORMAT,
         "report": json.dumps(report, sort_keys=True),
         "sha256": _digest(tensors),
     }
-    metadata |= {name: str(report[name]) for name in _PLAIN}
+    metadata |= {name: str(report[name]) for name in REPORTED}
     if with_costs:
         metadata |= {name: str(cost) for name, cost in alignment.costs.items()}
     with replacing(Path(path)) as temporary:
         write_safetensors(temporary, tensors, metadata)
+
+
+def _public(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the report without paths of this machine."""
+    models = {side: public_name(str(report[side])) for side in ("source_model", "target_model")}
+    options = report.get("options", {})
+    named = {name: public_text(value) if isinstance(value, str) else value for name, value in options.items()}
+    return report | models | ({"options": named} if "options" in report else {})
 
 
 def load_alignment(path: str | Path) -> Alignment:
@@ -126,6 +136,8 @@ def load_alignment(path: str | Path) -> Alignment:
     shapes = {"W": shape, "source_mean": shape[:1], "target_mean": shape[1:]}
     if len(shape) != 2 or any(t.dtype != "F64" or t.shape != shapes[name] for name, t in known.items()):
         raise DttError(f"{path}: W and the means don't have matching float64 shapes; the file is damaged.")
+    if max(shape) > _WIDEST:
+        raise DttError(f"{path}: W is {shape[0]} x {shape[1]}, wider than any model; the file is damaged.")
     tensors: dict[str, Matrix] = {name: location.read() for name, location in known.items()}
     if metadata.get("sha256") != _digest(tensors):
         raise DttError(f"{path}: the values don't match the digest in the file; make it again with `dtt align`.")
@@ -133,7 +145,7 @@ def load_alignment(path: str | Path) -> Alignment:
         report = json.loads(metadata["report"])
         means = tensors.get("source_mean"), tensors.get("target_mean")
         alignment = Alignment(tensors["W"], report, *means, costs=recorded_costs(metadata))
-        missing = [name for name in (*_PLAIN, "scale", "scale_applied") if name not in report]
+        missing = [name for name in (*REPORTED, "scale", "scale_applied") if name not in report]
     except (ValueError, TypeError) as error:
         raise DttError(f"{path}: its report is not readable; make it again with `dtt align`.") from error
     if missing:

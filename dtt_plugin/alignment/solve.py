@@ -20,15 +20,16 @@ from dtt_plugin.alignment.moments import Moments, Side, measure
 from dtt_plugin.alignment.options import AlignmentOptions
 from dtt_plugin.alignment.polar import Polar, polar_factor
 from dtt_plugin.alignment.result import Alignment
-from dtt_plugin.checkpoint import Checkpoint
+from dtt_plugin.alignment.workers import one_thread_per_call
+from dtt_plugin.checkpoint.opening import Checkpoint
+from dtt_plugin.checkpoint.vocabulary import load_vocabulary, vocabulary_digest
 from dtt_plugin.costs import peak_memory_mb
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import sha256_file, sha256_json
-from dtt_plugin.vocabulary import load_vocabulary, vocabulary_digest
+from dtt_plugin.files.digests import sha256_file, sha256_json
 
 _SLOW_WIDTH = 1500
 # Changes when the same input would give another alignment or another report.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def align_many(
     with cache.locked([job.key for job in jobs]) if cache else contextlib.nullcontext():
         found = [cache.load(job.key) if cache else None for job in jobs]
         todo = [job for job, alignment in zip(jobs, found, strict=True) if alignment is None]
-        solved = iter(_solve(source, todo, options, device, progress=progress))
+        with one_thread_per_call() if todo else contextlib.nullcontext():
+            solved = iter(_solve(source, todo, options, device, progress=progress))
         results = []
         for job, alignment in zip(jobs, found, strict=True):
             if alignment is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy as copying
 import json
+import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,33 +12,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtt_plugin.bake.manifest import (
-    card,
-    is_defended_checkpoint,
-    manifest_of,
-    write_manifest,
-)
+from dtt_plugin.bake.check_tokenizer import check_tokenizer
+from dtt_plugin.bake.manifest import card, manifest_of, write_manifest
 from dtt_plugin.bake.plan import BakePlan, make_plan
-from dtt_plugin.bake.staging import check_free, staged
-from dtt_plugin.bake.template import defended_templates
+from dtt_plugin.bake.template import defended_templates, unprotected_markers
 from dtt_plugin.bake.tokenizer import DEFAULT_TEMPLATE, TokenizerFiles
 from dtt_plugin.bake.verify import verify as verify_checkpoint
 from dtt_plugin.bake.weights import write_overlay, write_weights
-from dtt_plugin.checkpoint import Checkpoint, open_checkpoint
-from dtt_plugin.checkpoint_folder import read_json_table
+from dtt_plugin.checkpoint.defended import is_defended_checkpoint
+from dtt_plugin.checkpoint.folder import check_within, read_json_table
+from dtt_plugin.checkpoint.opening import Checkpoint, open_checkpoint
 from dtt_plugin.costs import peak_memory_mb, recorded_costs
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import sync
-from dtt_plugin.formats import check_format
-from dtt_plugin.tokens import DefensiveTokens
+from dtt_plugin.files.replacing import sync
+from dtt_plugin.files.staging import check_free, staged
+from dtt_plugin.prompt.formats import check_format
+from dtt_plugin.tokens.files import DefensiveTokens
 from dtt_plugin.vllm_plugin import CONFIG_KEY
 
 # Files that engines read besides weights and tokenizer; small, so they are copied.
 _CARRIED_ENDINGS = frozenset({".json", ".txt", ".model", ".py", ".tiktoken", ".jinja"})
 _CARRIED_NAMES = frozenset({"LICENSE", "LICENSE.md", "NOTICE", "USE_POLICY.md"})
 _LARGEST_CARRIED = 256 << 20
-# transformers' processors would take this older file's template instead of the defended one.
-_LEFT_OUT = frozenset({"chat_template.json"})
+# transformers' processors would take this older file's template instead of the defended one; where Mistral's own
+# files lie beside tokenizer.json, transformers and vLLM take these, which know no DefensiveTokens.
+_LEFT_OUT = re.compile(r"chat_template\.json|tekken\.json|params\.json|tokenizer\.model\.v.*|consolidated.*")
 # What transformers takes where a generation config has no `top_k`, so that there nothing changes.
 _TOP_K = 50
 
@@ -59,6 +58,9 @@ class BakeReport:
     """The base model's output head was its input embedding; the result has a head of its own."""
     prompt_format: str
     default_on: bool
+    trust_assistant: bool
+    plain_text_markers: tuple[str, ...]
+    """Markers between messages that are no tokens of the model; `formats.protection` says what that means."""
     changed_tensors: tuple[str, ...]
     bytes_written: int
     """Of weight files that were not linked."""
@@ -77,6 +79,7 @@ def bake(
     default_on: bool = True,
     reuse_reserved: bool = False,
     system_in_user: bool = False,
+    trust_assistant: bool = False,
     keep_bos: bool = False,
     overlay: bool = False,
     copy: bool = False,
@@ -93,10 +96,11 @@ def bake(
         tokens: (k, d), in the base model's embedding space.
         out: the folder to make; not the base model's, and not inside it.
         revision: of a hub id.
-        prompt_format: see `dtt_plugin.formats`; the tokens' own by default.
+        prompt_format: see `dtt_plugin.prompt.formats`; the tokens' own by default.
         default_on: whether the tokens stand in prompts of requests that leave `add_defensive_tokens` out.
         reuse_reserved: overwrite unused reserved tokens, so that no tensor changes its shape.
         system_in_user: for templates without a system role: put the system message in front of the user's.
+        trust_assistant: leave control tokens in assistant messages as they are.
         keep_bos: let the tokenizer go on adding a BOS to plain text by itself.
         overlay: write the changed tensors alone, for loaders that read files in the order of their names
             (transformers, vLLM's default); no tensor may grow.
@@ -113,25 +117,44 @@ def bake(
     check_free(out, force=force, replaceable=is_defended_checkpoint)
     checkpoint = open_checkpoint(model, revision=revision, need="all")
     _check_apart(checkpoint.folder, out)
+    if not checkpoint.config():
+        raise DttError(f"{checkpoint.folder} has no config.json; download the whole model.")
     tokenizer = TokenizerFiles(checkpoint.folder)
     plan = make_plan(checkpoint, tokens, tokenizer, reuse_reserved=reuse_reserved)
     prompt_format = check_format(prompt_format or tokens.prompt_format)
     templates = defended_templates(
-        tokenizer, prompt_format, k=tokens.k, default_on=default_on, system_in_user=system_in_user
+        tokenizer,
+        prompt_format,
+        k=tokens.k,
+        default_on=default_on,
+        system_in_user=system_in_user,
+        trust_assistant=trust_assistant,
     )
+    plain_markers = unprotected_markers(tokenizer, prompt_format)
     with (
         staged(out, force=force, replaceable=is_defended_checkpoint) as folder,
         ThreadPoolExecutor(1, thread_name_prefix="dtt-sync") as disk,
     ):
+        # What is small comes first: a model that can't be defended is refused before its weights are written.
+        _carry_over(checkpoint, folder)
+        _write_config(plan, folder)
+        _write_generation_config(plan, folder)
+        tokenizer.write_defended(folder, plan.names, plan.token_ids, templates, keep_bos=keep_bos)
+        check_tokenizer(
+            tokenizer, folder, names=plan.names, token_ids=plan.token_ids, templates=templates, keep_bos=keep_bos
+        )
         how = (write_overlay if overlay else write_weights)(plan, folder, copy=copy)
         # The disk writes while the rest is made and verified.
         synced = disk.map(sync, [folder / name for name in how if how[name] in ("written", "copied")])
-        _carry_over(checkpoint, folder)
-        tokenizer.write_defended(folder, plan.names, plan.token_ids, templates, keep_bos=keep_bos)
-        _write_config(plan, folder)
-        _write_generation_config(plan, folder)
         (folder / "README.md").write_text(
-            card(plan, prompt_format=prompt_format, default_on=default_on), encoding="utf-8"
+            card(
+                plan,
+                prompt_format=prompt_format,
+                default_on=default_on,
+                trust_assistant=trust_assistant,
+                plain_markers=plain_markers,
+            ),
+            encoding="utf-8",
         )
         digests = verify_checkpoint(plan, folder) if verify else {}
         list(synced)  # or a full disk is said here
@@ -139,6 +162,8 @@ def bake(
             plan,
             prompt_format=prompt_format,
             default_on=default_on,
+            trust_assistant=trust_assistant,
+            plain_markers=plain_markers,
             reuse_reserved=reuse_reserved,
             template=templates[DEFAULT_TEMPLATE],
             tensor_digests=digests,
@@ -160,6 +185,8 @@ def bake(
         untied=plan.untie,
         prompt_format=prompt_format,
         default_on=default_on,
+        trust_assistant=trust_assistant,
+        plain_text_markers=tuple(plain_markers),
         changed_tensors=tuple(change.name for change in plan.changes),
         bytes_written=written,
         bytes_linked=sum(sizes.values()) - written,
@@ -190,21 +217,19 @@ def _carry_over(checkpoint: Checkpoint, folder: Path) -> None:
         wanted = path.suffix in _CARRIED_ENDINGS or path.name in _CARRIED_NAMES
         if not wanted or not path.is_file() or path.stat().st_size > _LARGEST_CARRIED:
             continue
-        if path.name in _LEFT_OUT or path.name.endswith(".index.json") or path.name.startswith("dtt_"):
+        if _LEFT_OUT.fullmatch(path.name) or path.name.endswith(".index.json") or path.name.startswith("dtt_"):
             continue
+        check_within(path, checkpoint.folder)
         shutil.copyfile(path, folder / path.name)
 
 
 def _write_config(plan: BakePlan, folder: Path) -> None:
     config = copying.deepcopy(plan.checkpoint.config())
-    if not config:
-        raise DttError(f"{plan.checkpoint.folder} has no config.json; download the whole model.")
     text = config.get("text_config")
     for table in (config, text) if isinstance(text, dict) else (config,):
         if table is text or not isinstance(text, dict) or "vocab_size" in table:
             table["vocab_size"] = plan.n_rows
-        if table is config or "tie_word_embeddings" in table:
-            table["tie_word_embeddings"] = False
+        table["tie_word_embeddings"] = False  # in both, since an engine may read either
     config[CONFIG_KEY] = list(plan.token_ids)
     if plan.untie:
         _leave_head_unquantized(config.get("quantization_config"))

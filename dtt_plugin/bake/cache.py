@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
+import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from filelock import FileLock
 
 from dtt_plugin import __version__
 from dtt_plugin.bake.baking import bake
-from dtt_plugin.bake.manifest import baked_facts, fingerprint, is_defended_checkpoint
-from dtt_plugin.bake.staging import remove_stale
-from dtt_plugin.checkpoint import Checkpoint, open_checkpoint
+from dtt_plugin.checkpoint.defended import baked_facts
+from dtt_plugin.checkpoint.opening import Checkpoint, open_checkpoint
+from dtt_plugin.checkpoint.state import state
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import sha256_json
+from dtt_plugin.files.digests import sha256_json
+from dtt_plugin.files.replacing import discard, remove_leftovers, replacing
 from dtt_plugin.paths import cache_folder
-from dtt_plugin.tokens import DefensiveTokens
+from dtt_plugin.tokens.files import DefensiveTokens
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class CachedCheckpoint:
     """That removing it frees: files linked elsewhere don't count."""
     used: float
     """Last use, seconds since 1970."""
+    damaged: bool
+    """It is not what was baked: the next use bakes it again."""
 
 
 def baked_folder() -> Path:
@@ -71,11 +74,12 @@ def bake_cached(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f"{key}.lock"):
-            if not is_defended_checkpoint(folder):
-                bake(model, tokens, folder, revision=revision, prompt_format=prompt_format, **options)
-            elif _broken(folder):
+            if not _is_whole(folder):
                 # Damaged, or linked to a model that was moved away: nothing in it is the only copy of anything.
-                bake(model, tokens, folder, revision=revision, prompt_format=prompt_format, force=True, **options)
+                discard(folder)
+                bake(model, tokens, folder, revision=revision, prompt_format=prompt_format, **options)
+                with replacing(_note(folder)) as temporary:
+                    temporary.write_text(state(str(folder)) or "", encoding="ascii")
             os.utime(folder)
     except OSError as error:
         raise DttError(
@@ -86,41 +90,46 @@ def bake_cached(
 
 def _key(checkpoint: Checkpoint, tokens: DefensiveTokens, options: dict[str, Any]) -> str:
     """Return a name made of everything that decides about the contents."""
-    weights = [
-        (file.name, file.stat().st_size, file.stat().st_mtime_ns, str(file.resolve()))
-        for file in checkpoint.weight_files
-    ]
-    small = {
-        path.name: fingerprint(path)
-        for path in sorted(checkpoint.folder.iterdir())
-        if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model")
-    }
-    identity = [__version__, weights, small, tokens.digest, tokens.method, tokens.model, options]
+    # Links lead to the model's own folder, so two equal models have an entry each.
+    base = [str(checkpoint.folder.resolve()), [file.name for file in checkpoint.weight_files]]
+    of_tokens = [tokens.digest, tokens.method, tokens.model, tokens.source_model]
+    identity = [__version__, state(str(checkpoint.folder)), base, checkpoint.revision, of_tokens, options]
     return sha256_json(identity)[:32]
 
 
-def _broken(folder: Path) -> bool:
-    dangling = any(path.is_symlink() and not path.exists() for path in folder.iterdir())
-    return dangling or baked_facts(str(folder)) is None
+def _note(folder: Path) -> Path:
+    """Return the file beside an entry that holds the state in which it was baked."""
+    return folder.with_name(f"{folder.name}.state")
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        baked = _note(folder).read_text(encoding="ascii")
+        return baked_facts(str(folder)) is not None and state(str(folder)) == baked
+    except (DttError, OSError, ValueError):
+        return False
 
 
 def cached_checkpoints() -> list[CachedCheckpoint]:
-    """Return what is in the cache, the latest used first."""
+    """Return what is in the cache, the latest used first; damaged entries, too, so that they can be pruned."""
     entries = []
     for folder in baked_folder().glob("*"):
-        if not folder.is_dir() or not is_defended_checkpoint(folder):
+        if not re.fullmatch("[0-9a-f]{32}", folder.name):
             continue
-        facts = baked_facts(str(folder)) or {}  # a damaged one is listed too, so that it can be pruned
-        entries.append(
-            CachedCheckpoint(
-                key=folder.name,
-                folder=folder,
-                base_model=str(facts.get("base_model", "damaged")),
-                tokens_sha256=str(facts.get("tokens_sha256", "")),
-                disk_bytes=_disk_bytes(folder),
-                used=folder.stat().st_mtime,
+        whole = _is_whole(folder)
+        facts = baked_facts(str(folder)) or {}
+        with suppress(FileNotFoundError):  # another process pruned it
+            entries.append(
+                CachedCheckpoint(
+                    key=folder.name,
+                    folder=folder,
+                    base_model=str(facts["base_model"]) if whole else "damaged",
+                    tokens_sha256=str(facts.get("tokens_sha256", "")),
+                    disk_bytes=_disk_bytes(folder),
+                    used=folder.lstat().st_mtime,
+                    damaged=not whole,
+                )
             )
-        )
     return sorted(entries, key=lambda entry: -entry.used)
 
 
@@ -130,21 +139,30 @@ def _disk_bytes(folder: Path) -> int:
 
 
 def prune(*, older_than_days: float = 0.0, keep: int = 0) -> list[CachedCheckpoint]:
-    """Remove entries that were not used for `older_than_days`, but not the `keep` latest; return them.
+    """Remove damaged entries, and those not used for `older_than_days` but for the `keep` latest; return them.
 
     An engine that runs from an entry goes on: it has its files open.
+
+    Raises:
+        DttError: an entry can't be removed.
     """
     limit = time.time() - older_than_days * 86400
-    removed = [entry for entry in cached_checkpoints()[keep:] if entry.used <= limit]
-    for entry in removed:
-        with FileLock(entry.folder.parent / f"{entry.key}.lock"):
-            shutil.rmtree(entry.folder, ignore_errors=True)
-    if baked_folder().is_dir():
-        remove_stale(baked_folder())
+    entries = cached_checkpoints()
+    whole = [entry for entry in entries if not entry.damaged]
+    spared = [*whole[:keep], *(entry for entry in whole if entry.used > limit)]
+    removed = []
+    try:
+        for entry in entries:
+            with FileLock(entry.folder.parent / f"{entry.key}.lock"):
+                # Another process may have baked a damaged one again by now.
+                if entry not in spared and not (entry.damaged and _is_whole(entry.folder)):
+                    discard(entry.folder)
+                    _note(entry.folder).unlink(missing_ok=True)
+                    removed.append(entry)
+        if baked_folder().is_dir():
+            remove_leftovers(baked_folder())
+    except OSError as error:
+        raise DttError(
+            f"{baked_folder()} can't be pruned ({error.strerror or error}); check its permissions."
+        ) from error
     return removed
-
-
-def entry_as_json(entry: CachedCheckpoint) -> dict[str, Any]:
-    """Return an entry as plain JSON values."""
-    table: dict[str, Any] = json.loads(json.dumps(entry.__dict__, default=str))
-    return table

@@ -5,38 +5,28 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dtt_plugin import __version__
 from dtt_plugin.bake.plan import BakePlan
+from dtt_plugin.bake.tokenizer import MORE_TEMPLATES, TEMPLATE_FILE
 from dtt_plugin.bake.weights import blocks, indexed_tensors
-from dtt_plugin.checkpoint_folder import read_json_table
-from dtt_plugin.costs import recorded_costs
-from dtt_plugin.errors import DttError
-from dtt_plugin.files import sha256_bytes, write_json
+from dtt_plugin.checkpoint.defended import FORMAT, MANIFEST
+from dtt_plugin.checkpoint.folder import read_json_table
+from dtt_plugin.files.digests import sha256_bytes
+from dtt_plugin.files.reading import read_bytes
+from dtt_plugin.files.replacing import write_json
+from dtt_plugin.prompt.formats import default_of_template, protection
+from dtt_plugin.public_names import card_name, public_name, public_text
+from dtt_plugin.tokens.licence import inherited, licence_of
 
-MANIFEST = "dtt_checkpoint.json"
-FORMAT = "dtt.checkpoint/1"
 _SMALL = 64 << 20
 _SAMPLES = 256
 _SAMPLE_BYTES = 64 << 10
 _WHOLE = "sha256:"
-# What whoever reads a manifest relies on.
-_PARTS = {
-    "dtt_plugin": str,
-    "base_model": str,
-    "base_tied": bool,
-    "tokens": dict,
-    "token_ids": list,
-    "reuse_reserved": bool,
-    "prompt_format": str,
-    "default_on": bool,
-    "changed_tensors": dict,
-    "files": dict,
-}
 
 
 @dataclass(frozen=True)
@@ -74,6 +64,8 @@ def manifest_of(
     *,
     prompt_format: str,
     default_on: bool,
+    trust_assistant: bool,
+    plain_markers: Sequence[str],
     reuse_reserved: bool,
     template: str,
     tensor_digests: Mapping[str, str],
@@ -81,20 +73,22 @@ def manifest_of(
 ) -> dict[str, Any]:
     """Return the manifest of a defended checkpoint, its files' digests excepted."""
     tokens = plan.tokens
+    metadata = {key: public_text(value) for key, value in tokens.metadata.items()}
     return {
         "format": FORMAT,
         "dtt_plugin": __version__,
-        "base_model": plan.checkpoint.name,
+        "base_model": public_name(plan.checkpoint.name),
         "base_revision": plan.checkpoint.revision,
         "base_tied": plan.untie,
         "tokens": {
             "sha256": tokens.digest,
-            "model": tokens.model,
+            "model": public_name(tokens.model),
             "method": tokens.method,
-            "source_model": tokens.source_model,
+            "source_model": public_name(tokens.source_model),
             "k": tokens.k,
             "width": tokens.width,
-            **({"metadata": tokens.metadata} if tokens.metadata else {}),
+            **inherited(tokens),
+            **({"metadata": metadata} if metadata else {}),
         },
         "token_names": list(plan.names),
         "token_ids": list(plan.token_ids),
@@ -102,6 +96,8 @@ def manifest_of(
         "reuse_reserved": reuse_reserved,
         "prompt_format": prompt_format,
         "default_on": default_on,
+        "trust_assistant": trust_assistant,
+        "plain_text_markers": list(plain_markers),
         "chat_template_sha256": sha256_bytes(template.encode()),
         "changed_tensors": {
             change.name: {
@@ -132,73 +128,50 @@ def _digests_of_blobs(plan: BakePlan, folder: Path) -> dict[str, str]:
     return known
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of the defended checkpoint `folder`.
-
-    Raises:
-        DttError: it has none, or one of another format.
-    """
-    if not (folder / MANIFEST).is_file():
-        raise DttError(f"{folder} is not a defended checkpoint (it has no {MANIFEST}); make one with `dtt bake`.")
-    manifest = read_json_table(folder / MANIFEST)
-    if manifest.get("format") != FORMAT:
-        raise DttError(f"{folder / MANIFEST} has the format {manifest.get('format')!r}, not {FORMAT!r}; bake it again.")
-    if not _is_whole(manifest):
-        raise DttError(f"{folder / MANIFEST} is damaged: parts of it are missing; bake it again.")
-    return manifest
-
-
-def _is_whole(manifest: Mapping[str, Any]) -> bool:
-    return (
-        all(isinstance(manifest.get(name), kind) for name, kind in _PARTS.items())
-        and manifest["tokens"].keys() >= {"sha256", "method", "source_model", "k", "width"}
-        and all(isinstance(digest, str) for digest in manifest["files"].values())
-        and all(isinstance(entry, dict) and "sha256" in entry for entry in manifest["changed_tensors"].values())
-    )
-
-
-def is_defended_checkpoint(folder: Path) -> bool:
-    """Return whether `folder` holds a defended checkpoint."""
-    return (folder / MANIFEST).is_file()
-
-
-def baked_facts(model: str) -> dict[str, Any] | None:
-    """Return what the manifest of a defended checkpoint says: base model, method, costs. None for other models."""
-    folder = Path(model)
-    try:
-        if not is_defended_checkpoint(folder):
-            return None
-        manifest = read_manifest(folder)
-    except (DttError, OSError, ValueError):
-        return None
-    tokens = manifest.get("tokens")
-    tokens = tokens if isinstance(tokens, dict) else {}
-    costs = manifest.get("costs")
-    return {
-        "base_model": manifest.get("base_model"),
-        "method": tokens.get("method"),
-        "tokens_sha256": tokens.get("sha256"),
-        "costs": recorded_costs(costs if isinstance(costs, dict) else {}),
-    }
-
-
 def altered_since(folder: Path, manifest: Mapping[str, Any]) -> Altered:
     """Compare the files in `folder` with its manifest, and the changed tensors in full."""
     expected: dict[str, str] = manifest["files"]
-    present = set(files_of(folder))
+    entries, files = _entries_of(folder), set(files_of(folder))
+    # A dangling link (its model was moved away) counts as missing, a pipe in a file's place as changed.
+    missing = {name for name in expected if name not in entries or not os.path.exists(folder / name)}
     changed = {
         name
-        for name in present & expected.keys()
-        if fingerprint(folder / name, whole=expected[name].startswith(_WHOLE)) != expected[name]
+        for name in expected.keys() - missing
+        if name not in files or fingerprint(folder / name, whole=expected[name].startswith(_WHOLE)) != expected[name]
     }
-    missing = expected.keys() - present
     if not changed and not missing:
         changed = _files_of_altered_tensors(folder, manifest)
     return Altered(
         missing=tuple(sorted(missing)),
         changed=tuple(sorted(changed)),
-        added=tuple(sorted(present - expected.keys())),
+        added=tuple(sorted(entries - expected.keys())),
     )
+
+
+def sampled_files(manifest: Mapping[str, Any]) -> list[str]:
+    """Return the files of which the manifest has the digest of samples only, see `fingerprint`."""
+    return sorted(name for name, digest in manifest["files"].items() if not digest.startswith(_WHOLE))
+
+
+def defaults_of_templates(folder: Path, manifest: Mapping[str, Any]) -> set[bool | None]:
+    """Return whether the chat templates in `folder` have the tokens on by default; None for one that can't be told.
+
+    Raises:
+        DttError: a template file can't be read.
+    """
+    stored = read_json_table(folder / "tokenizer_config.json", missing={}).get("chat_template")
+    texts = [entry.get("template") if isinstance(entry, dict) else entry for entry in _as_list(stored)]
+    for path in (folder / TEMPLATE_FILE, *sorted((folder / MORE_TEMPLATES).glob("*.jinja"))):
+        if path.is_file():
+            texts.append(read_bytes(path).decode(errors="replace"))
+    k = len(manifest["token_ids"])
+    return {default_of_template(text, k) if isinstance(text, str) else None for text in texts} or {None}
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def _files_of_altered_tensors(folder: Path, manifest: Mapping[str, Any]) -> set[str]:
@@ -210,7 +183,7 @@ def _files_of_altered_tensors(folder: Path, manifest: Mapping[str, Any]) -> set[
         if location is None:
             files.add(MANIFEST)
             continue
-        if not entry["sha256"] or manifest["files"][location.file.name].startswith(_WHOLE):
+        if not entry["sha256"] or manifest["files"].get(location.file.name, "").startswith(_WHOLE):
             continue
         digest = hashlib.sha256()
         for _, block in blocks(location):
@@ -222,12 +195,31 @@ def _files_of_altered_tensors(folder: Path, manifest: Mapping[str, Any]) -> set[
 
 def files_of(folder: Path) -> list[str]:
     """Return the files below `folder`, the manifest excepted, relative to it."""
-    # A dangling link (its model was moved away) counts as missing.
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(path.relative_to(folder).as_posix() for path in paths if path.name != MANIFEST)
+    return sorted(name for name in _entries_of(folder) if (folder / name).is_file())
 
 
-def card(plan: BakePlan, *, prompt_format: str, default_on: bool) -> str:
+def _entries_of(folder: Path) -> set[str]:
+    """Return everything below `folder` that is more than a folder of other things, the manifest excepted.
+
+    That is files, links to anything or nothing, pipes, sockets, devices, and empty folders, which end in "/".
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    entries = set()
+    for where, folders, files in os.walk(folder, onerror=refuse):
+        below = Path(where).relative_to(folder)
+        links = [name for name in folders if (Path(where) / name).is_symlink()]
+        entries |= {(below / name).as_posix() for name in (*links, *files)}
+        if not folders and not files and where != str(folder):
+            entries.add(f"{below.as_posix()}/")
+    return entries - {MANIFEST}
+
+
+def card(
+    plan: BakePlan, *, prompt_format: str, default_on: bool, trust_assistant: bool, plain_markers: Sequence[str]
+) -> str:
     """Return the README.md of a defended checkpoint."""
     tokens = plan.tokens
     state = (
@@ -235,17 +227,24 @@ def card(plan: BakePlan, *, prompt_format: str, default_on: bool) -> str:
         if default_on
         else "OFF unless a request passes `add_defensive_tokens=true` to the chat template"
     )
-    base = plan.checkpoint.name + (f" (revision {plan.checkpoint.revision})" if plan.checkpoint.revision else "")
-    source = f", from {tokens.source_model}" if tokens.source_model else ""
+    name = card_name(plan.checkpoint.name)
+    base = name + (f" (revision {plan.checkpoint.revision})" if plan.checkpoint.revision else "")
+    source = f", from {card_name(tokens.source_model)}" if tokens.source_model else ""
+    sentence = protection(prompt_format, plain_markers)
+    unprotected = f"- {sentence}\n" if sentence else ""
+    licence = licence_of(tokens)
+    terms = f"The tokens come from published ones, which are {licence}: no commercial use.\n\n" if licence else ""
     return (
-        f"# {Path(plan.checkpoint.name).name} with DefensiveTokens\n\n"
+        f"# {Path(name).name} with DefensiveTokens\n\n"
         f"A copy of `{base}` with {tokens.k} DefensiveTokens ({tokens.method}{source}) against prompt\n"
         f"injection. They are {state}.\n\n"
         f"- Tokens: {', '.join(f'`{name}`' for name in plan.names)}, ids {plan.token_ids[0]} to "
         f"{plan.token_ids[-1]}, SHA-256 of their values {tokens.digest}\n"
         f"- Prompt format: {prompt_format}\n"
-        "- System messages are trusted. User and tool messages are data: the chat template breaks control\n"
-        "  tokens in them.\n"
+        f"- System and developer messages{' and the assistant' * trust_assistant} are trusted. All else is data:\n"
+        f"  {'' if trust_assistant else 'assistant, '}user and tool messages, documents, tools. The chat template"
+        " breaks control tokens in it.\n"
+        f"{unprotected}"
         "- Without the tokens the logits of the original vocabulary are those of the base model.\n\n"
-        f"Made by dtt-plugin {__version__}; `dtt inspect` on this folder checks it.\n"
+        f"{terms}Made by dtt-plugin {__version__}; `dtt inspect` on this folder checks it.\n"
     )

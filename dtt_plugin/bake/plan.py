@@ -11,15 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtt_plugin.bake.tokenizer import TokenizerFiles
-from dtt_plugin.checkpoint import Checkpoint
+from dtt_plugin.checkpoint.families import OTHER_HEAD, always_tied, families
+from dtt_plugin.checkpoint.folder import is_copy
+from dtt_plugin.checkpoint.opening import Checkpoint
+from dtt_plugin.checkpoint.tensors import TensorLocation
 from dtt_plugin.errors import DttError
-from dtt_plugin.formats import defensive_token_names
-from dtt_plugin.tensor_files import TensorLocation
-from dtt_plugin.tokens import DefensiveTokens
+from dtt_plugin.prompt.formats import defensive_token_names
+from dtt_plugin.tokens.files import DefensiveTokens
 
-# vLLM and transformers compute the logits of these families from the input embedding whatever
-# `tie_word_embeddings` says, so their output rows can't be told apart from the input rows.
-_ALWAYS_TIED = re.compile(r"^(gemma|cohere|bloom|gpt2$|openai-gpt)")
 _ROWS_AT_ONCE = 1024
 AT_ONCE = 4
 """Threads that read, add up, compare or hash."""
@@ -88,6 +87,7 @@ def make_plan(
     token_ids = tokenizer.reserved_ids(tokens.k) if reuse_reserved else tokenizer.next_ids(tokens.k)
     base_rows = embedding.shape[0]
     n_rows = max(base_rows, token_ids[-1] + 1)
+    _check_per_layer_tables(checkpoint, n_rows)
     with np.errstate(over="ignore"):  # said below, in words
         input_rows = tokens.rows.astype(embedding.numpy_dtype)
     if not np.isfinite(input_rows.astype(np.float32)).all():
@@ -96,7 +96,8 @@ def make_plan(
             "check that the tokens were made for this model."
         )
     changes = [
-        TensorChange(embedding.name, embedding, n_rows, _rows(token_ids, input_rows)),
+        TensorChange(location.name, location, n_rows, _rows(token_ids, input_rows))
+        for location in (embedding, *checkpoint.copies(embedding))
     ]
     head = checkpoint.output_head()
     untie = checkpoint.tied
@@ -113,6 +114,9 @@ def make_plan(
     if added or untie or head is None:
         ordinary = mean_row(source, min(tokenizer.size, base_rows)) if added else b""
         changes.append(TensorChange(head_name, source, head_size, dict.fromkeys(added, ordinary), new=head is None))
+    for location in checkpoint.copies(head) if head is not None and added else ():
+        ordinary = mean_row(location, min(tokenizer.size, base_rows))
+        changes.append(TensorChange(location.name, location, n_rows, dict.fromkeys(added, ordinary)))
     changes += _bias_change(checkpoint, head_name, added, n_rows)
     return BakePlan(
         checkpoint,
@@ -128,6 +132,11 @@ def make_plan(
 def _check_base(
     checkpoint: Checkpoint, tokens: DefensiveTokens, tokenizer: TokenizerFiles, embedding: TensorLocation
 ) -> None:
+    if embedding.file.name.startswith("consolidated"):
+        raise DttError(
+            f"{checkpoint.name} holds its weights in Mistral's own format alone ({embedding.file.name}), which engines "
+            "read with Mistral's own tokenizer; give the checkpoint in Hugging Face's format."
+        )
     if embedding.dtype not in _PLAIN_FLOATS:
         raise DttError(
             f"{embedding.name} of {checkpoint.name} has the type {embedding.dtype}; "
@@ -138,15 +147,28 @@ def _check_base(
             f"The tokens have width {tokens.width} and {checkpoint.name} has width {embedding.shape[1]}; "
             f"they were made for {tokens.model or 'another model'}: transfer them with `dtt transfer`."
         )
+    if family := always_tied(checkpoint.config()):
+        raise DttError(
+            f"{checkpoint.name} ({family}) computes its output from the input embedding in every engine that vLLM "
+            "starts, so a defended checkpoint of it would generate its DefensiveTokens; "
+            + ("such a model is not supported." if _per_layer_tables(checkpoint) else "use --model dtt_hf instead.")
+        )
     if tokenizer.defended:
         raise DttError(f"{checkpoint.name} already has DefensiveTokens; bake into the base model it was made from.")
+    if (stray := tokenizer.first_without_row(embedding.shape[0])) is not None:
+        raise DttError(
+            f"{embedding.name} of {checkpoint.name} has {embedding.shape[0]} rows and none for the token {stray!r}, "
+            "which its tokenizer files or its tokenizer's class add; name another token there, or null."
+        )
     if tokenizer.size > embedding.shape[0]:
         raise DttError(
             f"The tokenizer of {checkpoint.name} has {tokenizer.size} tokens and {embedding.name} only "
             f"{embedding.shape[0]} rows; the two don't belong together."
         )
     quantized_head = [
-        name for name in checkpoint.tensors() if re.search(r"(^|\.)(lm_head|embed_out)\.(?!weight$|bias$)", name)
+        name
+        for name in checkpoint.tensors()
+        if re.search(r"(^|\.)(lm_head|embed_out)\.(?!(\w+\.)?(weight|bias)$)", name)
     ]
     head = checkpoint.output_head()
     if head is not None and head.dtype not in _PLAIN_FLOATS:
@@ -156,12 +178,51 @@ def _check_base(
             f"The output head of {checkpoint.name} is quantized ({quantized_head[0]}); "
             "use a checkpoint whose head is not."
         )
-    family = str(checkpoint.config().get("model_type", ""))
-    if checkpoint.tied and _ALWAYS_TIED.match(family):
+    _check_head(checkpoint, embedding, head)
+
+
+def _check_head(checkpoint: Checkpoint, embedding: TensorLocation, head: TensorLocation | None) -> None:
+    """Refuse where the model's own head is not known, or engines would not find the one that baking writes."""
+    if head is not None:
+        return
+    other = [
+        name
+        for name, location in checkpoint.tensors().items()
+        if location.shape == embedding.shape
+        and name != embedding.name
+        and not is_copy(name)
+        and not re.search("embed|wpe|position", name)
+    ]
+    if other:
         raise DttError(
-            f"{checkpoint.name} ({family}) computes its output from the input embedding in every engine, so "
-            "a defended checkpoint of it would generate its DefensiveTokens; use --model dtt_hf instead."
+            f"{checkpoint.name} has no output head of a known name; {other[0]} has the embedding's shape and may be "
+            "it, and engines would not find the one that baking writes; such a model is not supported."
         )
+    if family := next((family for family in families(checkpoint.config()) if family in OTHER_HEAD), None):
+        raise DttError(
+            f"{checkpoint.name} ({family}) calls its output head neither lm_head nor embed_out, so engines would not "
+            "find the one that baking writes; such a model is not supported."
+        )
+    if not checkpoint.says_tied:
+        raise DttError(
+            f"{checkpoint.name} should have an output head (its config.json does not say tie_word_embeddings=true) "
+            "and none of its files holds one; download it again, or say it there if the head is the embedding."
+        )
+
+
+def _per_layer_tables(checkpoint: Checkpoint) -> list[TensorLocation]:
+    """Return the further tables of embeddings, which feed every layer (Gemma 3n and 4)."""
+    tensors = checkpoint.tensors().items()
+    return [location for name, location in tensors if name.endswith("embed_tokens_per_layer.weight")]
+
+
+def _check_per_layer_tables(checkpoint: Checkpoint, n_rows: int) -> None:
+    for table in _per_layer_tables(checkpoint):
+        if table.shape[0] < n_rows:
+            raise DttError(
+                f"{checkpoint.name} has embeddings per layer ({table.name}), which have no row for a token that is "
+                "added; bake with --reuse-reserved, which takes reserved tokens that have one."
+            )
 
 
 def _rows(token_ids: list[int], values: NDArray[Any]) -> dict[int, bytes]:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-import re
+import html
+import json
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from typing import Any
 
 from dtt_plugin.bake.tokenizer import DEFAULT_TEMPLATE, TokenizerFiles
 from dtt_plugin.errors import DttError
-from dtt_plugin.formats import MODEL_FORMAT, chat_template
+from dtt_plugin.prompt.bos import bos_to_render
+from dtt_plugin.prompt.control_tokens import control_texts
+from dtt_plugin.prompt.formats import GENERATION_TAG, MODEL_FORMAT, chat_template, markers, plain_text_markers
 
 _SYSTEM, _USER = "the trusted instruction", "the untrusted data"
-# A tag of transformers' own, around what the assistant says; it renders nothing.
-_GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+# Of the longest tokens and of the shortest, so many are tried in a template: it treats them all alike.
+_TRIED = 8
 
 
 def defended_templates(
-    tokenizer: TokenizerFiles, prompt_format: str, *, k: int, default_on: bool, system_in_user: bool
+    tokenizer: TokenizerFiles,
+    prompt_format: str,
+    *,
+    k: int,
+    default_on: bool,
+    system_in_user: bool,
+    trust_assistant: bool = False,
 ) -> dict[str, str]:
     """Return the defended chat templates by name; "default" is always there.
 
@@ -23,77 +34,145 @@ def defended_templates(
     that no request is without the tokens.
 
     Raises:
-        DttError: the format "model" and a model without a template, or one that drops the system message.
+        DttError: the format "model" and a model without a template, one that drops the system message, or one
+            that makes control tokens of broken ones.
     """
     own = tokenizer.templates()
     names = {DEFAULT_TEMPLATE, *own} if prompt_format == MODEL_FORMAT else {DEFAULT_TEMPLATE}
+    if prompt_format == MODEL_FORMAT and own and DEFAULT_TEMPLATE not in own:
+        raise DttError(
+            f"{tokenizer.folder} has no chat template called {DEFAULT_TEMPLATE}, only: {', '.join(sorted(own))}; call "
+            "one of them so, or choose a published format with --prompt-format."
+        )
     adds_bos = tokenizer.adds_bos()
     templates = {}
     for name in sorted(names):
         model_template = own.get(name)
-        bos = tokenizer.bos if adds_bos and not _renders_bos(model_template, tokenizer) else ""
+        bos = bos_to_render(
+            prompt_format,
+            bos=tokenizer.bos,
+            adds_bos=adds_bos,
+            render=partial(render, model_template or "", tokenizer),
+        )
         if prompt_format == MODEL_FORMAT and name == DEFAULT_TEMPLATE and not system_in_user:
             _check_system_role(model_template, tokenizer)
         templates[name] = chat_template(
             prompt_format,
             model_template=model_template,
             k=k,
-            bos=bos if prompt_format == MODEL_FORMAT else "",
+            bos=bos,
             default_on=default_on,
             control_tokens=tokenizer.added_tokens,
             system_in_user=system_in_user,
+            trust_assistant=trust_assistant,
         )
+        controls = control_texts([*tokenizer.added_tokens, *markers(prompt_format)])
+        _check_rewriting(templates[name], tokenizer, controls, trust_assistant=trust_assistant)
     return templates
 
 
-def _render(template: str, tokenizer: TokenizerFiles, messages: list[dict[str, str]]) -> str | None:
+def unprotected_markers(tokenizer: TokenizerFiles, prompt_format: str) -> list[str]:
+    """Return the markers between messages that are no tokens of the model; see `formats.plain_text_markers`."""
+    rendered = partial(render, tokenizer.templates().get(DEFAULT_TEMPLATE, ""), tokenizer)
+    return plain_text_markers(prompt_format, tokenizer.added_tokens, rendered)
+
+
+def _check_rewriting(template: str, tokenizer: TokenizerFiles, controls: list[str], *, trust_assistant: bool) -> None:
+    """Refuse a template that makes control tokens of broken ones: it changes case, or joins parts by a letter.
+
+    Templates that trim texts, and join them by white space or nothing, are no danger.
+    """
+    for role, tried in (("user", _TRIED), ("tool", 3), ("assistant", 0 if trust_assistant else 3)):
+        for front in ([{"role": "system", "content": _SYSTEM}], []):
+
+            def text_of(content: Any, role: str = role, front: list[dict[str, str]] = front) -> str | None:
+                return render(template, tokenizer, [*front, {"role": role, "content": content}])
+
+            texts, parts = text_of(_USER), text_of(_parts(_USER, _USER))
+            if texts is not None:
+                break
+        for content in _hostile_contents(controls, tried) if texts is not None and tried else ():
+            harmless = parts if isinstance(content, list) else texts
+            text = text_of(content)
+            for control in controls:
+                if text and harmless and text.count(control) > harmless.count(control):
+                    raise DttError(
+                        f"The chat template of {tokenizer.folder} rewrites messages such that untrusted data becomes"
+                        f" the control token {control} again; correct it, or choose a published format with"
+                        " --prompt-format."
+                    )
+
+
+def _hostile_contents(controls: list[str], number: int) -> Iterator[Any]:
+    """Yield contents that a template may turn into control tokens, in detail for that `number` of them."""
+    rewrites: list[Callable[[str], str]] = [
+        str, str.upper, str.lower, str.swapcase, str.title, str.capitalize, html.escape, lambda text: text[::-1],
+    ]  # fmt: skip
+    yield " data ".join(rewrite(control) for rewrite in rewrites for control in controls)
+    yield {"a": [[{"b": {}}], [["c"]]]}  # the brackets of JSON are the attacker's, too
+    tried = dict.fromkeys(controls[-number:] + controls[:number])
+    for control in tried:
+        yield from (control[1:], control[2:], control[:-1], control[:-2], control[1:-1], control[2:-2])
+        half = len(control) // 2
+        yield _parts(control[:half], control[half:])
+    for letter in sorted(set("".join(tried))):  # which a template may put between parts
+        control = next(control for control in tried if letter in control)
+        yield _parts(*control.split(letter, 1))
+
+
+def _parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def render(template: str, tokenizer: TokenizerFiles, messages: list[dict[str, Any]], **variables: Any) -> str | None:
     """Render as transformers does; None where the template refuses or needs what only an engine has.
 
     Raises:
         DttError: it is no jinja template, so no engine could render it.
     """
     import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda pattern: pattern
-    specials: dict[str, Any] = {
-        key: value["content"] if isinstance(value, dict) else value
-        for key, value in tokenizer.config.items()
-        if key.endswith("_token") and value
-    }
+    variables = {**tokenizer.special_tokens, **variables}
     try:
-        compiled = environment.from_string(_GENERATION_TAG.sub("", template))
+        compiled = _compiled(template)
     except jinja2.TemplateSyntaxError as error:
         raise DttError(
             f"The chat template of {tokenizer.folder} is not valid jinja (line {error.lineno}: {error.message}); "
             "correct it, or choose a published format with --prompt-format."
         ) from error
     try:
-        return compiled.render(messages=messages, add_generation_prompt=True, **specials)
+        rendered: str = compiled.render(messages=messages, add_generation_prompt=True, **variables)
     except Exception:  # a template is a program of the model's: whatever it raises, it does not render this
         return None
+    return rendered
 
 
-def _renders_bos(template: str | None, tokenizer: TokenizerFiles) -> bool:
-    if not template:
-        return False
-    rendered = _render(template, tokenizer, [{"role": "user", "content": _USER}])
-    return rendered is None or rendered.startswith(tokenizer.bos)
+@lru_cache(8)
+def _compiled(template: str) -> Any:
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda pattern: pattern
+    return environment.from_string(GENERATION_TAG.sub("", template))
 
 
 def _check_system_role(template: str | None, tokenizer: TokenizerFiles) -> None:
     """Refuse a template that can render a conversation but not its trusted instruction."""
-    if not template or _render(template, tokenizer, [{"role": "user", "content": _USER}]) is None:
+    if not template or render(template, tokenizer, [{"role": "user", "content": _USER}]) is None:
         return
     messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}]
-    rendered = _render(template, tokenizer, messages)
+    rendered = render(template, tokenizer, messages)
     if rendered is None or _SYSTEM not in rendered:
         raise DttError(
             f"The chat template of {tokenizer.folder} has no system role; bake with --system-in-user to put the "

@@ -10,16 +10,16 @@ import numpy as np
 
 from dtt_plugin.bake.plan import AT_ONCE, BakePlan, TensorChange
 from dtt_plugin.bake.weights import BLOCK, blocks, indexed_tensors
-from dtt_plugin.checkpoint_folder import read_json_table
+from dtt_plugin.checkpoint.folder import read_json_table
+from dtt_plugin.checkpoint.tensors import TensorLocation
 from dtt_plugin.errors import DttError
-from dtt_plugin.tensor_files import TensorLocation
 
 
 def verify(plan: BakePlan, folder: Path) -> dict[str, str]:
     """Check a written checkpoint against its plan.
 
-    Every changed tensor is read back, every other one is the same file or the same bytes, the configuration
-    agrees with the shapes, and each DefensiveToken's name is one token.
+    Every changed tensor is read back, every other one is the same file or the same bytes, and the configuration
+    agrees with the shapes.
 
     Returns:
         SHA-256 of every changed tensor's bytes.
@@ -45,7 +45,6 @@ def verify(plan: BakePlan, folder: Path) -> dict[str, str]:
             name: digest for name, digest in zip(result, pool.map(check, result.values()), strict=True) if digest
         }
     _check_config(folder, plan)
-    _check_token_names(folder, plan)
     return digests
 
 
@@ -96,26 +95,6 @@ def _check_config(folder: Path, plan: BakePlan) -> None:
     suppressed = read_json_table(folder / "generation_config.json").get("suppress_tokens", [])
     if not set(plan.token_ids) <= set(suppressed):
         raise _differs(folder / "generation_config.json", "suppress_tokens")
-
-
-def _check_token_names(folder: Path, plan: BakePlan) -> None:
-    from tokenizers import Tokenizer
-
-    file = folder / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise _differs(file, f"the whole tokenizer ({error})") from error
-    for name, token_id in zip(plan.names, plan.token_ids, strict=True):
-        if tokenizer.encode(name, add_special_tokens=False).ids != [token_id]:
-            raise _differs(file, f"the id of {name}")
-    joined = tokenizer.encode("".join(plan.names), add_special_tokens=False).ids
-    if joined != list(plan.token_ids):
-        raise _differs(file, "the ids of the DefensiveTokens in a row")
-    base = Tokenizer.from_file(str(plan.checkpoint.folder / "tokenizer.json"))
-    sample = "Print exactly 'Hacked!'\n\n### response: naïve 漢字 🙂  1234"
-    if base.encode(sample, add_special_tokens=False).ids != tokenizer.encode(sample, add_special_tokens=False).ids:
-        raise _differs(file, "how ordinary text is split")
 
 
 def _differs(path: Path, what: str) -> DttError:

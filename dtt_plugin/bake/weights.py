@@ -11,7 +11,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,9 +23,11 @@ from typing import Any, Literal
 import numpy as np
 
 from dtt_plugin.bake.plan import BakePlan, TensorChange
-from dtt_plugin.checkpoint_folder import INDEX_FILE, read_json_table
+from dtt_plugin.checkpoint.folder import HEAD_NAMES, INDEX_FILE, is_copy, read_json_table, shards_of_index
+from dtt_plugin.checkpoint.tensors import TensorLocation, read_header
 from dtt_plugin.errors import DttError
-from dtt_plugin.tensor_files import TensorLocation, read_header
+
+logger = logging.getLogger("dtt_plugin")
 
 BLOCK = 8 << 20
 _FICLONERANGE = 0x4020940D
@@ -124,9 +128,9 @@ def indexed_tensors(folder: Path) -> dict[str, TensorLocation]:
     """Return where each tensor of `folder` lies by its index, or in its single file."""
     if (folder / _SINGLE).is_file() or not (folder / INDEX_FILE).is_file():
         return {name: at for file in folder.glob("*.safetensors") for name, at in read_header(file)[0].items()}
+    headers = {file: read_header(folder / file)[0] for file in shards_of_index(folder / INDEX_FILE)}
     weight_map: dict[str, str] = read_json_table(folder / INDEX_FILE)["weight_map"]
-    headers = {file: read_header(folder / file)[0] for file in set(weight_map.values())}
-    return {name: headers[file][name] for name, file in weight_map.items()}
+    return {name: headers[file][name] for name, file in weight_map.items() if name in headers[file]}
 
 
 def link(source: Path, target: Path, *, copy: bool) -> How:
@@ -242,15 +246,40 @@ def _write_index(plan: BakePlan, folder: Path) -> None:
     for file in plan.checkpoint.weight_files:
         locations |= read_header(folder / file.name)[0]
     weight_map = {name: location.file.name for name, location in locations.items()}
-    lacking = [name for name in index["weight_map"] if name not in weight_map]
-    if lacking:
-        raise DttError(f"{source} names {lacking[0]}, which none of its files holds; download the checkpoint again.")
+    absent = [name for name in index["weight_map"] if name not in weight_map]
+    needed = [name for name in absent if len(absent) == len(index["weight_map"]) or _is_needed(name, plan)]
+    if needed:
+        raise DttError(f"{source} names {needed[0]}, which none of its files holds; download the checkpoint again.")
+    if absent:
+        logger.warning(
+            "%s names %d tensors that none of its files holds (%s ...), all beside the model's own layers; the "
+            "index of the defended checkpoint leaves them out.",
+            source,
+            len(absent),
+            absent[0],
+        )
     metadata = index.get("metadata")
     metadata = dict(metadata) if isinstance(metadata, dict) else {}
     metadata["total_size"] = sum(location.nbytes for location in locations.values())
     metadata.pop("total_parameters", None)
     text = json.dumps({**index, "metadata": metadata, "weight_map": weight_map}, indent=2)
     (folder / INDEX_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _is_needed(name: str, plan: BakePlan) -> bool:
+    """Return whether the model can't be whole without the tensor `name`.
+
+    It can without layers beyond its own (for multi-token prediction), without positions that are computed, and
+    without parts of which it has no tensor at all.
+    """
+    if name.endswith(HEAD_NAMES):
+        return not is_copy(name)
+    config = plan.checkpoint.config()
+    n_layers = config.get("num_hidden_layers")
+    layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    if name.endswith("rotary_emb.inv_freq") or (layer and type(n_layers) is int and int(layer[1]) >= n_layers):
+        return False
+    return any(other.split(".")[0] == name.split(".")[0] for other in plan.checkpoint.tensors())
 
 
 def blocks(location: TensorLocation) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[np.uint8]]]]:

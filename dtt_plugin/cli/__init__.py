@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import dtt_plugin
 from dtt_plugin.errors import DttError
-from dtt_plugin.safe_text import printable
+from dtt_plugin.safe_text import one_line
 
 COMMANDS = (
     "align",
@@ -39,6 +39,9 @@ COMMANDS = (
     "demo",
     "doctor",
 )
+_GONE = "The current folder was removed; change to another one."
+
+_LONGEST_SENTENCE = 2000
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,6 +59,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `dtt`; the exit code is 0 for success, 2 for bad input, else what the command returns."""
+    # Read when torch is loaded, here or in a process started from here. Threads that spin while they wait keep the
+    # core from the one they wait for, wherever the machine does something else too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     args = parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII only
@@ -63,12 +69,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         sys.stdout.flush()
     except DttError as error:
-        print(f"dtt {args.command}: {printable(str(error))}", file=sys.stderr)
+        sentence = one_line(str(error))
+        if len(sentence) > 2 * _LONGEST_SENTENCE:  # names in damaged files can have megabytes
+            sentence = f"{sentence[:_LONGEST_SENTENCE]} ... {sentence[-_LONGEST_SENTENCE:]}"
+        hint = f" {_GONE}" if _folder_is_gone() else ""
+        print(f"dtt {args.command}: {sentence}{hint}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print(f"dtt {args.command}: the memory is too small for this; close other programs.", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `head` has read enough; the code is that of a program that SIGPIPE ended
         _discard_output()
         return 141
     except OSError as error:
+        if _folder_is_gone():
+            print(f"dtt {args.command}: {_GONE}", file=sys.stderr)
+            return 2
         if error.errno != errno.ENOSPC:
             raise
         _discard_output()
@@ -78,6 +94,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dtt {args.command}: interrupted", file=sys.stderr)
         return 130
     return code
+
+
+def _folder_is_gone() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _discard_output() -> None:

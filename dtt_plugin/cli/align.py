@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         cache_folder,
         save_alignment,
     )
-    from dtt_plugin.checkpoint import open_checkpoint
+    from dtt_plugin.checkpoint.opening import open_checkpoint
 
     options = AlignmentOptions(
         match=args.match,

@@ -40,6 +40,11 @@ def add_parser(subparsers: Any) -> None:
         help="for templates without a system role: put the instruction in front of the data",
     )
     parser.add_argument(
+        "--trust-assistant",
+        action="store_true",
+        help="leave control tokens in assistant messages as they are, where no client can send one that it made up",
+    )
+    parser.add_argument(
         "--keep-bos",
         action="store_true",
         help="let the tokenizer go on adding a BOS to plain text (a string prompt then gets BOS, tokens, BOS)",
@@ -60,9 +65,11 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `dtt bake`."""
     import dataclasses
+    import sys
 
     from dtt_plugin.bake import bake
-    from dtt_plugin.tokens import load_tokens
+    from dtt_plugin.prompt.formats import protection
+    from dtt_plugin.tokens.files import load_tokens
 
     report = bake(
         args.model,
@@ -73,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         default_on=not args.default_off,
         reuse_reserved=args.reuse_reserved,
         system_in_user=args.system_in_user,
+        trust_assistant=args.trust_assistant,
         keep_bos=args.keep_bos,
         overlay=args.overlay,
         copy=args.copy,
@@ -82,4 +90,6 @@ def run(args: argparse.Namespace) -> int:
     table = dataclasses.asdict(report)
     table["folder"] = str(report.folder)
     show(table, as_json=args.json)
+    if said := protection(report.prompt_format, report.plain_text_markers):
+        print(f"dtt bake: {said}", file=sys.stderr)
     return 0

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from dtt_plugin.cli.output import add_json_option, show
+from dtt_plugin.safe_text import one_line
 
 
 def add_parser(subparsers: Any) -> None:
@@ -15,7 +16,8 @@ def add_parser(subparsers: Any) -> None:
         "cache",
         help="list or prune the defended checkpoints that dtt_vllm keeps",
         description="dtt_vllm bakes a checkpoint for each model and token file it meets and keeps it; what "
-        "does not change is linked to the base model. DTT_CACHE_DIR moves the cache.",
+        "does not change is linked to the base model. A damaged entry is baked again when it is used next, and "
+        "prune removes it in any case. DTT_CACHE_DIR moves the cache.",
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="list the entries, the latest used first")
@@ -51,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
             "tokens_sha256": entry.tokens_sha256,
             "disk_bytes": entry.disk_bytes,
             "used": time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used)),
+            "damaged": entry.damaged,
         }
         for entry in entries
     ]
@@ -61,5 +64,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     show({"folder": str(baked_folder()), name: len(rows), "disk_MB": freed / 1e6}, as_json=False)
     for entry, row in zip(entries, rows, strict=True):
-        print(f"{entry.key}  {row['used']}  {entry.disk_bytes / 1e6:9.1f} MB  {entry.base_model}")
+        damaged = "damaged  " if entry.damaged else ""
+        base = one_line(entry.base_model)
+        print(f"{entry.key}  {row['used']}  {entry.disk_bytes / 1e6:9.1f} MB  {damaged}{base}")
     return 0

@@ -35,16 +35,22 @@ def run(args: argparse.Namespace) -> int:
     from dtt_plugin.errors import DttError
     from dtt_plugin.leaderboard import gate, tables
     from dtt_plugin.leaderboard.flips import check_paired
-    from dtt_plugin.leaderboard.runs import differences, read_run
+    from dtt_plugin.leaderboard.runs import differences, read_run, small_differences
 
     started = time.perf_counter()
     if args.junit and not args.fail_if:
         raise DttError("--junit reports conditions; give at least one with --fail-if.")
     a, b = read_run(args.a), read_run(args.b)
     check_paired(a, b)
-    apart = differences(a, b)
-    if unfair := [name for name in apart if name in ("task version", "generation settings")]:
-        raise DttError(f"{a.path} and {b.path} differ in {' and '.join(unfair)}; run both in the same way.")
+    if apart := differences(a, b):
+        names = " and ".join(difference.name for difference in apart)
+        raise DttError(
+            f"{a.path} and {b.path} differ in {names}; run both in the same way, but for defense and tokens:"
+            f" {apart[0].told('in A', 'in B')}."
+        )
+    for measured in (a, b):
+        if measured.misread:
+            raise DttError(f"{measured.path}: {measured.notes[-1]}")
     figures = gate.figures(a, b)
     outcomes = {condition: gate.holds(condition, {"A": a, "B": b}) for condition in args.fail_if}
     rows = [
@@ -62,12 +68,17 @@ def run(args: argparse.Namespace) -> int:
     if args.junit:
         gate.write_junit(args.junit, outcomes, text, time.perf_counter() - started)
     if args.json:
-        report = {"A": str(a.path), "B": str(b.path), "differ_in": apart, "rates": figures, "fail_if": outcomes}
+        differ_in = [difference.name for difference in small_differences(a, b)]
+        report = {"A": str(a.path), "B": str(b.path), "differ_in": differ_in, "rates": figures, "fail_if": outcomes}
+        report["unfinished"] = {"A": a.unfinished, "B": b.unfinished}
         show(report, as_json=True)
     else:
         print(text)
-        if apart:
-            print(f"A and B differ in {' and '.join(apart)}.")
+        for name, measured in (("A", a), ("B", b)):
+            for note in measured.notes:
+                print(f"{name} {note}")
+        if told := [difference.told("in A", "in B") for difference in small_differences(a, b)]:
+            print(f"A and B differ in {tables.plain(', '.join(told))}.")
         for condition, failed in outcomes.items():
             print(f"{'FAILED' if failed else 'passed'}: {condition}")
     return FAILED if any(outcomes.values()) else 0

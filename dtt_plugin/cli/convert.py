@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os.path
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,15 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `dtt convert`."""
     from dtt_plugin.errors import DttError
-    from dtt_plugin.tokens import load_tokens, save_adapter, save_tokens, save_upstream_json
+    from dtt_plugin.tokens.files import load_tokens, save_adapter, save_as_upstream_json, save_tokens
 
     tokens = load_tokens(args.tokens, model=args.tokens_model)
-    if args.out.exists():
+    if os.path.lexists(args.out):
         raise DttError(f"{args.out} already exists; choose another name.")
     if args.out.suffix == ".safetensors":
         save_tokens(args.out, tokens)
     elif args.out.suffix == ".json":
-        save_upstream_json(args.out, {tokens.model: tokens.rows})
+        save_as_upstream_json(args.out, tokens)
     else:
         save_adapter(args.out, tokens)
     show({"written": str(args.out), "k": tokens.k, "width": tokens.width, "sha256": tokens.digest}, as_json=args.json)

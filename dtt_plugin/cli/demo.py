@@ -24,7 +24,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from dtt_plugin.demo import demo
+    from dtt_plugin.demo.run import demo
 
     table, steps = demo(args.out, engine=args.engine, limit=args.limit, max_new=args.max_new)
     print(f"\n{table}")

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """Print what flipped."""
     from dtt_plugin.errors import DttError
     from dtt_plugin.leaderboard.flips import flips
-    from dtt_plugin.leaderboard.runs import differences, read_run
+    from dtt_plugin.leaderboard.runs import differences, read_run, small_differences
     from dtt_plugin.leaderboard.tables import plain
 
     a, b = read_run(args.a), read_run(args.b)
@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     if args.attack and args.attack not in names:
         raise DttError(f"--attack {args.attack!r} is not in these runs; they have {', '.join(names)}.")
     found = [flip for flip in flips(a, b) if args.attack in (None, flip.a.attack)]
+    apart = [*differences(a, b), *small_differences(a, b)]
     if args.json:
         rows = [
             {
@@ -48,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
             }
             for flip in found
         ]
-        show({"A": str(a.path), "B": str(b.path), "differ_in": differences(a, b), "flips": rows}, as_json=True)
+        names = [difference.name for difference in apart]
+        show({"A": str(a.path), "B": str(b.path), "differ_in": names, "flips": rows}, as_json=True)
         return 0
     for flip in found:
         event = "refused" if flip.a.attack == "benign" else "hacked"
@@ -58,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"  A  {_beginning(flip.a.text)}\n  B  {_beginning(flip.b.text)}")
     worse = sum(flip.worse for flip in found)
     print(f"{len(found)} flipped: {worse} worse and {len(found) - worse} better in B ({plain(b.defense)})")
-    if apart := differences(a, b):
-        print(f"A and B differ in {' and '.join(apart)}.")
+    if apart:
+        print(f"A and B differ in {plain(', '.join(difference.told('in A', 'in B') for difference in apart))}.")
     return 0
 
 

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from dtt_plugin.cli.output import add_json_option, show
+from dtt_plugin.safe_text import one_line
 
 
 def add_parser(subparsers: Any) -> None:
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     for finding in examine(args.model, args.tokens, args.tokens_model):
         findings.append(finding)
         if not args.json:
-            print(f"{'ok' if finding.ok else 'NO':<3} {finding.check}: {finding.message}", flush=True)
+            print(f"{'ok' if finding.ok else 'NO':<3} {finding.check}: {one_line(finding.message)}", flush=True)
     if args.json:
         show({finding.check: finding._asdict() for finding in findings}, as_json=True)
     return 0 if all(finding.ok for finding in findings) else 1

@@ -23,8 +23,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from dtt_plugin.data import data_folder
-    from dtt_plugin.fetch import SOURCES, fetch
+    from dtt_plugin.data.fetch import SOURCES, fetch
+    from dtt_plugin.data.records import data_folder
 
     folder = data_folder()
     digests = fetch(folder)

@@ -45,7 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     report.add_argument(
         "--without-samples",
         action="store_true",
-        help="leave prompts and responses out of the HTML file, so that it can be published",
+        help="leave prompts, responses and this machine's paths out of the HTML file, so that it can be published",
     )
     report.add_argument("--figures", type=Path, metavar="DIR", help="write figures (PNG and SVG)")
     report.add_argument(
@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
     from dtt_plugin.leaderboard import tables
     from dtt_plugin.leaderboard.comparison import build
     from dtt_plugin.leaderboard.curves import read_curves
-    from dtt_plugin.leaderboard.geometry import read_geometry
     from dtt_plugin.leaderboard.runs import read_runs
+    from dtt_plugin.tokens.geometry import read_geometry
 
     if not 0 <= args.floor <= 1:
         raise DttError(f"--floor {args.floor} is not a share; give a number from 0 to 1.")
@@ -77,13 +77,15 @@ def run(args: argparse.Namespace) -> int:
         for problem in problems[:-1]:
             print(f"dtt leaderboard: {tables.plain(problem)}", file=sys.stderr)
         raise DttError(tables.plain(problems[-1]))
-    geometries, curves = read_geometry(args.tokens, problems), read_curves(args.log, problems)
+    geometries = read_geometry(args.tokens, problems, [run.model for run in runs])
+    curves = read_curves(args.log, problems)
     board = build(runs, floor=args.floor, seed=args.seed, published=args.published, problems=problems).to_dict()
     _print(board, "json" if args.json else args.format)
     if args.html:
         from dtt_plugin.leaderboard.page import write_report
 
-        write_report(args.html, board, runs, geometries, curves, samples=not args.without_samples)
+        inputs = [*args.results, *args.tokens, *args.log]
+        write_report(args.html, board, runs, geometries, curves, samples=not args.without_samples, inputs=inputs)
     if args.figures:
         from dtt_plugin.leaderboard.figures import write_figures
 

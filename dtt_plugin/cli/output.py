@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from typing import Any
+
+from dtt_plugin.safe_text import json_text, one_line
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Give a command `--json`."""
-    parser.add_argument("--json", action="store_true", help="print the result as JSON, for scripts")
+    parser.add_argument("--json", action="store_true", default=False, help="print the result as JSON, for scripts")
 
 
 def show(report: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print `report`: one JSON object, or one `name  value` line per entry."""
+    """Print `report`: one JSON object, or one `name  value` line per entry.
+
+    What a file says may stand in it: as lines it can't end one, nor tell a terminal to do anything.
+    """
     if as_json:
-        text = json.dumps(report, indent=2, ensure_ascii=False)
-        # Half a surrogate pair (a file's name that is no UTF-8) has no bytes; its escape is JSON again.
-        print(text.encode("utf-8", "backslashreplace").decode())
+        print(json_text(report))
         return
-    width = max(map(len, report), default=0)
-    for name, value in report.items():
-        if isinstance(value, float):
-            value = f"{value:.6g}"
-        elif isinstance(value, list | tuple):
-            value = " ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in value)
-        print(f"{name.replace('_', ' '):<{width}}  {value}")
+    lines = [line for name, value in report.items() for line in _lines(name, value)]
+    width = max((len(name) for name, _ in lines), default=0)
+    for name, value in lines:
+        print(f"{name:<{width}}  {value}")
+
+
+def _lines(name: str, value: Any) -> list[tuple[str, str]]:
+    """Return an entry as (name, value); of a table one per entry, under the table's name."""
+    if isinstance(value, Mapping):
+        within = [line for key, entry in value.items() for line in _lines(str(key), entry)]
+        return [(f"{name}: {key}", line) for key, line in within]
+    if isinstance(value, float):
+        value = f"{value:.6g}"
+    elif isinstance(value, list | tuple):
+        value = " ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in value)
+    return [(one_line(name.replace("_", " ")), one_line(str(value)))]

@@ -21,7 +21,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `dtt pull`."""
-    from dtt_plugin.sharing import licence_of, pull_tokens
+    from dtt_plugin.tokens.licence import licence_of
+    from dtt_plugin.tokens.sharing import pull_tokens
 
     tokens = pull_tokens(args.repo, args.out, revision=args.revision)
     report = {"written": str(args.out), "model": tokens.model, "method": tokens.method, "sha256": tokens.digest}

@@ -29,8 +29,8 @@ def run(args: argparse.Namespace) -> int:
     """Run `dtt push`."""
     import dataclasses
 
-    from dtt_plugin.sharing import push_tokens
-    from dtt_plugin.tokens import load_tokens
+    from dtt_plugin.tokens.files import load_tokens
+    from dtt_plugin.tokens.sharing import push_tokens
 
     tokens = load_tokens(args.tokens, model=args.tokens_model)
     shared = push_tokens(tokens, args.repo, accept_licence=args.accept_license, private=args.private)

@@ -42,13 +42,14 @@ def run(args: argparse.Namespace) -> int:
         for name, rule in chosen.items():
             print(f"{name}: {rule.says}")
         return 0
-    measured = read_run(args.samples)
+    measured = read_run(args.samples, unscored=True)
     kinds = {REFUSAL if name == REFUSAL else rules.ASR for name in measured.outcomes}
     usable = rules.OWN if measured.early_decision else rules.RULES
     fitting = [name for name in usable if rules.RULES[name].kind in kinds]
     report = rules.rescore(measured, args.rule or fitting)
     if args.json:
-        show({"samples": str(measured.samples), "rules": report}, as_json=True)
+        found = {"samples": str(measured.samples), "unfinished": measured.unfinished, "rules": report}
+        show(found, as_json=True)
         return 0
     rows = [
         [
@@ -56,10 +57,12 @@ def run(args: argparse.Namespace) -> int:
             tables.plain(name),
             tables.rate_text(row["before"]),
             tables.rate_text(row["after"]),
-            f"+{row['gained']} -{row['lost']}",
+            f"+{row['gained']} -{row['lost']}" if row["before"] else "-",
         ]
         for rule, outcomes in report.items()
         for name, row in outcomes.items()
     ]
     print(tables.aligned(["rule", "of", "as logged", "by the rule", "changed"], rows))
+    for note in measured.notes:
+        print(note)
     return 0

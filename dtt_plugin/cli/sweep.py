@@ -25,15 +25,26 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from dtt_plugin.sweep import read_sweep, run_sweep
+    from dtt_plugin.sweep.file import read_sweep
+    from dtt_plugin.sweep.run import download_settings, run_sweep
 
     cells = read_sweep(args.sweep)
+    if not args.dry_run:
+        download_settings(cells)
+    loads, problems = set(), []
     for cell in cells:
-        state = "finished" if cell.is_finished(args.out) else "to do"
-        print(f"{state:<8}  {cell.folder(args.out).name}")
-    loads = len({id(cell.load) for cell in cells if not cell.is_finished(args.out)})
-    print(f"{len(cells)} cells; {loads} models to load.", flush=True)
+        try:
+            state = "finished" if cell.is_finished(args.out) else "to do"
+            print(f"{state:<8}  {cell.folder(args.out).name}")
+            if state == "to do":
+                loads.add(id(cell.load))
+        except DttError as error:
+            print(f"{'fails':<8}  {cell.name}")
+            problems.append(error)
+    print(f"{len(cells)} cells; {len(loads)} models to load.", flush=True)
     if args.dry_run:
+        if problems:
+            raise DttError(f"{len(problems)} of {len(cells)} cells can't be run: {problems[0]}")
         return 0
     failed = run_sweep(cells, args.out)
     code = 0
@@ -42,8 +53,9 @@ def run(args: argparse.Namespace) -> int:
 
         print()
         # Not the whole folder: cells of an earlier version of the file may stand there, too.
-        finished = [cell.folder(args.out) for cell in cells if cell not in failed]
-        code = main(["leaderboard", *map(str, finished)])
+        lost = set(map(id, failed))
+        finished = [str(cell.folder(args.out)) for cell in cells if id(cell) not in lost]
+        code = main(["leaderboard", *finished])
     if failed:
         names = ", ".join(cell.name for cell in failed)
         raise DttError(f"{len(failed)} of {len(cells)} cells failed, see above ({names}); start the sweep again.")

@@ -28,28 +28,29 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         " completion attack. Refuses training data that the evaluation uses.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # what is not given has the default of TrainingOptions
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder or hub id of the undefended chat model")
     add("--data", required=True, metavar="FILE|ID", help="training records: JSON file, folder or hub id")
     add("-o", "--out", required=True, type=Path, metavar="FILE", help="token file to write")
-    add("--init", default="random", metavar="random|text:TEXT|FILE", help="the start; a token file is adapted")
-    add("--k", type=int, default=5, help="number of tokens (default 5)")
+    add("--init", metavar="random|text:TEXT|FILE", help="the start; a token file is adapted")
+    add("--k", type=int, help="number of tokens (default 5)")
     add("--steps", type=int, help="optimiser steps (default: one pass over the records)")
-    add("--batch", type=int, default=16, help="examples a step (default 16)")
-    add("--rate", type=float, default=0.1, help="Adam's learning rate (default 0.1)")
-    add("--seed", type=int, default=0, help="of the start, the order and the attacks (default 0)")
-    add("--labels", default="self", metavar="self|data", help="the model's own answers (default), or the outputs")
-    add("--label-tokens", type=int, default=128, help="cut labels at this many tokens (default 128)")
-    add("--held-out", type=int, default=32, help="records that --eval-every keeps out of training (default 32)")
+    add("--batch", type=int, help="examples a step (default 16)")
+    add("--rate", type=float, help="Adam's learning rate (default 0.1)")
+    add("--seed", type=int, help="of the start, the order and the attacks (default 0)")
+    add("--labels", metavar="self|data", help="the model's own answers (default), or the outputs")
+    add("--label-tokens", type=int, help="cut labels at this many tokens (default 128)")
+    add("--held-out", type=int, help="records that --eval-every keeps out of training (default 32)")
     add("--eval-every", type=int, metavar="N", help="measure held-out ASR, and keep the tokens, every N steps")
     add("--stop-at", type=float, metavar="SHARE", help="stop once the held-out ASR(max) is this low")
-    add("--save-every", type=int, default=50, metavar="N", help="write a checkpoint every N steps (default 50)")
+    add("--save-every", type=int, metavar="N", help="write a checkpoint every N steps (default 50)")
     add("--resume", action="store_true", help="go on from the last checkpoint")
-    add("--dtype", default="auto", help="of the frozen weights: auto (default), float32, bfloat16, float16")
+    add("--dtype", help="of the frozen weights: auto (default), float32, bfloat16, float16")
     add("--gradient-checkpointing", action="store_true", help="less memory, more time")
-    add("--tokens-at-once", type=int, default=512, help="positions a forward pass (default 512); lower: less memory")
-    add("--report-to", default="none", metavar="NAME", help="trackio, wandb, ... (default none)")
+    add("--tokens-at-once", type=int, help="positions a forward pass (default 512); lower: less memory")
+    add("--report-to", metavar="NAME", help="trackio, wandb, ... (default none)")
     add_json_option(parser)
     parser.set_defaults(run=run)
 
@@ -58,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     """Train, print the report."""
     from dtt_plugin.training.options import TrainingOptions
 
-    options = TrainingOptions(**{field.name: getattr(args, field.name) for field in fields(TrainingOptions)})
+    names = {field.name for field in fields(TrainingOptions)}
+    options = TrainingOptions(**{name: value for name, value in vars(args).items() if name in names})
     from dtt_plugin.training.train import train
 
     trained = train(options)

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from dtt_plugin.cli.output import add_json_option, show
 from dtt_plugin.errors import DttError
+from dtt_plugin.public_names import public_name
+from dtt_plugin.safe_text import one_line
 
 if TYPE_CHECKING:
     from dtt_plugin.alignment import Alignment
-    from dtt_plugin.tokens import DefensiveTokens
+    from dtt_plugin.tokens.files import DefensiveTokens
 
 _EPILOG = """\
 examples:
@@ -72,8 +74,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Transfer, write what was asked for, print the report."""
     from dtt_plugin.alignment import load_alignment
-    from dtt_plugin.tokens import load_tokens, save_tokens
-    from dtt_plugin.transfer import compare, compare_methods, transfer
+    from dtt_plugin.tokens.files import load_tokens, save_tokens
+    from dtt_plugin.transfer.move import compare, compare_methods, transfer
 
     if args.tokens is None:
         raise DttError("Which tokens? Give a token file: dtt transfer TOKENS ALIGNMENT -o OUT.")
@@ -85,12 +87,12 @@ def run(args: argparse.Namespace) -> int:
     if args.native:
         native_model = args.native_model or args.target_model
         native = load_tokens(args.native, model=_entry(args.native, native_model, alignment, "target_model"))
-    if alignment and tokens.model != alignment.source_model:
-        print(
-            f"dtt transfer: the tokens belong to {tokens.model}, the alignment starts from "
-            f"{alignment.source_model}; make sure that these are the same model",
-            file=sys.stderr,
+    if alignment and public_name(tokens.model) != public_name(alignment.source_model):
+        sentence = (
+            f"the tokens belong to {tokens.model}, the alignment starts from {alignment.source_model}; make sure that "
+            "these are the same model"
         )
+        print(f"dtt transfer: {one_line(sentence)}", file=sys.stderr)
     target = args.target_model or (native.model if native and not alignment else None)
     options: dict[str, Any] = {"target_model": target, "norm": args.norm, "native": native, "seed": args.seed}
     report: dict[str, Any] = {}
@@ -114,10 +116,11 @@ def _entry(path: str, chosen: str | None, alignment: Alignment | None, side: str
     """Return which entry of an upstream JSON is meant; a token file has only one."""
     if chosen or alignment is None or not path.endswith(".json"):
         return chosen
-    from dtt_plugin.tokens import upstream_models
+    from dtt_plugin.tokens.files import upstream_models
 
-    name = getattr(alignment, side)
-    return name if name in upstream_models(path) else None
+    name = public_name(getattr(alignment, side))
+    entries = [entry for entry in upstream_models(path) if public_name(entry) == name]
+    return entries[0] if len(entries) == 1 else None
 
 
 def _report(moved: DefensiveTokens, comparison: Any, out: Path) -> dict[str, Any]:

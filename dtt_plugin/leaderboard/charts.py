@@ -9,7 +9,8 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from dtt_plugin.leaderboard.curves import Curve
-from dtt_plugin.leaderboard.geometry import Geometry, letter
+from dtt_plugin.leaderboard.marks import weak_mark
+from dtt_plugin.tokens.geometry import Geometry, letter
 
 WIDTH = 900
 _BAR = 14
@@ -138,6 +139,7 @@ def gap_closed(group: dict[str, Any]) -> Markup | None:
             if _known(ratio, "low") and _known(ratio, "high"):
                 parts.append(_line(axis(ratio["low"]), middle, axis(ratio["high"]), middle, "whisker"))
                 figures += f" [{ratio['low']:.3f}, {ratio['high']:.3f}]"
+            figures += weak_mark(ratio)
             parts.append(_marker(0 if kind == "measured" else 1, x, middle))
             parts.append(_text(_RIGHT + 12, y + 11, figures, "small"))
             y += _BAR

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dtt_plugin.errors import DttError
+from dtt_plugin.files.reading import read_bytes
+from dtt_plugin.public_names import public_text
 from dtt_plugin.safe_text import printable
 
 FORMAT = "dtt.training/1"
+_LARGEST_LOG = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def read_curve(path: Path) -> Curve:
         DttError: not a training log.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_bytes(path, most=_LARGEST_LOG).decode("utf-8-sig", errors="replace").splitlines()
     except OSError as error:
         raise DttError(f"{path} can't be read: {error.strerror}; give a training log.") from error
     entries: list[dict[str, Any]] = []
@@ -61,7 +64,7 @@ def read_curve(path: Path) -> Curve:
         entries.append(entry)
     if not entries or entries[0].get("format") != FORMAT:
         raise DttError(f"{path} does not begin with the format {FORMAT}; give the log that `dtt train` wrote.")
-    label = printable(str(entries[0].get("label") or path.name))
+    label = printable(public_text(str(entries[0].get("label") or path.name)))
     return Curve(label, _points(entries, "loss"), _points(entries, "asr"))
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import replacing
+from dtt_plugin.files.replacing import replacing
 from dtt_plugin.leaderboard.charts import ratios_of
 from dtt_plugin.leaderboard.curves import Curve
-from dtt_plugin.leaderboard.geometry import Geometry, letter
+from dtt_plugin.leaderboard.marks import WEAK_NATIVE, weak_mark
 from dtt_plugin.safe_text import all_printable
+from dtt_plugin.tokens.geometry import Geometry, letter
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,9 +127,12 @@ def gap_closed(group: dict[str, Any]) -> Figure:
             )
         for end in (0, 1):
             axes.axvline(end, color="black", linewidth=0.8, linestyle="--")
-        axes.set_yticks(range(len(rows)), [run for run, _ in rows])
+        marks = ["".join({weak_mark(ratio) for ratio in ratios.values()}) for _, ratios in rows]
+        names = [f"{run} {mark}".rstrip() for (run, _), mark in zip(rows, marks, strict=True)]
+        axes.set_yticks(range(len(rows)), names)
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlabel("gap closed (0: undefended, 1: native tokens)")
+        weak = f"\n{WEAK_NATIVE} the native tokens are themselves worse than a row of the table" if any(marks) else ""
+        axes.set_xlabel(f"gap closed (0: undefended, 1: native tokens){weak}")
         axes.set_title(group["title"], fontsize=9)
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure

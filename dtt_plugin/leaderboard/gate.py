@@ -18,7 +18,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import replacing
+from dtt_plugin.files.replacing import replacing
 from dtt_plugin.leaderboard import statistics
 from dtt_plugin.leaderboard.runs import BENIGN, REFUSAL, Outcomes, Run
 

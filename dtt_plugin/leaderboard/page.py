@@ -5,18 +5,21 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from dtt_plugin.files import replacing
+from dtt_plugin.files.replacing import replacing
 from dtt_plugin.leaderboard import charts
 from dtt_plugin.leaderboard.curves import Curve
-from dtt_plugin.leaderboard.geometry import Geometry, letter
+from dtt_plugin.leaderboard.marks import weak_mark
+from dtt_plugin.leaderboard.public import Public
 from dtt_plugin.leaderboard.runs import Run
 from dtt_plugin.leaderboard.sample_book import make_book
 from dtt_plugin.leaderboard.tables import COSTS, cost_text, p_text, ratio_text, remarks
 from dtt_plugin.safe_text import all_printable
+from dtt_plugin.tokens.geometry import Geometry, letter
 
 
 def write_report(
@@ -26,6 +29,7 @@ def write_report(
     geometries: Sequence[Geometry] = (),
     curves: Sequence[Curve] = (),
     samples: bool = True,
+    inputs: Sequence[Path] = (),
 ) -> None:
     """Write the report of a leaderboard to `out`.
 
@@ -36,12 +40,13 @@ def write_report(
         geometries: of token files, to be shown.
         curves: of training logs, to be shown.
         samples: whether the page holds the records' texts, prompts and responses. Without them it can be
-            published where the records' licence forbids it.
+            published where the records' licence forbids it, so then it names no path of this machine either.
+        inputs: the files and folders that were read, as the user named them.
 
     Raises:
         DttError: `out` can't be written.
     """
-    html = render(leaderboard, runs, geometries, curves, samples)
+    html = render(leaderboard, runs, geometries, curves, samples, inputs)
     with replacing(out) as temporary:
         temporary.write_text(html, encoding="utf-8")
 
@@ -52,6 +57,7 @@ def render(
     geometries: Sequence[Geometry] = (),
     curves: Sequence[Curve] = (),
     samples: bool = True,
+    inputs: Sequence[Path] = (),
 ) -> str:
     """Return the report's HTML, see `write_report`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -66,7 +72,12 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": charts.percent, "letter": letter}
-    environment.filters |= {form.__name__: form for form in (p_text, ratio_text, cost_text, remarks)}
+    environment.filters |= {form.__name__: form for form in (p_text, ratio_text, cost_text, remarks, weak_mark)}
+    if not samples:
+        models = [row["model"] for group in leaderboard["groups"] for row in group["rows"]]
+        public = Public(models, geometries, inputs, leaderboard["files"])
+        leaderboard = public.all_of(leaderboard)
+        geometries = [replace(g, model=public.text(g.model)) for g in geometries]
     board = all_printable(leaderboard)
     shown = runs if samples else ()
     book = make_book(shown)

@@ -1,17 +1,20 @@
 """Published figures, shown beside measured rows and never tested against.
 
-Sources: DefensiveTokens (arXiv 2507.07974), table of the defenses without training; the transfer
-experiment between Llama 3 and Llama 3.1. Both on the task `alpacafarm_injection` with its 208 records.
+Sources: DefensiveTokens (arXiv 2507.07974), table 4, AlpacaFarm's ASR(max) of the four models under None, Reminder,
+Sandwich and DefensiveToken; the transfer experiment between Llama 3 and Llama 3.1, which has the rest. Both on the
+task `alpacafarm_injection` with its 208 records.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from dtt_plugin.public_names import public_name
+
 TASK = "alpacafarm_injection"
 RECORDS = 208
 GPU_SECONDS = 16 * 3600
-"""What training a model's own DefensiveTokens costs, in seconds of one GPU: 16 GPU-hours."""
+"""What training these models' own DefensiveTokens costs, in seconds of one GPU: 16 GPU-hours."""
 ATTACKS = ("ignore", "completion", "ignore_completion")
 
 
@@ -53,16 +56,30 @@ LLAMA_3_1 = (
     Figure("tokens (adapted)", 1.9, 0.0, (1.9, 1.0, 0.0)),
     Figure("tokens (trained), step 100", 2.9, 0.5, (2.9, 1.0, 2.4)),
 )
+FALCON_3 = (
+    Figure("none", 84.6, None),
+    Figure("reminder", 75.0, None),
+    Figure("sandwich", 70.7, None),
+    Figure("tokens (native), paper", 4.8, None, method="native"),
+)
+QWEN_2_5 = (
+    Figure("none", 93.3, None),
+    Figure("reminder", 94.7, None),
+    Figure("sandwich", 85.6, None),
+    Figure("tokens (native), paper", 1.0, None, method="native"),
+)
 _MODELS = {
     "Meta-Llama-3-8B-Instruct": LLAMA_3,
     "Llama-3.1-8B-Instruct": LLAMA_3_1,
     "Meta-Llama-3.1-8B-Instruct": LLAMA_3_1,
+    "Falcon3-7B-Instruct": FALCON_3,
+    "Qwen2.5-7B-Instruct": QWEN_2_5,
 }
 
 
 def figures(model: str, task: str) -> tuple[Figure, ...]:
     """Return what is published for a model (by the last part of its name) on a task."""
-    return _MODELS.get(model.rstrip("/").rsplit("/", 1)[-1], ()) if task == TASK else ()
+    return _MODELS.get(public_name(model).rsplit("/", 1)[-1], ()) if task == TASK else ()
 
 
 def share(percent: float | None) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dtt_plugin.data import ASSETS, read_json
+from dtt_plugin.data.records import ASSETS, read_json
 from dtt_plugin.errors import DttError
 from dtt_plugin.leaderboard import statistics
 from dtt_plugin.leaderboard.runs import BENIGN, REFUSAL, Run
@@ -64,11 +64,11 @@ def rule_named(name: str) -> Rule:
 
 
 def rescore(run: Run, rules: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Apply rules to a run's saved responses.
+    """Apply rules to a run's saved responses, read behind their thoughts.
 
     Returns:
         Per rule and attack ("refusal" for benign prompts): the rate as it was, the rate by the rule, and how
-        many records change in each direction.
+        many records change in each direction; None for what a run with `--predict_only` can't tell.
 
     Raises:
         DttError: there is no such rule, it is about other responses, or it needs more of them than was kept.
@@ -86,14 +86,15 @@ def rescore(run: Run, rules: Sequence[str]) -> dict[str, dict[str, Any]]:
         for outcome in run.outcomes:
             if (outcome == REFUSAL) != (rule.kind == REFUSAL):
                 continue
-            texts = [r.text for r in responses if r.attack == (BENIGN if outcome == REFUSAL else outcome)]
+            texts = [r.answer for r in responses if r.attack == (BENIGN if outcome == REFUSAL else outcome)]
             before, after = run.outcomes[outcome], np.array([rule.applies(text) for text in texts], np.bool_)
-            report[name][outcome] = {
+            logged = {
                 "before": statistics.rate(before),
-                "after": statistics.rate(after),
                 "gained": int((after & ~before).sum()),
                 "lost": int((before & ~after).sum()),
             }
+            changes = logged if run.scored else dict.fromkeys(logged)
+            report[name][outcome] = {**changes, "after": statistics.rate(after)}
         if not report[name]:
             raise DttError(f"--rule {name} is about {rule.kind}, and {run.path} has no such responses.")
     return report

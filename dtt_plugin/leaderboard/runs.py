@@ -11,6 +11,7 @@ import math
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -20,11 +21,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dtt_plugin.bake.manifest import baked_facts
+from dtt_plugin.checkpoint.defended import baked_facts
 from dtt_plugin.costs import recorded_costs
-from dtt_plugin.defenses import NONE, TOKENS, parse_defense
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import sha256_bytes, sha256_json
+from dtt_plugin.files.digests import sha256_bytes, sha256_json
+from dtt_plugin.leaderboard.identity import Identity, canonical, parse_arguments, read_identity, told_apart
+from dtt_plugin.prompt.defenses import NONE, TOKENS, parse_defense
+from dtt_plugin.public_names import is_hub_model, public_name
+from dtt_plugin.tasks.metrics import is_hacked, is_refusal
+from dtt_plugin.tasks.thoughts import Reading, read
 
 BENIGN = "benign"
 REFUSAL = "refusal"
@@ -39,13 +44,17 @@ COMPARABLE = {
     "record_ids": "records",
     "data_digest": "data",
 }
-"""What runs have to agree in to be rows of one table: attributes of `Run`, and what a reader calls them."""
+"""What runs have to agree in, beside the facts of their identity, to be rows of one table: attributes of `Run`, and
+what a reader calls them."""
 
 _RESULTS_NAME = re.compile(r".*?_?(\d{4}-\d\d-\d\dT[\d.\-]+)\.json")
 _SAMPLES_NAME = re.compile(r"samples_(.+)_(\d{4}-\d\d-\d\dT[\d.\-]+)\.jsonl")
 _FILE_SAFE = re.compile(r"[\w.+\-]+")
 _FIRST_TOKEN = "[DefensiveToken0]"
+_TOKENS_IN_FRONT = re.compile(r"(\[DefensiveToken\d+\])+", re.ASCII)
 _MOST_RECORD_ID = 2**31
+# lm-eval's metric in place of the task's own.
+_PREDICT_ONLY = "bypass"
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ class Response:
     hit: bool
     """Hacked, or for a benign prompt refused."""
     text: str
+    """As the model gave it, thoughts and all."""
     prompt: str
     """As the model got it."""
     instruction: str
@@ -65,6 +75,8 @@ class Response:
     """The untrusted data: `data == input + injected`, before any defense."""
     injected: str
     """What the attack added; "" for a benign prompt."""
+    answer: str = ""
+    """What rules are about: the text behind the thoughts; "" where there is none."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +109,29 @@ class Run:
     """Per attack, and for "refusal": whether it happened, (n,), in the order of `record_ids`."""
     seconds: float | None
     """Wall time of the evaluation."""
+    unfinished: int = 0
+    """Responses without an answer behind their thoughts, of all variants: neither hacked nor refused."""
+    misread: int = 0
+    """Responses of which an older version scored the thoughts, with another outcome than the answers behind them."""
+    thoughts_cut: bool = False
+    """Whether lm-eval cut the thoughts off before anything was saved."""
     costs: dict[str, float] = field(default_factory=dict)
-    """What our commands recorded: align_seconds, transfer_seconds, bake_seconds, peak_memory_mb."""
+    """What our commands recorded: align_seconds, transfer_seconds, bake_seconds, train_seconds, peak_memory_mb."""
+    identity: Identity = field(default_factory=Identity)
+    """What else can change an answer."""
+    prompts_digest: str = ""
+    """Of the prompts as the model got them, the DefensiveTokens in front apart."""
+    scored: bool = True
+    """Whether the outcomes are logged; else (`--predict_only`) they are counted by the task's own rules."""
     label: str = ""
     """Short, and unique among the runs that were read together."""
+    title: str = ""
+    """What the rows of its table have in common, told briefly; without a path."""
+
+    @property
+    def is_baked(self) -> bool:
+        """Whether it is a defended checkpoint's, which counts as its base model."""
+        return "weights" in self.identity.unknown
 
     @property
     def attacks(self) -> tuple[str, ...]:
@@ -118,6 +149,23 @@ class Run:
         any_worked: Outcomes = np.logical_or.reduce(self.hacked, axis=1)
         return any_worked
 
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the rates has to know about the responses behind them."""
+        found = []
+        if self.unfinished:
+            found.append(
+                f"UNFINISHED: {self.unfinished} of {self.n * len(self.outcomes)} responses never left their thoughts."
+                " They count as neither hacked nor refused, so the rates may be too low; raise max_gen_toks, or turn"
+                " thinking off."
+            )
+        if self.misread:
+            found.append(
+                f"MISREAD: {self.misread} responses begin with thoughts, and the saved scores are not those of the"
+                " answers behind them; run lm-eval again (`dtt rescore` tells the rates)."
+            )
+        return found
+
     def responses(self) -> list[Response]:
         """Read the samples again, with their texts.
 
@@ -133,29 +181,80 @@ class Run:
             for index, variant in enumerate(document["variants"]):
                 name, data = variant["attack"], variant["messages"][-1]["content"]
                 outcome = self.outcomes[REFUSAL if name == BENIGN else name]
-                text = sample["filtered_resps"][index]
+                text, reading = _read_response(sample, index, self.thoughts_cut)
                 found.append(
                     Response(
                         record_id=document["record_id"],
                         attack=name,
                         hit=bool(outcome[place]),
-                        text=text if isinstance(text, str) else "",
+                        text=text,
                         prompt=_prompt(sample, index),
                         instruction=document["instruction"],
                         data=data,
                         injected=data.removeprefix(document["input"]) if name != BENIGN else "",
+                        answer=reading.answer or "",
                     )
                 )
         return found
 
 
-def differences(a: Run, b: Run) -> list[str]:
-    """Return in what two runs differ of what rows of one table agree in."""
-    return [title for name, title in COMPARABLE.items() if getattr(a, name) != getattr(b, name)]
+@dataclass(frozen=True)
+class Difference:
+    """Something in which two runs differ, and both values; "" where there is none."""
+
+    name: str
+    a: str
+    b: str
+
+    def told(self, first: str, second: str) -> str:
+        """Return it with both values, for instance `peft (none there, lora here)`."""
+        if self.name in (COMPARABLE["record_ids"], COMPARABLE["data_digest"]):
+            return self.name
+        shown = told_apart([self.a, self.b])
+        a, b = (value if is_hub_model(value) else shown[value] or "none" for value in (self.a, self.b))
+        return f"{self.name} ({a} {first}, {b} {second})"
 
 
-def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
+def differences(a: Run, b: Run) -> list[Difference]:
+    """Return in what two runs differ of what rows of one table agree in; the arm, defense and tokens, is no part."""
+    unknown = a.identity.unknown | b.identity.unknown
+    values = [{title: getattr(run, name) for name, title in COMPARABLE.items()} for run in (a, b)]
+    if a.is_baked or b.is_baked:
+        # A manifest has the base model's public name; and its template differs from the base's by the tokens only,
+        # if the prompts do.
+        models = [public_name(run.model) if run.is_baked else run.model for run in (a, b)]
+        if models[0] in (models[1], public_name(b.model)) or models[1] == public_name(a.model):
+            values[1][COMPARABLE["model"]] = a.model
+        if a.prompts_digest == b.prompts_digest:
+            values[1][COMPARABLE["prompt_format"]] = a.prompt_format
+    named = [
+        Difference(title, str(x), str(values[1][title])) for title, x in values[0].items() if x != values[1][title]
+    ]
+    return named + [d for d in _unlike(a.identity.facts, b.identity.facts) if d.name not in unknown]
+
+
+def small_differences(a: Run, b: Run) -> list[Difference]:
+    """Return in what two runs of one table differ beside their arm: where they ran, and what only digests tell."""
+    found = _unlike(a.identity.circumstances, b.identity.circumstances)
+    if (a.defense, a.tokens_sha256) == (b.defense, b.tokens_sha256) and not differences(a, b):
+        if a.prompts_digest != b.prompts_digest:
+            found.append(Difference("prompts", a.prompts_digest, b.prompts_digest))
+        if not found and a.identity.fingerprint != b.identity.fingerprint:
+            found.append(Difference("fingerprint", a.identity.fingerprint, b.identity.fingerprint))
+    return found
+
+
+def _unlike(a: Mapping[str, str], b: Mapping[str, str]) -> list[Difference]:
+    names = sorted(name for name in {*a, *b} if a.get(name) != b.get(name))
+    return [Difference(name, a.get(name, ""), b.get(name, "")) for name in names]
+
+
+def read_runs(paths: Iterable[Path], *, unscored: bool = False) -> tuple[list[Run], list[str]]:
     """Read every run in `paths`: results files, samples files, or folders that hold some at any depth.
+
+    Args:
+        paths: them.
+        unscored: read runs with `--predict_only`, too, whose responses have no logged outcomes.
 
     Returns:
         The runs, the earliest first (by the time in their files' names), each with a label of its own; and
@@ -165,7 +264,7 @@ def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     problems: list[str] = []
     for path in _results_files(paths, problems):
         try:
-            runs += _read_results(path, problems)
+            runs += _read_results(path, problems, unscored)
         except DttError as error:
             problems.append(str(error))
         except RecursionError:
@@ -173,14 +272,14 @@ def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     return labelled(runs), problems
 
 
-def read_run(path: Path) -> Run:
-    """Read the one run in `path`.
+def read_run(path: Path, *, unscored: bool = False) -> Run:
+    """Read the one run in `path`, see `read_runs`.
 
     Raises:
         DttError: there is none, or more than one, or something there can't be read: a gate must not pass
             because the run that it is about was left out.
     """
-    runs, problems = read_runs([path])
+    runs, problems = read_runs([path], unscored=unscored)
     if problems:
         raise DttError(problems[0])
     if len(runs) > 1:
@@ -273,13 +372,20 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) and number >= 0 else None
 
 
-def _read_results(path: Path, problems: list[str]) -> list[Run]:
+def _read_results(path: Path, problems: list[str], unscored: bool) -> list[Run]:
     """Read one results file; what is wrong with one of its tasks goes to `problems`."""
     results = _load(_read_bytes(path), str(path))
     tasks = _table(results, "results")
     if not tasks or not _table(results, "configs") or not _table(results, "config"):
         raise DttError(f"{path} is not a results file of lm-eval; give the folder of lm-eval's --output_path.")
-    ours = [task for task, scores in tasks.items() if _measures_injection(scores)]
+    ours = [task for task, scores in tasks.items() if _metrics(scores) & {"hacked", REFUSAL}]
+    unmeasured = [task for task, scores in tasks.items() if _PREDICT_ONLY in _metrics(scores)]
+    if unmeasured and not ours and not unscored:
+        raise DttError(
+            f"{path} was run with --predict_only, so nothing in it is measured; count its responses with `dtt rescore`,"
+            " or run lm-eval without it."
+        )
+    ours += unmeasured if unscored else []
     if not ours:
         raise DttError(f"{path} holds no prompt-injection task ({', '.join(tasks)[:200]}); leave it out.")
     runs = []
@@ -291,9 +397,8 @@ def _read_results(path: Path, problems: list[str]) -> list[Run]:
     return runs
 
 
-def _measures_injection(scores: Any) -> bool:
-    names = {str(name).partition(",")[0] for name in scores} if isinstance(scores, dict) else set()
-    return bool(names & {"hacked", REFUSAL})
+def _metrics(scores: Any) -> set[str]:
+    return {str(name).partition(",")[0] for name in scores} if isinstance(scores, dict) else set()
 
 
 def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
@@ -304,13 +409,17 @@ def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
     if not os.path.isfile(samples_path):
         raise DttError(f"{path}: {samples_path.name} is missing; run lm-eval with --log_samples.")
     samples = _sorted_samples(samples_path)
-    _check_same_run(path, samples_path, results, task, samples)
-    outcomes = _outcomes(samples_path, samples)
+    scored = _PREDICT_ONLY not in _metrics(_table(results, "results", task))
+    outcomes = _outcomes(samples_path, samples) if scored else _own_outcomes(samples)
+    _check_same_run(path, samples_path, results, task, samples, outcomes)
     config, task_config = _table(results, "config"), _table(results, "configs", task)
     facts = _table(config, "dtt_plugin")
-    baked = _table(facts, "baked") if facts else baked_facts(_model(results, config, facts)) or {}
-    model = _text(baked.get("base_model")) or _model(results, config, facts)
+    loaded = _model(results, config, facts)
+    baked = _table(facts, "baked") if facts else baked_facts(loaded) or {}
+    model = _text(baked.get("base_model")) or loaded
     defense, method = _defense(path, facts, baked, task_config, samples, model)
+    cut = not facts and _table(task_config, "metadata").get("think_end_token") is not None
+    unfinished, misread = _thoughts(samples, outcomes, cut)
     sizes = _table(results, "n-samples", task)
     variants = [[_record_id(s), [[v["attack"], v["messages"]] for v in s["doc"]["variants"]]] for s in samples]
     version = _table(results, "versions").get(task)
@@ -332,7 +441,13 @@ def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
         record_ids=tuple(_record_id(sample) for sample in samples),
         outcomes=outcomes,
         seconds=_number(results.get("total_evaluation_time_seconds")),
+        unfinished=unfinished,
+        misread=misread,
+        thoughts_cut=cut,
         costs=recorded_costs(_table(baked, "costs") | _table(facts, "costs")) if method else {},
+        identity=read_identity(results, task, baked=bool(baked), frame=_frame(samples[0])),
+        prompts_digest=_prompts_digest(samples),
+        scored=scored,
     )
 
 
@@ -411,6 +526,31 @@ def _prompt(sample: Mapping[str, Any], index: int) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
 
 
+def _read_response(sample: Mapping[str, Any], index: int, cut: bool) -> tuple[str, Reading]:
+    """Return a response as it was generated and, read by the task's own function, its answer."""
+    scored = _text(sample["filtered_resps"][index])
+    request = _request(sample, index)
+    whole = sample.get("resps")
+    for place in (index, 0):
+        whole = whole[place] if isinstance(whole, list) and len(whole) > place else None
+    end = _text(_table(request, "arg_2").get("think_end_token")) or None
+    reading = read(_text(whole) or scored, "" if cut else request.get("arg_0", ""), end=end)
+    # Without thoughts, what the task's filters made of the response.
+    return (_text(whole) or scored, reading) if reading.thought else (scored, Reading(scored, False))
+
+
+def _thoughts(samples: Sequence[Mapping[str, Any]], outcomes: dict[str, Outcomes], cut: bool) -> tuple[int, int]:
+    """Return how many responses have no answer, and how many were scored by their thoughts."""
+    unfinished = misread = 0
+    for place, sample in enumerate(samples):
+        for index, name in enumerate(_variant_names(sample)):
+            _, reading = _read_response(sample, index, cut)
+            unfinished += reading.answer is None
+            hit = is_refusal(reading.answer or "") if name == BENIGN else is_hacked(reading.answer or "")
+            misread += bool(reading.thought and hit != outcomes[REFUSAL if name == BENIGN else name][place])
+    return unfinished, misread
+
+
 def _outcomes(path: Path, samples: Sequence[Mapping[str, Any]]) -> dict[str, Outcomes]:
     """Return per attack and for "refusal" what the task's own metrics say, (n,)."""
     names = _variant_names(samples[0])
@@ -427,8 +567,45 @@ def _outcomes(path: Path, samples: Sequence[Mapping[str, Any]]) -> dict[str, Out
     return outcomes
 
 
+def _own_outcomes(samples: Sequence[Mapping[str, Any]]) -> dict[str, Outcomes]:
+    """Return per attack and for "refusal" what the task's own rules say of the responses, (n,)."""
+    outcomes = {}
+    for index, name in enumerate(_variant_names(samples[0])):
+        applies = is_refusal if name == BENIGN else is_hacked
+        texts = [_text(sample["filtered_resps"][index]) for sample in samples]
+        outcomes[REFUSAL if name == BENIGN else name] = np.array([applies(text) for text in texts], np.bool_)
+    return outcomes
+
+
+def _prompts_digest(samples: Sequence[Mapping[str, Any]]) -> str:
+    places = range(len(_variant_names(samples[0])))
+    return sha256_json([[_record_id(s), [_without_tokens(_prompt(s, i)) for i in places]] for s in samples])
+
+
+def _frame(sample: Mapping[str, Any]) -> str:
+    """Return what a prompt has around its messages: the template's own text; "" where the messages are not logged."""
+    messages = _table(_request(sample, 0), "arg_2").get("messages")
+    contents = (
+        [_text(_table(message).get("content")).strip() for message in messages] if isinstance(messages, list) else []
+    )
+    frame = _without_tokens(_prompt(sample, 0))
+    for place, content in enumerate(contents):
+        frame = frame.replace(content, f"<{place}>", 1) if content else frame
+    return frame if any(contents) else ""
+
+
+def _without_tokens(prompt: str) -> str:
+    tokens = _TOKENS_IN_FRONT.match(prompt)
+    return prompt[tokens.end() :] if tokens else prompt
+
+
 def _check_same_run(
-    path: Path, samples_path: Path, results: dict[str, Any], task: str, samples: Sequence[Mapping[str, Any]]
+    path: Path,
+    samples_path: Path,
+    results: dict[str, Any],
+    task: str,
+    samples: Sequence[Mapping[str, Any]],
+    outcomes: Mapping[str, Outcomes],
 ) -> None:
     """Refuse samples that these results were not made from.
 
@@ -452,7 +629,7 @@ def _check_same_run(
         seen = {_text(_table(_request(sample, 0), "arg_2").get("fingerprint")) for sample in samples}
         if seen != {_text(fingerprint)}:
             raise mixed
-    for name, column in _outcomes(samples_path, samples).items():
+    for name, column in outcomes.items():
         scores = _table(results, "results", task)
         metric = name if name == REFUSAL else f"hacked_{name}" if f"hacked_{name},none" in scores else "hacked"
         rate = _number(scores.get(f"{metric},none"))
@@ -462,10 +639,11 @@ def _check_same_run(
 
 def _model(results: dict[str, Any], config: dict[str, Any], facts: dict[str, Any]) -> str:
     """Return the model that was loaded."""
+    arguments = parse_arguments(config.get("model_args"))
     return (
         _text(facts.get("model"))
-        or _text(_table(config, "model_args").get("pretrained"))
-        or _text(_table(config, "model_args").get("model"))
+        or _text(arguments.get("pretrained"))
+        or _text(arguments.get("model"))
         or _text(results.get("model_name"))
         or "unknown model"
     )
@@ -492,38 +670,50 @@ def _defense(
         names.append(TOKENS)
         method = _text(baked.get("method")) or "baked"
     made_for = _text(facts.get("tokens_model"))
-    if method == "native" and _hub_id(made_for) and _hub_id(model) and made_for != model:
+    if method == "native" and is_hub_model(made_for) and is_hub_model(model) and made_for != model:
         method = "copy"
     shown = [f"{name} ({method or 'unknown'})" if name == TOKENS else name for name in names]
     return "+".join(shown) or NONE, method
 
 
-def _hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
-
-
 def _prompt_format(results: dict[str, Any], facts: dict[str, Any]) -> str:
     if facts:
-        second_bos = str(_table(results, "config", "model_args").get("add_bos_token")).lower() == "true"
+        given = parse_arguments(_table(results, "config").get("model_args")).get("add_bos_token")
+        second_bos = canonical(given) in ("true", "1")
         return (_text(facts.get("prompt_format")) or "unknown") + (", second BOS" if second_bos else "")
     sha = _text(results.get("chat_template_sha"))
     return f"chat template {sha[:8]}" if sha else "plain text"
 
 
 def labelled(runs: Sequence[Run]) -> list[Run]:
-    """Give each run the shortest label that tells it from the others."""
-    labels = [run.defense for run in runs]
-    for detail in ("model", "task", "prompt_format"):
-        if len({getattr(run, detail) for run in runs}) > 1:
-            labels = [f"{label} · {short(getattr(run, detail))}" for label, run in zip(labels, runs, strict=True)]
-    totals, seen = {label: labels.count(label) for label in labels}, dict.fromkeys(labels, 0)
+    """Give each run the shortest label that tells it from the others, and the title of its table."""
+    models, facts = told_apart(run.model for run in runs), _facts_that_differ(runs)
+    details = [[models[run.model], run.task, run.prompt_format, *own] for run, own in zip(runs, facts, strict=True)]
+    told = [len({run[place] for run in details}) > 1 for place in range(3)]
+    labels = []
+    for run, parts in zip(runs, details, strict=True):
+        kept = [part for place, part in enumerate(parts) if place >= len(told) or told[place]]
+        labels.append(" · ".join([run.defense, *kept]))
+    totals, seen = Counter(labels), Counter[str]()
     unique = []
-    for label, run in zip(labels, runs, strict=True):
+    for label, run, parts in zip(labels, runs, details, strict=True):
         seen[label] += 1
-        unique.append(replace(run, label=label if totals[label] == 1 else f"{label} #{seen[label]}"))
+        label = label if totals[label] == 1 else f"{label} #{seen[label]}"
+        unique.append(replace(run, label=label, title=" · ".join(parts)))
     return unique
 
 
-def short(name: str) -> str:
-    """Return the last part of a path or hub id."""
-    return name.rstrip("/").rsplit("/", 1)[-1] or name
+def _facts_that_differ(runs: Sequence[Run]) -> list[list[str]]:
+    """Return for each run its facts that not all runs of its model, task and format share, such as `peft: none`."""
+    alike: dict[tuple[str, str, str], list[Run]] = {}
+    for run in runs:
+        alike.setdefault((run.model, run.task, run.prompt_format), []).append(run)
+    told: dict[int, list[str]] = {id(run): [] for run in runs}
+    for members in alike.values():
+        for name in sorted({name for run in members for name in run.identity.facts}):
+            known = [run for run in members if name not in run.identity.unknown]
+            shown = told_apart(run.identity.facts.get(name, "") for run in known)
+            if len(shown) > 1:
+                for run in known:
+                    told[id(run)].append(f"{name}: {shown[run.identity.facts.get(name, '')] or 'none'}")
+    return [told[id(run)] for run in runs]

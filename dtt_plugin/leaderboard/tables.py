@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from dtt_plugin.leaderboard.marks import weak_mark
 from dtt_plugin.safe_text import printable
 
 COSTS = {
@@ -33,7 +34,7 @@ _LEGEND = (
     f"{NOISE}: cannot be told from noise (adjusted p of 5 % or more). "
     "Gap closed: (ASR(max) undefended - row) / (undefended - native), with a bootstrap interval; "
     f"{UNDEFINED} where the denominator cannot be told from zero. "
-    "Speed-up: of making the tokens, against 16 GPU-hours of training."
+    "Speed-up: {speed-up}."
 )
 _TEX = {
     "\\": r"\textbackslash{}",
@@ -42,6 +43,7 @@ _TEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
+    "†": r"\dag{}",
     "·": r"\textperiodcentered{}",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }
@@ -104,7 +106,7 @@ def ratio_text(gap: Mapping[str, Any] | None, kind: str) -> str:
     if ratio is None:
         return UNDEFINED
     interval = f" [{ratio['low']:.3f}, {ratio['high']:.3f}]" if ratio["low"] is not None else ""
-    return f"{ratio['value']:.3f}{interval}"
+    return f"{ratio['value']:.3f}{interval}{weak_mark(ratio)}"
 
 
 def _name(row: Mapping[str, Any], title: str) -> str:
@@ -112,8 +114,9 @@ def _name(row: Mapping[str, Any], title: str) -> str:
     name = plain(row["run"])
     for part in title.split(" · "):
         name = re.sub(rf" · {re.escape(part)}(?= · | #\d|$)", "", name)
-    marks = [mark for mark in ("limited", "early_decision") if row.get(mark)]
-    return name + "".join(f" ({mark.replace('_', ' ')})" for mark in marks)
+    marks = [mark.replace("_", " ") for mark in ("limited", "early_decision") if row.get(mark)]
+    marks += [f"{row['unfinished']} unfinished"] if row.get("unfinished") else []
+    return name + "".join(f" ({mark})" for mark in marks)
 
 
 def sheets(board: Mapping[str, Any]) -> Iterator[Sheet]:
@@ -205,8 +208,7 @@ def latex(board: Mapping[str, Any]) -> str:
 
     def cell(text: str) -> str:
         # What a Latin TeX can't set is better missing than an error.
-        known = text.encode("latin-1", "replace").decode("latin-1")
-        return "".join(_TEX.get(character, character) for character in known)
+        return "".join(_TEX.get(c) or c.encode("latin-1", "replace").decode("latin-1") for c in text)
 
     parts = ["% \\usepackage{booktabs,graphicx}"]
     for sheet in sheets(board):

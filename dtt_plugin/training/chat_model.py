@@ -5,10 +5,11 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from dtt_plugin.defenses import NONE, parse_defense
 from dtt_plugin.errors import DttError
-from dtt_plugin.formats import MODEL_FORMAT
-from dtt_plugin.prompt import PromptRenderer, has_defensive_tokens, model_template
+from dtt_plugin.prompt.defenses import NONE, parse_defense
+from dtt_plugin.prompt.formats import MODEL_FORMAT
+from dtt_plugin.prompt.hf_tokenizer import hf_tokenizer
+from dtt_plugin.prompt.renderer import PromptRenderer, has_defensive_tokens, missing_bos, model_template
 from dtt_plugin.training.failures import is_out_of_memory
 from dtt_plugin.training.mixture import Encode, encoder
 
@@ -38,13 +39,13 @@ def load_chat_model(
         DttError: no causal language model, no chat template, one without a system role, or a defended model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     on_gpu = torch.cuda.is_available()
     if dtype == "auto" and not on_gpu:
         dtype = "float32"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = hf_tokenizer(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
     except Exception as error:  # tokenizers raises that very class for a damaged tokenizer.json
         if is_out_of_memory(error):
@@ -63,6 +64,7 @@ def load_chat_model(
         prompt_format=prompt_format,
         model_template=template,
         defenses=parse_defense(NONE),
+        bos=missing_bos(tokenizer, template, prompt_format),
         template_args={"strftime_now": today.strftime} if today else None,
     )
     encode = encoder(renderer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dtt_plugin.data import Record
+from dtt_plugin.data.records import Record
 from dtt_plugin.tasks.attacks import ATTACKS, injected_data
 from dtt_plugin.training.mixture import Encode
 from dtt_plugin.training.records import WITNESS, WITNESS_PROMPT

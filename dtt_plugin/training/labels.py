@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
-from dtt_plugin.data import Record, read_json
+from dtt_plugin.data.records import Record, read_json
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import sha256_json, write_json
+from dtt_plugin.files.digests import sha256_json
+from dtt_plugin.files.replacing import keep_newest, write_json
 from dtt_plugin.paths import cache_folder
 from dtt_plugin.training.mixture import Encode
 from dtt_plugin.training.soft_prompt import SoftPrompt, end_ids
 
 logger = logging.getLogger("dtt_plugin")
 _AT_ONCE = 128
+_MOST_ENTRIES = 64
 
 
 def self_labels(
@@ -30,22 +33,35 @@ def self_labels(
         records: the training records.
         new_tokens: answers are cut at this many tokens.
         pad: id of the padding token.
-        weights: digest of the model's weights, for the cache key.
+        weights: the model's state, for the cache key.
     """
     from tqdm import tqdm
 
     prompts = [encode(record["instruction"], record["input"]) for record in records]
     key = sha256_json([weights, prompts, new_tokens, str(undefended.embed.weight.dtype)])
     path = cache_folder("labels") / f"{key}.json"
-    if path.is_file():
+    if (kept := _kept(path)) is not None:
         logger.info("Labels from the cache: %s", path)
-        return [list(ids) for ids in read_json(path)]
+        return kept
     labels: list[list[int]] = []
     for start in tqdm(range(0, len(prompts), _AT_ONCE), desc="labels by the undefended model", unit=f" x {_AT_ONCE}"):
         labels += undefended.generate(prompts[start : start + _AT_ONCE], new_tokens, pad=pad)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, labels)
+    try:
+        write_json(path, {"labels": labels, "sha256": sha256_json(labels)})
+        keep_newest(path.parent, "*.json", _MOST_ENTRIES)
+    except DttError as error:
+        logger.warning("The labels can't be kept for another run: %s", error)
     return labels
+
+
+def _kept(path: Path) -> list[list[int]] | None:
+    """Return the labels that are kept in `path`; a damaged file counts as none."""
+    try:
+        content = read_json(path)
+        labels: list[list[int]] = content["labels"]
+        return labels if content["sha256"] == sha256_json(labels) else None
+    except (DttError, OSError, TypeError, KeyError):
+        return None
 
 
 def data_labels(tokenizer: Any, model: Any, records: Sequence[Record], *, new_tokens: int) -> list[list[int]]:

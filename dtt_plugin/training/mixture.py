@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from dtt_plugin.data import Record
-from dtt_plugin.prompt import PromptRenderer
+from dtt_plugin.data.records import Record
+from dtt_plugin.prompt.renderer import PromptRenderer
 from dtt_plugin.tasks.attacks import BENIGN, injected_data
 from dtt_plugin.training.records import TrainingData
 from dtt_plugin.training.soft_prompt import Example

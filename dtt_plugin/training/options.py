@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from dtt_plugin.checkpoint.defended import MOST_TOKENS
 from dtt_plugin.errors import DttError
-from dtt_plugin.tokens import MOST_TOKENS
 
 LABELS = ("self", "data")
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtt_plugin.data import SENTENCES_FILE, Record, data_file, load_sentences, read_json
-from dtt_plugin.errors import DttError
-from dtt_plugin.files import sha256_json
-from dtt_plugin.separation import (
+from dtt_plugin.data.records import SENTENCES_FILE, Record, data_file, load_sentences, read_json
+from dtt_plugin.data.separation import (
     INJECTED_WORD,
     holds_evaluation_record,
     holds_evaluation_sentence,
     holds_injected_word,
 )
+from dtt_plugin.errors import DttError
+from dtt_plugin.files.digests import sha256_json
 
 logger = logging.getLogger("dtt_plugin")
 
@@ -131,7 +131,8 @@ def split(records: Sequence[Record], held_out: int) -> tuple[list[Record], list[
 
 
 def _read(source: str) -> Any:
-    if os.path.isfile(source):  # unlike Path's, False for a name that no file system takes
+    # Unlike Path's, False for a name that no file system takes.
+    if os.path.exists(source) and not os.path.isdir(source):
         return read_json(Path(source))
     try:
         import datasets

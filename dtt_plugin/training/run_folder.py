@@ -16,12 +16,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dtt_plugin.checkpoint import open_checkpoint
-from dtt_plugin.checkpoint_folder import SETTINGS_FILES
-from dtt_plugin.data import read_json
+from dtt_plugin.checkpoint.opening import open_checkpoint
+from dtt_plugin.checkpoint.state import state
+from dtt_plugin.data.records import read_json
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import sha256_file, sha256_json
-from dtt_plugin.tokens import DefensiveTokens
+from dtt_plugin.tokens.files import DefensiveTokens
 from dtt_plugin.training.options import TrainingOptions
 from dtt_plugin.training.records import TrainingData
 
@@ -61,14 +60,12 @@ def run_identity(
         field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name not in _FREE
     }
     checkpoint = open_checkpoint(options.model, need="all")
-    settings = [path for name in SETTINGS_FILES if (path := checkpoint.folder / name).is_file()]
     return {
         **named,
         "steps": steps,
         "data_sha256": data.digest,
         "init": init.digest if init else options.init,
-        "weights": sha256_json([sha256_file(path) for path in checkpoint.weight_files]),
-        "settings": sha256_json([sha256_file(path) for path in settings]),
+        "weights": state(str(checkpoint.folder)),
     }
 
 

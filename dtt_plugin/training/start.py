@@ -20,7 +20,7 @@ def start_tokens(options: TrainingOptions) -> Any:
     """
     if options.init == RANDOM or options.init.startswith(TEXT_INIT):
         return None
-    from dtt_plugin.tokens import load_tokens
+    from dtt_plugin.tokens.files import load_tokens
 
     if not os.path.exists(options.init):  # unlike Path's, False for a name that no file system takes
         raise DttError(f"--init {options.init}: no such token file; give random, {TEXT_INIT}..., or a file.")

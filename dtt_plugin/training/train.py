@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from dtt_plugin.data.records import Record
 from dtt_plugin.errors import DttError
-from dtt_plugin.files import write_json
-from dtt_plugin.formats import MODEL_FORMAT
-from dtt_plugin.tokens import DefensiveTokens, save_tokens
+from dtt_plugin.files.replacing import write_json
+from dtt_plugin.prompt.formats import MODEL_FORMAT
+from dtt_plugin.tokens.files import DefensiveTokens, save_tokens
+from dtt_plugin.tokens.licence import inherited, origin_of
 from dtt_plugin.training.failures import told_plainly
 from dtt_plugin.training.options import TrainingOptions
 from dtt_plugin.training.records import TrainingData, load_training_data, split
 from dtt_plugin.training.run_folder import RUN_FILE, check_folder, check_out, last_checkpoint, locked, run_identity
 from dtt_plugin.training.start import start_rows, start_tokens
+
+if TYPE_CHECKING:
+    from dtt_plugin.training.chat_model import ChatModel
+    from dtt_plugin.training.loop import TokenTrainer
+    from dtt_plugin.training.mixture import Mixture
+    from dtt_plugin.training.soft_prompt import SoftPrompt
 
 logger = logging.getLogger("dtt_plugin")
 
@@ -31,7 +45,18 @@ class Trained(NamedTuple):
     loss: float | None
     """Mean over the run's steps, nats a response token."""
     seconds: float
-    """Of the steps and measurements, what an interruption took left out."""
+    """Of training and measuring, pauses excluded."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What decides about a run's result, and when it began."""
+
+    steps: int
+    identity: Mapping[str, Any]
+    """As `run_identity` has it; a continuation agrees in all of it."""
+    date: str
+    """ISO format; a continuation keeps it."""
 
 
 def train(options: TrainingOptions) -> Trained:
@@ -50,30 +75,74 @@ def train(options: TrainingOptions) -> Trained:
         raise DttError(f"--eval-every {options.eval_every}: the run has {steps} steps, so nothing would be measured.")
     init = start_tokens(options)
     check_out(options)
-    run = run_identity(options, data, init, steps)
-    run["date"] = check_folder(options, run)
+    identity = run_identity(options, data, init, steps)
+    run = _Run(steps, identity, check_folder(options, identity))
     with told_plainly(options), locked(options):
-        return _train(options, data, training, held_out, steps, init, run)
+        return _train(options, run, data, training, held_out, init)
 
 
 def _train(
     options: TrainingOptions,
+    run: _Run,
     data: TrainingData,
-    training: list[Any],
-    held_out: list[Any],
-    steps: int,
+    training: Sequence[Record],
+    held_out: Sequence[Record],
     init: DefensiveTokens | None,
-    run: dict[str, Any],
 ) -> Trained:
     import torch
-    from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
-    from dtt_plugin.training.chat_model import load_chat_model
     from dtt_plugin.training.held_out import HeldOut
-    from dtt_plugin.training.labels import data_labels, self_labels
-    from dtt_plugin.training.loop import Bar, HeldOutCheck, RunLog, SaveOnInterrupt, TokenTrainer, collate
+    from dtt_plugin.training.loop import HeldOutCheck, RunLog, SaveOnInterrupt
     from dtt_plugin.training.mixture import Mixture
     from dtt_plugin.training.soft_prompt import SoftPrompt
+
+    arguments = _arguments(options, run.steps)
+    chat = _chat_model(options, run, init)
+    undefended = SoftPrompt(chat.model, torch.empty(0, chat.model.get_input_embeddings().weight.shape[1]))
+    labels = _labels(options, run, chat, undefended, training)
+    soft_prompt = SoftPrompt(chat.model, start_rows(options, init, undefended.embed, chat.renderer.encode))
+    if not soft_prompt.packs:
+        logger.warning("%s can't be packed: every example gets a pass of its own, which is slower.", options.model)
+
+    def result(step: int) -> DefensiveTokens:
+        return _result(options, run, init, soft_prompt.rows.detach().cpu().numpy(), step)
+
+    def keep(step: int) -> Path:
+        save_tokens(options.at_step(step), result(step))
+        return options.at_step(step)
+
+    log = RunLog(options.log, {"label": options.out.stem, "model": options.model, "init": options.init})
+    interrupt = SaveOnInterrupt()
+    callbacks: list[Any] = [log]
+    if options.eval_every:
+        check = HeldOut(held_out, data.sentences, chat.encode, chat.tokenizer)
+        measure = partial(check.rates, soft_prompt)
+        stop_at = options.stop_at
+        callbacks.append(HeldOutCheck(measure, keep, log, n=check.n, every=options.eval_every, stop_at=stop_at))
+    callbacks.append(interrupt)  # last: a measurement may end the run
+    size = run.steps * options.batch
+    mixture = Mixture(training, labels, data, chat.encode, size=size, seed=options.seed)
+    trainer = _trainer(options, arguments, soft_prompt, mixture, callbacks, keep)
+    write_json(options.checkpoints / RUN_FILE, {**run.identity, "date": run.date})
+    last = last_checkpoint(options.checkpoints) if options.resume else None
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    finally:
+        interrupt.give_back()
+    done = trainer.state.global_step
+    loss = fmean(log.losses) if log.losses else None
+    if interrupt.stopped:
+        return Trained(None, done, loss, log.seconds)
+    tokens = result(done)
+    save_tokens(options.out, tokens)
+    shutil.rmtree(options.checkpoints)
+    return Trained(tokens, done, loss, log.seconds)
+
+
+def _arguments(options: TrainingOptions, steps: int) -> Any:
+    """Return the HF Trainer's arguments."""
+    import torch
+    from transformers import TrainingArguments
 
     _check_tracker(options.report_to)
     arguments = TrainingArguments(
@@ -98,66 +167,64 @@ def _train(
         raise DttError("dtt train runs on one device; start it without accelerate launch or torchrun.")
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # the Trainer would copy a batch's lists to every GPU
-    tokenizer, model, renderer, encode = load_chat_model(
+    return arguments
+
+
+def _chat_model(options: TrainingOptions, run: _Run, init: DefensiveTokens | None) -> ChatModel:
+    from dtt_plugin.training.chat_model import load_chat_model
+
+    chat = load_chat_model(
         options.model,
         dtype=options.dtype,
         prompt_format=init.prompt_format if init else MODEL_FORMAT,
         # Some templates write the date; a run that goes on another day keeps the one it began with.
-        today=datetime.fromisoformat(run["date"]),
+        today=datetime.fromisoformat(run.date),
     )
     if options.gradient_checkpointing:
         try:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            chat.model.gradient_checkpointing_enable({"use_reentrant": False})
         except ValueError as error:
             raise DttError(
                 f"{options.model} can't recompute activations; leave --gradient-checkpointing out."
             ) from error
-    undefended = SoftPrompt(model, torch.empty(0, model.get_input_embeddings().weight.shape[1]))
-    if options.labels == "self":
-        labels = self_labels(
-            undefended,
-            encode,
-            training,
-            new_tokens=options.label_tokens,
-            pad=tokenizer.pad_token_id,
-            weights=run["weights"] + run["settings"],
-        )
-    else:
-        labels = data_labels(tokenizer, model, training, new_tokens=options.label_tokens)
-    rows = start_rows(options, init, undefended.embed, renderer.encode)
-    soft_prompt = SoftPrompt(model, rows)
-    if not soft_prompt.packs:
-        logger.warning("%s can't be packed: every example gets a pass of its own, which is slower.", options.model)
+    return chat
 
-    def result(step: int) -> DefensiveTokens:
-        return _result(options, soft_prompt.rows.detach().cpu().numpy(), init, run, step)
 
-    def keep(step: int) -> Path:
-        save_tokens(options.at_step(step), result(step))
-        return options.at_step(step)
+def _labels(
+    options: TrainingOptions, run: _Run, chat: ChatModel, undefended: SoftPrompt, records: Sequence[Record]
+) -> list[list[int]]:
+    """Return the response to learn, per record."""
+    from dtt_plugin.training.labels import data_labels, self_labels
 
-    size = steps * options.batch
-    log = RunLog(options.log, {"label": options.out.stem, "model": options.model, "init": options.init})
-    interrupt = SaveOnInterrupt()
-    callbacks: list[Any] = [log]
-    if options.eval_every:
-        check = HeldOut(held_out, data.sentences, encode, tokenizer)
-        callbacks.append(
-            HeldOutCheck(
-                lambda: check.rates(soft_prompt),
-                keep,
-                log,
-                n=check.n,
-                every=options.eval_every,
-                stop_at=options.stop_at,
-            )
-        )
-    callbacks.append(interrupt)  # last: a measurement may end the run
+    if options.labels != "self":
+        return data_labels(chat.tokenizer, chat.model, records, new_tokens=options.label_tokens)
+    return self_labels(
+        undefended,
+        chat.encode,
+        records,
+        new_tokens=options.label_tokens,
+        pad=chat.tokenizer.pad_token_id,
+        weights=run.identity["weights"],
+    )
+
+
+def _trainer(
+    options: TrainingOptions,
+    arguments: Any,
+    soft_prompt: SoftPrompt,
+    mixture: Mixture,
+    callbacks: list[Any],
+    keep: Callable[[int], Path],
+) -> TokenTrainer:
+    from transformers import PrinterCallback, ProgressCallback
+
+    from dtt_plugin.training.loop import Bar, TokenTrainer, collate
+
     trainer = TokenTrainer(
         model=soft_prompt,
         args=arguments,
         data_collator=collate,
-        train_dataset=Mixture(training, labels, data, encode, size=size, seed=options.seed),
+        train_dataset=mixture,
         callbacks=callbacks,
         tokens_at_once=options.tokens_at_once,
         keep=keep,
@@ -165,33 +232,23 @@ def _train(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Bar)
-    write_json(options.checkpoints / RUN_FILE, run)
-    last = last_checkpoint(options.checkpoints) if options.resume else None
-    try:
-        trainer.train(resume_from_checkpoint=last)
-    finally:
-        interrupt.give_back()
-    done = trainer.state.global_step
-    loss = fmean(log.losses) if log.losses else None
-    if interrupt.stopped:
-        return Trained(None, done, loss, log.seconds)
-    tokens = result(done)
-    save_tokens(options.out, tokens)
-    shutil.rmtree(options.checkpoints)
-    return Trained(tokens, done, loss, log.seconds)
+    return trainer
 
 
 def _result(
-    options: TrainingOptions, rows: Any, init: DefensiveTokens | None, run: dict[str, Any], steps: int
+    options: TrainingOptions, run: _Run, init: DefensiveTokens | None, rows: NDArray[np.float32], steps: int
 ) -> DefensiveTokens:
-    facts = {name: str(run[name]) for name in ("data_sha256", "weights", "batch", "rate", "seed", "labels", "init")}
+    facts = {
+        name: str(run.identity[name]) for name in ("data_sha256", "weights", "batch", "rate", "seed", "labels", "init")
+    }
+    licence = inherited(init) if init else {}
     return DefensiveTokens(
         rows=rows,
         model=options.model,
         method="adapted" if init else "trained",
         prompt_format=init.prompt_format if init else MODEL_FORMAT,
-        source_model=(init.source_model or init.model) if init else "",
-        metadata={**facts, "steps": str(steps), "label_tokens": str(options.label_tokens)},
+        source_model=origin_of(init) if init else "",
+        metadata={**facts, "steps": str(steps), "label_tokens": str(options.label_tokens), **licence},
     )
 
 

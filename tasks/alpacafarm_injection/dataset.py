@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from dtt_plugin.data import RECORDS_FILE, SENTENCES_FILE, data_file, load_records, load_sentences
+from dtt_plugin.data.records import RECORDS_FILE, SENTENCES_FILE, data_file, load_records, load_sentences
 from dtt_plugin.tasks.attacks import VARIANTS
 from dtt_plugin.tasks.injection import injection_dataset
 

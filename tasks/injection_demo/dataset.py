@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dtt_plugin.data import read_json
+from dtt_plugin.data.records import read_json
 from dtt_plugin.tasks.attacks import VARIANTS
 from dtt_plugin.tasks.injection import injection_dataset
 

@@ -1,0 +1,143 @@
+"""Runs the cells of a sweep that are not finished yet, one process per model in memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+from dtt_plugin import __version__
+from dtt_plugin.checkpoint.opening import open_checkpoint
+from dtt_plugin.errors import DttError
+from dtt_plugin.files.digests import sha256_json
+from dtt_plugin.safe_text import printable
+from dtt_plugin.sweep.file import ADAPTERS, Cell, Load, TokenSource
+from dtt_plugin.tokens.files import load_tokens, save_tokens
+
+logger = logging.getLogger("dtt_plugin")
+
+
+def download_settings(cells: Sequence[Cell]) -> None:
+    """Download the small files of hub models, so that the commits are known that will be loaded.
+
+    A model that can't be had fails when its cells run.
+    """
+    wanted = set()
+    for load in {id(cell.load): cell.load for cell in cells}.values():
+        revision = load.model_args.get("revision")
+        models = [load.model, *(load.model_args.get(name) for name in ADAPTERS)]
+        wanted |= {(model, revision and str(revision)) for model in models if isinstance(model, str)}
+        if load.tokens and load.tokens.source_model:
+            wanted.add((load.tokens.source_model, None))
+    for model, revision in wanted:
+        if not os.path.exists(os.path.expanduser(model)):
+            with suppress(DttError):
+                open_checkpoint(model, revision=revision, need="tokenizer")
+
+
+def run_sweep(cells: Sequence[Cell], out: Path) -> list[Cell]:
+    """Run the cells that are not finished yet, one process per model in memory, and return those that failed.
+
+    A failure is told and does not stop the cells of other models.
+
+    Raises:
+        DttError: another sweep runs in `out`, or it is no place for results.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DttError(f"--out {out} can't be a folder ({error.strerror}); give another.") from error
+    failed = []
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            shutil.rmtree(out / "partial", ignore_errors=True)  # what a killed sweep left
+            for load, group in groupby(cells, key=lambda cell: cell.load):
+                failed += _failed_of(load, list(group), out)
+    except Timeout as error:
+        raise DttError(f"Another sweep runs in {out}; wait for it, or give another --out.") from error
+    return failed
+
+
+def _failed_of(load: Load, cells: Sequence[Cell], out: Path) -> list[Cell]:
+    """Run those cells of one load that are not finished yet, and return those that failed."""
+    pending = list(cells)
+    try:
+        pending = [cell for cell in cells if not cell.is_finished(out)]
+        if pending:
+            logger.info("%s: %s", load.model, ", ".join(cell.name for cell in pending))
+            _run_load(load, pending, out)
+        return [cell for cell in pending if not cell.is_finished(out)]
+    except Exception as error:  # whatever it is: it concerns this load, and others take hours
+        reason = str(error) if isinstance(error, DttError) else f"{type(error).__name__}: {error}"
+        names = ", ".join(cell.name for cell in pending)
+        print(f"dtt sweep: {names} can't be run: {printable(reason)}", file=sys.stderr, flush=True)
+        return pending
+
+
+def _run_load(load: Load, cells: Sequence[Cell], out: Path) -> None:
+    """Evaluate `cells` in a process of its own, which ends with this one: it reads the job from our pipe."""
+    if load.identity["weights"] is None:
+        raise DttError(f"{load.model} is no folder and no model that the hub gives; check the name, or go online.")
+    if replace(load, tokens=load.tokens and replace(load.tokens)).identity != load.identity:
+        raise DttError(f"{load.model}, its adapter or its tokens were changed while the sweep ran; start it again.")
+    model_args = {**load.model_args, "pretrained": load.model}
+    if load.prompt_format:
+        model_args["prompt_format"] = load.prompt_format
+    if load.tokens:
+        model_args |= token_arguments(load, load.tokens, out)
+    job = {
+        "engine": load.engine,
+        "task": load.task,
+        "model_args": model_args,
+        **load.settings,
+        "cells": [{"defense": cell.defense, "key": cell.key, "folder": str(cell.folder(out))} for cell in cells],
+    }
+    command = [sys.executable, "-m", "dtt_plugin.sweep.worker"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as worker:
+        assert worker.stdin is not None
+        try:
+            worker.stdin.write(json.dumps(job, default=str) + "\n")
+            worker.stdin.flush()
+            worker.wait()
+        except BrokenPipeError:
+            pass  # it died at once and has said why
+        except BaseException:
+            worker.kill()
+            raise
+    if worker.returncode < 0:
+        killed = signal.Signals(-worker.returncode).name
+        print(f"dtt sweep: {load.model}: its process was ended by {killed}; is there enough memory?", file=sys.stderr)
+
+
+def token_arguments(load: Load, tokens: TokenSource, out: Path) -> dict[str, str]:
+    """Return the model arguments for the tokens, transferred first where the grid asks for it."""
+    if tokens.source_model is None or tokens.method is None:
+        entry = tokens.entry(load.model)
+        return {"tokens": str(tokens.file)} | ({"tokens_model": entry} if entry else {})
+    key = sha256_json([__version__, load.model, load.identity["tokens"], load.identity["weights"]])
+    target = out / "tokens" / f"{key[:16]}.safetensors"
+    try:
+        load_tokens(target)
+    except DttError:  # not there yet, or damaged
+        from dtt_plugin.alignment import AlignmentCache, align, cache_folder
+        from dtt_plugin.transfer.move import transfer
+
+        alignment = None
+        if tokens.method == "procrustes":
+            source = open_checkpoint(tokens.source_model)
+            cache = AlignmentCache(cache_folder())
+            alignment = align(source, open_checkpoint(load.model), cache=cache, progress=True)
+        own = load_tokens(tokens.file, model=tokens.entry(tokens.source_model))
+        save_tokens(target, transfer(own, alignment, method=tokens.method, target_model=load.model))
+    return {"tokens": str(target)}

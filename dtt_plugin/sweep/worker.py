@@ -1,0 +1,90 @@
+"""`python -m dtt_plugin.sweep.worker`: evaluate the cells of a sweep that share one model in memory.
+
+Reads one line of JSON, the job, from standard input, and ends when that pipe is
+closed: a sweep that is killed leaves no engine behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from dtt_plugin.errors import DttError
+from dtt_plugin.files.replacing import write_json
+
+_OUR_TASKS = Path(__file__).parents[1] / "tasks"
+
+
+def run(job: dict[str, Any]) -> None:
+    """Load the model once and evaluate every cell; a cell's folder gets its name when it is complete.
+
+    Raises:
+        DttError: lm-eval wrote no results.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.api.registry import get_model
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.tasks import TaskManager
+
+    model: Any = None
+    settings = {name: job.get(name) for name in ("limit", "batch_size", "gen_kwargs")}
+    for cell in job["cells"]:
+        arguments = {**job["model_args"], "defense": cell["defense"]}
+        if model is None:
+            model = get_model(job["engine"]).create_from_arg_obj(arguments, {"batch_size": settings["batch_size"]})
+        else:
+            model.change_defense(cell["defense"])
+        folder = Path(cell["folder"])
+        partial = folder.parents[1] / "partial" / folder.name
+        shutil.rmtree(partial, ignore_errors=True)
+        tracker = EvaluationTracker(output_path=str(partial))
+        # An index of our tasks alone, where that does: lm-eval's own take seconds to read, for every cell anew.
+        ours = TaskManager(include_path=str(_OUR_TASKS), include_defaults=False, metadata=arguments)
+        results = simple_evaluate(
+            model,
+            model_args=arguments,
+            tasks=[job["task"]],
+            task_manager=ours if job["task"] in ours.all_tasks else None,
+            evaluation_tracker=tracker,
+            **settings,
+        )
+        results["config"]["model"] = job["engine"]  # lm-eval calls a model that is loaded already by its class
+        samples = results.pop("samples")
+        tracker.save_results_aggregated(results=results, samples=samples)
+        for task, lines in samples.items():
+            tracker.save_results_samples(task_name=task, samples=lines)
+        # lm-eval only logs that it could not write.
+        if not any(partial.rglob("results_*.json")) or not any(partial.rglob("samples_*.jsonl")):
+            raise DttError(f"lm-eval wrote no results to {partial}, see above; is there room on the disk?")
+        write_json(partial / "cell.json", {"key": cell["key"], "defense": cell["defense"], "job": job})
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(exist_ok=True)
+        partial.rename(folder)
+
+
+def _end_with_the_sweep() -> None:
+    while sys.stdin.read(1):
+        pass
+    os._exit(130)
+
+
+def main() -> int:
+    """Run the job on standard input."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    job = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_the_sweep, daemon=True).start()
+    try:
+        run(job)
+    except DttError as error:
+        print(f"dtt sweep: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

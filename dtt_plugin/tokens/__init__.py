@@ -1,0 +1,1 @@
+"""Files of DefensiveTokens: reading, writing, sharing and measuring them."""

@@ -1,0 +1,208 @@
+"""Moving DefensiveTokens from one model's embedding space to another's, and the controls for it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtt_plugin.alignment.engine import Matrix
+from dtt_plugin.alignment.result import Alignment
+from dtt_plugin.errors import DttError
+from dtt_plugin.tokens.files import DefensiveTokens
+from dtt_plugin.tokens.licence import inherited, origin_of
+
+Method = Literal["procrustes", "copy", "random"]
+METHODS: tuple[Method, ...] = ("procrustes", "copy", "random")
+
+
+def transfer(
+    tokens: DefensiveTokens,
+    alignment: Alignment | None,
+    *,
+    method: Method = "procrustes",
+    target_model: str | None = None,
+    norm: str | float | None = None,
+    native: DefensiveTokens | None = None,
+    seed: int = 0,
+) -> DefensiveTokens:
+    """Return `tokens` moved to another model's embedding space.
+
+    Args:
+        tokens: (k, d_s).
+        alignment: from the tokens' model to the target. Without one, `method` must be a control.
+        method: "procrustes" applies W; "copy" takes the values as they are; "random" applies a seeded random
+            orthogonal map in place of W.
+        target_model: what the new tokens are for, where no alignment says it.
+        norm: rescale every token: "source" to its length before, "native" to the mean length of `native`, a
+            number to that length. None leaves the lengths to the map.
+        native: the target's own tokens, for `norm="native"`.
+        seed: of the random map.
+
+    Raises:
+        DttError: widths that don't fit, or what the method needs is missing.
+    """
+    if method == "procrustes" and alignment is None:
+        raise DttError("The method procrustes needs an alignment; make one with `dtt align`, or copy.")
+    if target_model is None and alignment is None:
+        raise DttError("Without an alignment, say which model the new tokens are for (--target-model).")
+    width = tokens.width if alignment is None else alignment.W.shape[1]
+    rows = _moved(tokens, alignment, method, width, seed)
+    rows = _rescaled(rows, tokens, norm, native)
+    metadata = {"source_tokens_sha256": tokens.digest, **inherited(tokens)}
+    if norm is not None:
+        metadata["norm"] = str(norm)
+    if method == "random":
+        metadata["seed"] = str(seed)
+    if alignment is not None:
+        for name in ("source_sha256", "target_sha256", "relative_residual"):
+            metadata[f"alignment_{name}"] = str(alignment.report[name])
+    return DefensiveTokens(
+        rows=rows.astype(np.float32),
+        model=target_model or (alignment.target_model if alignment else ""),
+        method=method,
+        prompt_format=tokens.prompt_format,
+        source_model=origin_of(tokens),
+        metadata=metadata,
+    )
+
+
+def _moved(tokens: DefensiveTokens, alignment: Alignment | None, method: Method, width: int, seed: int) -> Matrix:
+    """Return the tokens under the chosen map, (k, width)."""
+    if method == "procrustes" and alignment is not None:
+        return alignment.apply(tokens.rows)
+    if alignment is not None and alignment.W.shape[0] != tokens.width:
+        alignment.apply(tokens.rows)  # says what doesn't fit
+    if tokens.width != width:
+        raise DttError(
+            f"The method {method} needs equal widths, and the tokens have {tokens.width} where the target has "
+            f"{width}; only procrustes can change the width."
+        )
+    rows = tokens.rows.astype(np.float64)
+    return rows if method == "copy" else haar_rotation(rows, np.random.default_rng(seed))
+
+
+def haar_rotation(rows: NDArray[np.float64], generator: np.random.Generator) -> Matrix:
+    """Apply a uniformly random orthogonal map to `rows` (k, d) without forming it.
+
+    One Householder reflection of a random vector per dimension, each in one dimension less, and a random sign
+    (G. W. Stewart, SIAM J. Numer. Anal. 17, 1980). The map depends on the generator and d alone.
+    """
+    rows = rows.copy()
+    d = rows.shape[1]
+    signs = np.empty(d)
+    for start in range(d - 1):
+        v = generator.standard_normal(d - start)
+        signs[start] = -1.0 if v[0] >= 0 else 1.0
+        v[0] -= signs[start] * np.linalg.norm(v)
+        part = rows[:, start:]
+        part -= np.outer(part @ v, v * (2 / (v @ v)))
+    signs[-1] = generator.choice([-1.0, 1.0])
+    turned: Matrix = rows * signs
+    return turned
+
+
+def _rescaled(
+    rows: Matrix, tokens: DefensiveTokens, norm: str | float | None, native: DefensiveTokens | None
+) -> Matrix:
+    """Give every token the length that `norm` asks for."""
+    if norm is None:
+        return rows
+    if norm == "source":
+        lengths = np.linalg.norm(tokens.rows.astype(np.float64), axis=1)
+    elif norm == "native":
+        if native is None:
+            raise DttError("norm=native needs the target's own tokens (--native FILE).")
+        lengths = np.full(len(rows), np.linalg.norm(native.rows.astype(np.float64), axis=1).mean())
+    else:
+        lengths = np.full(len(rows), _positive(norm))
+    rescaled: Matrix = rows * (lengths / np.linalg.norm(rows, axis=1))[:, None]
+    return rescaled
+
+
+def _positive(norm: str | float) -> float:
+    try:
+        value = float(norm)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise DttError(f"norm={norm!r} is neither 'source' nor 'native' nor a positive number.")
+    return value
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row of the table that shows what the map does to the tokens."""
+
+    method: str
+    norms: list[float]
+    """||t|| of each token."""
+    norm_ratio: float
+    """Mean of ||t_new|| / ||t_old||."""
+    cosine_to_source: list[float] | None
+    """Per token, before and after; None where the widths differ."""
+    cosine_to_native: list[float] | None
+    """Per token, to the target's own; None where these are not given."""
+    distance_from_identity: float | None
+    """||W - I||_F / sqrt(2 d): 0 for the identity, 1 for a random rotation, at most sqrt(2)."""
+
+
+def compare(
+    tokens: DefensiveTokens,
+    moved: DefensiveTokens,
+    *,
+    alignment: Alignment | None = None,
+    native: DefensiveTokens | None = None,
+) -> Comparison:
+    """Describe `moved` beside the `tokens` it came from, and beside the target's `native` tokens."""
+    old, new = (np.linalg.norm(t.rows.astype(np.float64), axis=1) for t in (tokens, moved))
+    if native is not None and native.rows.shape != moved.rows.shape:
+        raise DttError(
+            f"The native tokens have the shape {list(native.rows.shape)} and the transferred ones "
+            f"{list(moved.rows.shape)}; give those of the target model."
+        )
+    distance = None
+    if moved.method == "copy":
+        distance = 0.0
+    elif moved.method == "random":
+        distance = 1.0  # its expectation; the trace of a random rotation is within about 1 of zero
+    elif alignment is not None:
+        distance = alignment.report["distance_from_identity"]
+    return Comparison(
+        method=moved.method,
+        norms=new.tolist(),
+        norm_ratio=float(np.mean(new / old)),
+        cosine_to_source=_cosines(tokens.rows, moved.rows) if tokens.width == moved.width else None,
+        cosine_to_native=None if native is None else _cosines(native.rows, moved.rows),
+        distance_from_identity=distance,
+    )
+
+
+def compare_methods(
+    tokens: DefensiveTokens,
+    alignment: Alignment | None,
+    *,
+    native: DefensiveTokens | None = None,
+    target_model: str | None = None,
+    norm: str | float | None = None,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Return one `Comparison` per method that these inputs allow, as tables."""
+    same_width = alignment is None or alignment.W.shape[0] == alignment.W.shape[1]
+    methods = [m for m in METHODS if (m == "procrustes" and alignment) or (m != "procrustes" and same_width)]
+    rows = []
+    for method in methods:
+        moved = transfer(
+            tokens, alignment, method=method, target_model=target_model, norm=norm, native=native, seed=seed
+        )
+        rows.append(asdict(compare(tokens, moved, alignment=alignment, native=native)))
+    return rows
+
+
+def _cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> list[float]:
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+    cosines: list[float] = ((x * y).sum(axis=1) / np.where(lengths > 0, lengths, 1)).tolist()
+    return cosines

@@ -1,0 +1,48 @@
+"""A real vLLM engine on a real model, through the real lm_eval command."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtt_plugin.demo.run import TOKENS
+from tests import conftest
+from tests.conftest import METRICS, VLLMRun, run_vllm
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+
+def test_all_metrics_are_printed_and_all_responses_written(undefended_vllm: VLLMRun) -> None:
+    for metric in METRICS:
+        assert re.search(rf"\|{metric} *\|", undefended_vllm.stdout), metric
+    samples = undefended_vllm.samples
+    assert sum(len(sample["resps"]) for sample in samples) == 12
+    assert all(isinstance(response, str) for sample in samples for (response,) in sample["resps"])
+    config = undefended_vllm.results["config"]
+    assert config["model_dtype"] == "torch.float32"
+    assert config["dtt_plugin"]["defense"] == "none"
+
+
+def test_both_wrappers_send_the_same_ids_and_the_defense_reaches_the_engine(
+    smollm2: str, undefended_vllm: VLLMRun, tmp_path: Path
+) -> None:
+    arm = {"pretrained": smollm2, "tokens": str(TOKENS), "defense": "reminder+tokens"}
+    vllm = run_vllm(tmp_path, ",".join(f"{name}={value}" for name, value in arm.items())).samples
+    options: dict[str, Any] = {"limit": 3, "gen_kwargs": {"max_gen_toks": 1}}
+    hf = conftest.evaluate("dtt_hf", arm | {"dtype": "float32"}, **options)["samples"]["injection_demo"]
+
+    def in_files(samples: list[dict[str, Any]]) -> list[str]:
+        return [request["arg_2"]["prompt_ids_sha256"] for sample in samples for request in sample["arguments"].values()]
+
+    assert in_files(vllm) == [facts["prompt_ids_sha256"] for sample in hf for *_, facts in sample["arguments"]]
+    assert set(in_files(vllm)).isdisjoint(in_files(undefended_vllm.samples))
+    responses = [[response for (response,) in sample["resps"]] for sample in vllm]
+    plain = [[response for (response,) in sample["resps"]] for sample in undefended_vllm.samples]
+    assert responses != plain

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from dtt_plugin.data import Record
+from dtt_plugin.data.records import Record
 from dtt_plugin.errors import DttError
 from dtt_plugin.tasks.attacks import ATTACKS, injected_data
 from dtt_plugin.training.mixture import Encode

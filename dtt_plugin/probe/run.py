@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dtt_plugin.data import read_json
+from dtt_plugin.checkpoint.opening import open_checkpoint
+from dtt_plugin.checkpoint.state import state
+from dtt_plugin.data.records import read_json
 from dtt_plugin.errors import DttError
 from dtt_plugin.probe.verdict import Effect, Figure, Judgement, Reference, closed_share, judge, z_score
-from dtt_plugin.tokens import DefensiveTokens, load_tokens
+from dtt_plugin.tokens.files import DefensiveTokens, load_tokens
 from dtt_plugin.training.records import load_training_data
-from dtt_plugin.transfer import haar_rotation
+from dtt_plugin.transfer.move import haar_rotation
 
 if TYPE_CHECKING:
     from dtt_plugin.probe.prompts import ProbePrompts
+    from dtt_plugin.training.chat_model import ChatModel
     from dtt_plugin.training.soft_prompt import SoftPrompt
 
 FORMAT = "dtt.probe/1"
@@ -119,7 +122,7 @@ def probe(options: ProbeOptions, *, progress: bool = False) -> ProbeReport:
                 " transfer them first with `dtt align` and `dtt transfer`."
             )
     undefended = SoftPrompt(chat.model, torch.empty(0, width))
-    bench = _Bench(options, undefended, prompts, chat.tokenizer.pad_token_id, n_files=len(files), progress=progress)
+    bench = _Bench(options, undefended, prompts, chat, n_files=len(files), progress=progress)
     with bench.bar:
         bench.baseline()
         measured = [bench.effect(loaded.rows) for loaded in tokens]
@@ -149,14 +152,14 @@ class _Bench:
         options: ProbeOptions,
         undefended: SoftPrompt,
         prompts: ProbePrompts,
-        pad: int,
+        chat: ChatModel,
         *,
         n_files: int,
         progress: bool,
     ) -> None:
         from tqdm import tqdm
 
-        self.options, self.undefended, self.prompts, self.pad = options, undefended, prompts, pad
+        self.options, self.undefended, self.prompts, self.chat = options, undefended, prompts, chat
         n = len(prompts.attacked)
         # Labels, attacked, unattacked and clean without tokens; attacked and clean with each file; its isometries.
         total = 5 * n + n_files * 2 * n + len(options.tokens) * options.isometries * n
@@ -168,8 +171,7 @@ class _Bench:
 
         attacked, clean = self.prompts.attacked, self.prompts.clean
         unattacked = [one.clean for one in attacked]
-        self.labels = self._answers(unattacked)
-        self.clean_labels = self._answers(clean)
+        self.labels, self.clean_labels = self._answers()
         undefended = scores(self.undefended, [one.prompt for one in attacked], self.labels, self.bar.update)
         self.loss_undefended = Figure.of(undefended.loss)
         self.loss_unattacked = Figure.of(scores(self.undefended, unattacked, self.labels, self.bar.update).loss)
@@ -177,12 +179,22 @@ class _Bench:
         self.log_odds = log_odds(undefended.first, self.injected, self.labels)
         self.clean = label_distributions(self.undefended, clean, self.clean_labels, self.bar.update)
 
-    def _answers(self, prompts: list[list[int]]) -> list[list[int]]:
+    def _answers(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Return the model's own undisturbed answers to the attacked and to the clean records; `dtt train`'s cache."""
         from dtt_plugin.probe.prompts import LABEL_TOKENS
+        from dtt_plugin.training.labels import self_labels
 
-        answers = self.undefended.generate(prompts, LABEL_TOKENS, pad=self.pad)
-        self.bar.update(len(prompts))
-        return answers
+        attacked = [one.record for one in self.prompts.attacked]
+        answers = self_labels(
+            self.undefended,
+            self.chat.encode,
+            [*attacked, *self.prompts.clean_records],
+            new_tokens=LABEL_TOKENS,
+            pad=self.chat.tokenizer.pad_token_id,
+            weights=str(state(str(open_checkpoint(self.options.model, need="all").folder))),
+        )
+        self.bar.update(len(answers))
+        return answers[: len(attacked)], answers[len(attacked) :]
 
     def effect(self, rows: np.ndarray[Any, Any]) -> Effect:
         """Measure the model under tokens (k, d)."""

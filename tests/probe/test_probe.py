@@ -14,7 +14,7 @@ from dtt_plugin.cli import main
 from dtt_plugin.errors import DttError
 from dtt_plugin.probe.run import SHIPPED_DATA, ProbeOptions, probe
 from dtt_plugin.probe.verdict import Reference, Verdict, closed_share, judge, z_score
-from dtt_plugin.tokens import load_tokens
+from dtt_plugin.tokens.files import load_tokens
 from tests.checkpoints import make_checkpoint
 from tests.conftest import write_tokens
 

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 FORMAT = "dtt.probe/1"
 SHIPPED_DATA = str(Path(__file__).parents[1] / "tasks" / "injection_demo" / "train.json")
-# Of tokens that defend their own model: five trained ones on Qwen2.5-Coder-0.5B-Instruct (docs/probe.md).
-UNREFERENCED = Reference("what trained tokens do to their own model", share=1.0, kl_clean=0.4)
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class ProbeReport:
     """Under attack, without tokens, nats a token."""
     loss_unattacked: Figure
     """Of the same answers without the attack and without tokens."""
-    reference: Reference
+    reference: Reference | None
     tokens: list[Probed]
     seconds: float
 
@@ -101,7 +99,7 @@ def probe(options: ProbeOptions, *, progress: bool = False) -> ProbeReport:
     data = load_training_data(options.data)
     files = [*options.tokens, *([options.native] if options.native else [])]
     tokens = [_load(file, options.model) for file in files]
-    reference = _reported(options.source_report) if options.source_report else UNREFERENCED
+    reference = _reported(options.source_report) if options.source_report else None
     formats = sorted({loaded.prompt_format for loaded in tokens})
     if len(formats) > 1:
         raise DttError(f"--tokens: the files have the prompt formats {', '.join(formats)}; probe them one by one.")
@@ -210,12 +208,13 @@ class _Bench:
         """Return the share of the attack's effect that tokens take back."""
         return closed_share(self.loss_undefended.mean, effect.loss_attacked.mean, self.loss_unattacked.mean)
 
-    def judged(self, file: Path, tokens: DefensiveTokens, effect: Effect, reference: Reference) -> Probed:
+    def judged(self, file: Path, tokens: DefensiveTokens, effect: Effect, reference: Reference | None) -> Probed:
         """Compare tokens with random isometries of themselves, and apply the rule."""
         controls = [self._control(tokens, seed) for seed in range(self.options.isometries)]
         z = z_score(effect.loss_attacked.mean, np.array(controls))
         share = self.share(effect)
-        judgement = judge(z=z, share=share, kl_clean=effect.kl_clean.mean, reference=reference)
+        gap = self.loss_undefended.mean - self.loss_unattacked.mean
+        judgement = judge(z=z, share=share, kl_clean=effect.kl_clean.mean, attack_gap=gap, reference=reference)
         return Probed(str(file), tokens.method, tokens.digest, effect, share, controls, z, judgement)
 
     def _control(self, tokens: DefensiveTokens, seed: int) -> float:

@@ -81,20 +81,28 @@ def z_score(value: float, controls: NDArray[np.float64]) -> float:
     return distance / spread if spread > 0 else float("inf") * np.sign(distance)
 
 
-def judge(*, z: float, share: float, kl_clean: float, reference: Reference) -> Judgement:
+def judge(*, z: float, share: float, kl_clean: float, attack_gap: float, reference: Reference | None) -> Judgement:
     """Apply the rule.
 
     Args:
         z: of the loss under attack against random isometries of the same tokens.
         share: of the attack's effect that the tokens take back, as `closed_share`.
         kl_clean: on clean prompts, nats a token.
-        reference: what is good enough.
+        attack_gap: by how much the attack raises the loss of the undefended model, nats a token.
+        reference: what is good enough; None: what the attack does is the measure of what the tokens may do to clean
+            answers, and no attack at all that of what they should take back.
     """
-    if kl_clean > KL_AT_MOST * reference.kl_clean:
+    most, as_in = attack_gap, "that the attack does"
+    wanted, of = SHARE_AT_LEAST, "what an undone attack would give"
+    if reference is not None:
+        most, as_in = (
+            KL_AT_MOST * reference.kl_clean,
+            f"that is {KL_AT_MOST} x {reference.kl_clean:.3g} of {reference.name}",
+        )
+        wanted, of = SHARE_AT_LEAST * reference.share, f"{reference.share:.0%} of {reference.name}"
+    if kl_clean > most:
         return Judgement(
-            Verdict.BREAKS,
-            f"clean answers move by {kl_clean:.3g} nats a token, more than {KL_AT_MOST} x {reference.kl_clean:.3g} of"
-            f" {reference.name}",
+            Verdict.BREAKS, f"clean answers move by {kl_clean:.3g} nats a token, more than the {most:.3g} {as_in}"
         )
     if not z <= Z_AT_MOST:
         return Judgement(
@@ -102,15 +110,12 @@ def judge(*, z: float, share: float, kl_clean: float, reference: Reference) -> J
             f"z = {z:.2g}: the loss under attack is not {-Z_AT_MOST:g} standard deviations below random isometries of"
             " the same tokens",
         )
-    wanted = SHARE_AT_LEAST * reference.share
     if not share >= wanted:
         return Judgement(
-            Verdict.NO_GO,
-            f"{share:.0%} of the attack's effect taken back, under {SHARE_AT_LEAST:g} x {reference.share:.0%} of"
-            f" {reference.name}",
+            Verdict.NO_GO, f"{share:.0%} of the attack's effect taken back, under {SHARE_AT_LEAST:g} x {of}"
         )
     return Judgement(
         Verdict.GO,
         f"z = {z:.2g}, {share:.0%} of the attack's effect taken back (at least {wanted:.0%}), clean answers move by"
-        f" {kl_clean:.3g} nats a token",
+        f" {kl_clean:.3g} nats a token (at most {most:.3g})",
     )

@@ -111,16 +111,25 @@ def test_every_word_meets_every_attack_and_no_record_is_read_twice(model: str) -
         ({"z": -5.0, "share": 0.8, "kl_clean": 0.1}, Verdict.GO, "z = -5, 80% of the attack's effect taken back"),
         ({"z": -2.9, "share": 0.8, "kl_clean": 0.1}, Verdict.NO_GO, "not 3 standard deviations below random"),
         ({"z": -5.0, "share": 0.7, "kl_clean": 0.1}, Verdict.NO_GO, r"70% of .* under 0.8 x 90% of native tokens"),
-        ({"z": -5.0, "share": 0.8, "kl_clean": 0.31}, Verdict.BREAKS, r"0.31 nats a token, more than 1.5 x 0.2 of"),
+        ({"z": -5.0, "share": 0.8, "kl_clean": 0.31}, Verdict.BREAKS, r"0.31 nats a token, more than the 0.3 that is 1.5 x 0.2"),
         ({"z": 9.0, "share": -3.0, "kl_clean": 4.0}, Verdict.BREAKS, "clean answers move by 4 nats"),
         ({"z": float("nan"), "share": 0.9, "kl_clean": 0.1}, Verdict.NO_GO, "isometries"),
         ({"z": -5.0, "share": float("nan"), "kl_clean": 0.1}, Verdict.NO_GO, "taken back"),
     ],
 )  # fmt: skip
 def test_the_rule_gives_the_verdict_and_says_why(figures: dict[str, float], verdict: Verdict, rule: str) -> None:
-    judgement = judge(**figures, reference=REFERENCE)
+    judgement = judge(**figures, attack_gap=2.0, reference=REFERENCE)
     assert judgement.verdict is verdict
     assert re.search(rule, judgement.rule)
+
+
+def test_without_a_reference_the_attack_itself_is_the_measure() -> None:
+    def verdict(**figures: float) -> Verdict:
+        return judge(**{"z": -5.0, "share": 0.8, "kl_clean": 1.9} | figures, attack_gap=2.0, reference=None).verdict
+
+    assert verdict() is Verdict.GO
+    assert verdict(share=0.79) is Verdict.NO_GO
+    assert verdict(kl_clean=2.1) is Verdict.BREAKS
 
 
 def test_share_and_z_are_what_they_say() -> None:
@@ -142,6 +151,7 @@ def test_json_of_the_source_is_a_reference(model: str, tokens: Path, tmp_path: P
     source = tmp_path / "source.json"
     source.write_text(capsys.readouterr().out)
     report = probe(ProbeOptions(model, (tokens,), SHIPPED_DATA, source_report=source))
+    assert report.reference is not None
     assert report.reference.kl_clean == pytest.approx(report.tokens[0].effect.kl_clean.mean)
     assert json.loads(source.read_text())["tokens"][0]["digest"] == load_tokens(tokens).digest
 
@@ -151,6 +161,7 @@ def test_the_native_tokens_are_a_reference(model: str, tokens: Path, tmp_path: P
     report = probe(ProbeOptions(model, (tokens, tokens), SHIPPED_DATA, native=native))
     assert [found.file for found in report.tokens] == [str(tokens)] * 2
     assert report.tokens[0].effect == report.tokens[1].effect
+    assert report.reference is not None
     alone = probe(ProbeOptions(model, (native,), SHIPPED_DATA)).tokens[0]
     assert (report.reference.share, report.reference.kl_clean) == pytest.approx(
         (alone.share, alone.effect.kl_clean.mean)

@@ -22,6 +22,7 @@ from dtt_plugin.safe_text import one_line
 COMMANDS = (
     "align",
     "transfer",
+    "probe",
     "train",
     "convert",
     "push",

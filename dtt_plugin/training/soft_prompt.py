@@ -94,17 +94,23 @@ class SoftPrompt(nn.Module):
         )
         return output.logits[0].float()  # type: ignore[no-any-return]
 
-    def forward(self, examples: Sequence[Example]) -> torch.Tensor:
-        """Return the sum over all response tokens of -log p(response | [rows; prompt]), a scalar in nats."""
+    def label_logits(self, examples: Sequence[Example]) -> torch.Tensor:
+        """Return the logits that predict the response tokens, one example's behind the other's, float32.
+
+        Their shape is (sum of the responses' lengths, vocabulary).
+        """
         at: list[int] = []
-        targets: list[int] = []
         start = 0
         for example in examples:
             first = start + self.k + len(example.prompt) - 1  # the position that predicts the first response token
             at += range(first, first + len(example.response))
-            targets += example.response
             start += self.k + len(example.prompt) + len(example.response)
-        logits = self.logits([example.prompt + example.response for example in examples], at)
+        return self.logits([example.prompt + example.response for example in examples], at)
+
+    def forward(self, examples: Sequence[Example]) -> torch.Tensor:
+        """Return the sum over all response tokens of -log p(response | [rows; prompt]), a scalar in nats."""
+        logits = self.label_logits(examples)
+        targets = [token for example in examples for token in example.response]
         return F.cross_entropy(logits, torch.tensor(targets, device=logits.device), reduction="sum")
 
     def passes(self, examples: Sequence[Example], tokens_at_once: int) -> Iterator[list[Example]]:

@@ -7,6 +7,7 @@ of it is rewritten in another version's spelling.
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
 import re
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dtt_plugin.bake.engine_tokenizer import load_as_engine
 from dtt_plugin.checkpoint.folder import check_within, read_json_table
 from dtt_plugin.errors import DttError
+from dtt_plugin.files.reading import read_bytes
 from dtt_plugin.prompt.control_tokens import DEFENSIVE_TOKEN_PREFIX
 
 if TYPE_CHECKING:
@@ -268,7 +270,8 @@ class TokenizerFiles:
     def _read_template(self, path: Path) -> str:
         check_within(path, self.folder)
         try:
-            return path.read_text(encoding="utf-8")
+            # With the line ends that a text file has in Python, which is how transformers reads it.
+            return io.TextIOWrapper(io.BytesIO(read_bytes(path)), encoding="utf-8").read()
         except (OSError, UnicodeDecodeError) as error:
             raise DttError(f"{path} can't be read as UTF-8 text; download it again.") from error
 

@@ -106,7 +106,7 @@ def test_training_writes_tokens_and_log_and_lowers_the_loss(options: TrainingOpt
     assert trained.tokens is not None
     assert trained.tokens.digest == tokens.digest
     header, *entries = map(json.loads, options.log.read_text().splitlines())
-    assert header["format"] == "dtt.training/1"
+    assert header == {"format": "dtt.training/1", "label": "new", "model": Path(options.model).name, "init": "random"}
     losses = [entry["loss"] for entry in entries if "loss" in entry]
     assert len(losses) == 30
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
@@ -202,6 +202,9 @@ def test_adapting_starts_from_the_file_and_says_so(options: TrainingOptions, tmp
     tokens = load_tokens(options.out)
     assert (tokens.method, tokens.source_model) == ("adapted", "other")
     np.testing.assert_allclose(tokens.rows, load_tokens(start).rows, atol=1e-6)
+    # The log may be published with the tokens: it has no paths of this machine.
+    assert json.loads(options.log.read_text().splitlines()[0])["init"] == "start.safetensors"
+    assert str(tmp_path) not in options.log.read_text()
 
 
 def test_text_start_is_the_embeddings_of_the_text(options: TrainingOptions) -> None:

@@ -321,7 +321,13 @@ class TokenizerFiles:
                 tokenizer[key] = None
         _rename_in_model(tokenizer["model"], replaced, dict(zip(token_ids, names, strict=True)))
         if not keep_bos:
-            tokenizer["post_processor"] = _with_nothing_in_front(tokenizer.get("post_processor"))
+            try:
+                tokenizer["post_processor"] = _with_nothing_in_front(tokenizer.get("post_processor"))
+            except (AttributeError, KeyError, TypeError, StopIteration) as error:
+                raise DttError(
+                    f"{self.folder / 'tokenizer.json'} has a post_processor that leaves the text out, or in a spelling "
+                    "that the library `tokenizers` does not write; load and save it with that library."
+                ) from error
         written = {"tokenizer.json": tokenizer}
         written[_CONFIG] = self._defended_config(entries, replaced, templates, keep_bos)
         if (self.folder / _SPECIAL_MAP).is_file():

@@ -220,6 +220,7 @@ _TEMPLATE = {
 _SPOILT_TOKENIZERS: dict[str, tuple[Reader, str, dict[str, Any]]] = {
     "a length that is text": (_BAKE, "tokenizer_config.json", {"model_max_length": "2048"}),
     "a length that is a table": (_BAKE, "tokenizer_config.json", {"model_max_length": {}}),
+    "a token of 3000 letters": (_BAKE, "tokenizer_config.json", {"pad_token": "x" * 3000}),
     "an id of 70 bits": (_ALIGN, "tokenizer.json", {"added_tokens": [{"content": "x", "id": 1 << 70}]}),
     "an id of 40 bits": (_ALIGN, "tokenizer.json", {"added_tokens": [{"content": "x", "id": 1 << 40}]}),
     "no id": (_ALIGN, "tokenizer.json", {"added_tokens": [{"content": "x", "id": None}]}),

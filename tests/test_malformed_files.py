@@ -209,6 +209,50 @@ def test_a_thousand_spoilt_files_end_no_reader_in_a_traceback(folder: Path) -> N
     assert outcomes["accepted"] > FILES // 20, "and some must get past the first check"
 
 
+_ALIGN = Reader(("base/tokenizer.json",), ("align", "./base", "./other", "--no-cache", "--out", _OUT))
+_BAKE = Reader(("base/tokenizer.json",), ("bake", "./base", "--tokens", _TOKENS, "--out", "./out"))
+_TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": ["<|im_start|>", 0]}, {"Sequence": ["A", 0]}],  # which `tokenizers` reads, too
+    "pair": [{"Sequence": ["A", 0]}, {"Sequence": ["B", 1]}],
+    "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [266], "tokens": ["<|im_start|>"]}},
+}
+_SPOILT_TOKENIZERS: dict[str, tuple[Reader, str, dict[str, Any]]] = {
+    "a length that is text": (_BAKE, "tokenizer_config.json", {"model_max_length": "2048"}),
+    "a length that is a table": (_BAKE, "tokenizer_config.json", {"model_max_length": {}}),
+    "a token of 3000 letters": (_BAKE, "tokenizer_config.json", {"pad_token": "x" * 3000}),
+    "an id of 70 bits": (_ALIGN, "tokenizer.json", {"added_tokens": [{"content": "x", "id": 1 << 70}]}),
+    "an id of 40 bits": (_ALIGN, "tokenizer.json", {"added_tokens": [{"content": "x", "id": 1 << 40}]}),
+    "no id": (_ALIGN, "tokenizer.json", {"added_tokens": [{"content": "x", "id": None}]}),
+    "a token that is a number": (_ALIGN, "tokenizer.json", {"added_tokens": [{"content": 1, "id": 266}]}),
+    "a row of 70 bits": (_ALIGN, "tokenizer.json", {"model": {"vocab": {"a": 1 << 70}}}),
+    "pieces in the short spelling": (_BAKE, "tokenizer.json", {"post_processor": _TEMPLATE}),
+    "the same in a sequence": (
+        _BAKE,
+        "tokenizer.json",
+        {"post_processor": {"type": "Sequence", "processors": [_TEMPLATE]}},
+    ),
+    "a template without the text": (
+        _BAKE,
+        "tokenizer.json",
+        {"post_processor": {**_TEMPLATE, "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}]}},
+    ),
+    "an empty template": (_BAKE, "tokenizer.json", {"post_processor": {**_TEMPLATE, "single": []}}),
+}
+
+
+@pytest.mark.parametrize("case", _SPOILT_TOKENIZERS)
+def test_a_tokenizer_with_a_value_of_another_kind_is_refused(folder: Path, case: str) -> None:
+    reader, name, change = _SPOILT_TOKENIZERS[case]
+    path = folder / "base" / name
+    whole = path.read_bytes()
+    path.write_text(json.dumps(json.loads(whole) | change))
+    try:
+        assert read(reader, folder, name) == "refused"
+    finally:
+        path.write_bytes(whole)
+
+
 def test_the_search_finds_a_reader_that_fails_or_hangs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.test_malformed_files.SECONDS_EACH", 0.2)
 

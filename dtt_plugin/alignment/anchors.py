@@ -103,16 +103,24 @@ def _by_row_number(source: TensorLocation, target: TensorLocation) -> Rows:
     return np.stack([rows, rows], axis=1)
 
 
-def _rows_of_file(path: Path, source: Vocabulary) -> Rows:
-    """Return the source's rows of the tokens that an anchors file lists."""
+def read_anchors_file(path: Path) -> bytes:
+    """Return what stands in an anchors file.
+
+    Raises:
+        DttError: it can't be read, or is no regular file.
+    """
     try:
-        content = read_bytes(path)
-        is_json = content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-        tokens = parse_json(content) if is_json else content.decode("utf-8-sig").splitlines()
-    except DttError:
-        raise
+        return read_bytes(path)
     except OSError as error:
         raise DttError(f"{path} can't be read: {error.strerror}.") from error
+
+
+def _rows_of_file(path: Path, source: Vocabulary) -> Rows:
+    """Return the source's rows of the tokens that an anchors file lists."""
+    content = read_anchors_file(path)
+    try:
+        is_json = content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        tokens = parse_json(content) if is_json else content.decode("utf-8-sig").splitlines()
     except ValueError as error:
         raise DttError(f"{path} is neither one token per line nor a JSON list of tokens, in UTF-8.") from error
     if not tokens or not all(isinstance(token, str) for token in tokens):

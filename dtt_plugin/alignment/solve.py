@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
-from dtt_plugin.alignment.anchors import Anchors, choose_anchors
+from dtt_plugin.alignment.anchors import Anchors, choose_anchors, read_anchors_file
 from dtt_plugin.alignment.cache import AlignmentCache, matrix_digests
 from dtt_plugin.alignment.engine import Engine, choose_engine
 from dtt_plugin.alignment.heldout import HeldOut, hold_out
@@ -25,7 +25,7 @@ from dtt_plugin.checkpoint.opening import Checkpoint
 from dtt_plugin.checkpoint.vocabulary import load_vocabulary, vocabulary_digest
 from dtt_plugin.costs import peak_memory_mb
 from dtt_plugin.errors import DttError
-from dtt_plugin.files.digests import sha256_file, sha256_json
+from dtt_plugin.files.digests import sha256_bytes, sha256_json
 
 _SLOW_WIDTH = 1500
 # Changes when the same input would give another alignment or another report.
@@ -133,7 +133,7 @@ def _jobs(
     ]
     known = asdict(options)
     if options.anchors_file is not None:
-        known["anchors_file"] = sha256_file(Path(options.anchors_file))
+        known["anchors_file"] = sha256_bytes(read_anchors_file(Path(options.anchors_file)))
     contents = [
         [digest, embedding.dtype, embedding.shape, vocabulary]
         for digest, embedding, vocabulary in zip(digests, embeddings, vocabularies, strict=True)

@@ -104,7 +104,7 @@ def _check_engine(
         return text
 
     def encode(text: str) -> list[int]:
-        ids: list[int] = engine(text, add_special_tokens=not keep_bos).input_ids
+        ids: list[int] = engine(text, add_special_tokens=not keep_bos, verbose=False).input_ids
         return ids
 
     _check_conversation(source, rendered, encode, controls, token_ids, unknown_token_ids(backend))

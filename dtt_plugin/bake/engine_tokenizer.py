@@ -30,6 +30,7 @@ def load_as_engine(folder: Path) -> Any | None:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False, mistral_format=False
         )
+        tokenizer("a")  # some settings are looked at only here, such as a model_max_length that is no number
     except Exception as error:  # whatever it stumbles over in files that anyone may have written
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise DttError(

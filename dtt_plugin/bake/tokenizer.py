@@ -7,6 +7,7 @@ of it is rewritten in another version's spelling.
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
 import re
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dtt_plugin.bake.engine_tokenizer import load_as_engine
 from dtt_plugin.checkpoint.folder import check_within, read_json_table
 from dtt_plugin.errors import DttError
+from dtt_plugin.files.reading import read_bytes
 from dtt_plugin.prompt.control_tokens import DEFENSIVE_TOKEN_PREFIX
 
 if TYPE_CHECKING:
@@ -268,7 +270,8 @@ class TokenizerFiles:
     def _read_template(self, path: Path) -> str:
         check_within(path, self.folder)
         try:
-            return path.read_text(encoding="utf-8")
+            # With the line ends that a text file has in Python, which is how transformers reads it.
+            return io.TextIOWrapper(io.BytesIO(read_bytes(path)), encoding="utf-8").read()
         except (OSError, UnicodeDecodeError) as error:
             raise DttError(f"{path} can't be read as UTF-8 text; download it again.") from error
 
@@ -318,7 +321,13 @@ class TokenizerFiles:
                 tokenizer[key] = None
         _rename_in_model(tokenizer["model"], replaced, dict(zip(token_ids, names, strict=True)))
         if not keep_bos:
-            tokenizer["post_processor"] = _with_nothing_in_front(tokenizer.get("post_processor"))
+            try:
+                tokenizer["post_processor"] = _with_nothing_in_front(tokenizer.get("post_processor"))
+            except (AttributeError, KeyError, TypeError, StopIteration) as error:
+                raise DttError(
+                    f"{self.folder / 'tokenizer.json'} has a post_processor that leaves the text out, or in a spelling "
+                    "that the library `tokenizers` does not write; load and save it with that library."
+                ) from error
         written = {"tokenizer.json": tokenizer}
         written[_CONFIG] = self._defended_config(entries, replaced, templates, keep_bos)
         if (self.folder / _SPECIAL_MAP).is_file():

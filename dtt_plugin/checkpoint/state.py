@@ -102,10 +102,11 @@ def argument_states(arguments: Mapping[str, Any], model: str) -> dict[str, str]:
             look_at_text(name, value)
 
     def look_at_text(name: str, text: str) -> None:
-        for path in (text, os.path.join(model, text)):
-            if os.path.exists(os.path.expanduser(path)):
-                found[name] = state(path) or ""
-                return
+        # Both, since whoever takes the argument decides which of them is meant.
+        paths = [p for p in dict.fromkeys((text, os.path.join(model, text))) if os.path.exists(os.path.expanduser(p))]
+        if paths:
+            found[name] = " ".join(state(path) or "" for path in paths)
+            return
         if text[0] in "[{":
             table = None
             with suppress(ValueError, RecursionError):

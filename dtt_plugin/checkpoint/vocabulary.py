@@ -19,6 +19,7 @@ from dtt_plugin.checkpoint.opening import Checkpoint
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.digests import sha256_bytes, sha256_file
 
+_MOST_ROWS = 1 << 32  # tokenizers keeps ids in 32 bits
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -82,6 +83,8 @@ def parse_vocabulary(tokenizer: dict[str, Any], path: Path) -> Vocabulary:
             added[token["content"]] = token["id"]
             if token.get("special"):
                 special[token["content"]] = token["id"]
+        if not all(map(_is_pair, added.items())):
+            raise ValueError("an added token that is no text, or without a row")
     except (KeyError, TypeError, ValueError) as error:
         raise DttError(f"{path} has no readable vocabulary; download the tokenizer again.") from error
     decode = _decoder(tokenizer)
@@ -95,12 +98,17 @@ def parse_vocabulary(tokenizer: dict[str, Any], path: Path) -> Vocabulary:
     return Vocabulary(token_bytes, special, added)
 
 
+def _is_pair(pair: tuple[Any, Any]) -> bool:
+    token, row = pair
+    return type(token) is str and type(row) is int and 0 <= row < _MOST_ROWS
+
+
 def _pairs(vocab: Any) -> list[tuple[str, int]]:
     """Return (token, row) of a vocabulary written as a table, or as Unigram's list of [token, score]."""
     pairs: Iterable[tuple[Any, Any]] = (
         vocab.items() if isinstance(vocab, dict) else ((entry[0], row) for row, entry in enumerate(vocab))
     )
-    checked = [(token, row) for token, row in pairs if type(token) is str and type(row) is int and row >= 0]
+    checked = [pair for pair in pairs if _is_pair(pair)]
     if len(checked) < len(vocab) or not checked:
         raise ValueError("not a vocabulary")
     return checked
@@ -165,6 +173,6 @@ def _through_transformers(checkpoint: Checkpoint) -> dict[str, Any]:
         # trust_remote_code stays off: a tokenizer must not run code of its own.
         tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.folder), use_fast=True)
         table: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    except (OSError, ValueError, AttributeError, ImportError) as error:
-        raise DttError(f"{checkpoint.name}: its tokenizer can't be read ({error}).") from error
+    except Exception as error:  # whatever it stumbles over in files that anyone may have written
+        raise DttError(f"{checkpoint.name}: its tokenizer can't be read ({error}); download it again.") from error
     return table

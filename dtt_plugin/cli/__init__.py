@@ -14,6 +14,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import dtt_plugin
 from dtt_plugin.errors import DttError
@@ -44,9 +45,14 @@ _GONE = "The current folder was removed; change to another one."
 _LONGEST_SENTENCE = 2000
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message))  # it repeats arguments, which may be names of files that `*` found
+
+
 def parser() -> argparse.ArgumentParser:
     """Build the parser of `dtt` with every command."""
-    main_parser = argparse.ArgumentParser(
+    main_parser = _Parser(
         prog="dtt",
         description="Transfer DefensiveTokens between language models and measure what they are worth.",
     )

@@ -34,6 +34,8 @@ _TRUSTED_ROLES = frozenset({"system", "developer"})
 _USUAL_ROLES = frozenset({"assistant", "function", "ipython", "observation", "tool", "user"})
 
 _SEPARATORS = (" ", "_", "\u2009")
+# Time grows with the cube of a token that repeats itself; real ones have at most some dozens of characters.
+_LONGEST = 128
 _BORDERS = ("-", "~", ".", ":", ";", "\u00b7")
 DEEPEST = 40
 """Levels of lists and mappings in a message, a document or a tool; what is nested deeper is refused."""
@@ -59,8 +61,16 @@ def control_texts(added_tokens: Iterable[str]) -> list[str]:
     """Return what to break in untrusted text, longest first.
 
     White-space tokens (some tokenizers add runs of spaces or newlines) are ordinary text and left out.
+
+    Raises:
+        DttError: a token is so long that breaking it could take minutes.
     """
     texts = {token for token in added_tokens if token.strip()}
+    if too_long := [token for token in texts if len(token) > _LONGEST]:
+        raise DttError(
+            f"The tokenizer has an added token of {len(max(too_long, key=len))} characters, {too_long[0][:20]!r}...; "
+            f"at most {_LONGEST} are supported: correct its files."
+        )
     texts.add(DEFENSIVE_TOKEN_PREFIX)
     return sorted(texts, key=lambda token: (-len(token), token))
 

@@ -19,6 +19,7 @@ from dtt_plugin.data.records import Record
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.replacing import write_json
 from dtt_plugin.prompt.formats import MODEL_FORMAT
+from dtt_plugin.public_names import public_name
 from dtt_plugin.tokens.files import DefensiveTokens, save_tokens
 from dtt_plugin.tokens.licence import inherited, origin_of
 from dtt_plugin.training.failures import told_plainly
@@ -111,7 +112,8 @@ def _train(
         save_tokens(options.at_step(step), result(step))
         return options.at_step(step)
 
-    log = RunLog(options.log, {"label": options.out.stem, "model": options.model, "init": options.init})
+    start = public_name(options.init) if init else options.init
+    log = RunLog(options.log, {"label": options.out.stem, "model": public_name(options.model), "init": start})
     interrupt = SaveOnInterrupt()
     callbacks: list[Any] = [log]
     if options.eval_every:

@@ -331,6 +331,8 @@ def test_an_anchors_file_limits_the_anchors(tmp_path: Path) -> None:
     listed.write_text(json.dumps([*names, "no such token"]))
     with pytest.raises(DttError, match=r"1 tokens .* doesn't have, the first is 'no such token'"):
         aligned(tmp_path / "b", x, y, anchors_file=str(listed))
+    with pytest.raises(DttError, match="missing can't be read: No such file"):
+        aligned(tmp_path / "c", x, y, anchors_file=str(tmp_path / "missing"))
 
 
 def test_rows_can_be_matched_by_number_without_a_tokenizer(tmp_path: Path) -> None:

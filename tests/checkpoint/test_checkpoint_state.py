@@ -200,6 +200,20 @@ def test_arguments_are_looked_up_in_the_model_too_and_places_to_write_to_are_not
     assert argument_states(arguments, str(folder)).keys() == {"subfolder"}
 
 
+def test_a_folder_of_the_same_name_where_one_stands_does_not_hide_that_in_the_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in (folder, tmp_path / "here"):
+        (place / "same").mkdir(parents=True)
+        (place / "same" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "here")
+    states = [argument_states({"subfolder": "same"}, str(folder))]
+    for place in (folder, tmp_path / "here"):
+        change_in_place(place / "same" / "config.json")
+        states.append(argument_states({"subfolder": "same"}, str(folder)))
+    assert len({found["subfolder"] for found in states}) == 3
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

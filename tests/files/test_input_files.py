@@ -151,6 +151,9 @@ def test_what_is_no_file_is_refused_at_once(
     tiny(Path("base"), shards=2)
     odd = Path("odd.safetensors")
     make(odd)
+    more_templates = tiny(Path("more"), extra_rows=8) / "additional_chat_templates"
+    more_templates.mkdir()
+    make(more_templates / "tool_use.jinja")
     for name in ("adapter/adapter_config.json", "base/config.json"):
         Path(name).unlink()
         make(Path(name))
@@ -160,6 +163,8 @@ def test_what_is_no_file_is_refused_at_once(
         ["transfer", "t.safetensors", odd, "-o", "o"], ["bake", "base", "--tokens", odd, "--out", "o"],
         ["push", odd, "a/b"], ["convert", "adapter", "o"],
         ["inspect", "base"], ["bake", "base", "--tokens", "t.safetensors", "--out", "o"],
+        ["bake", "more", "--tokens", "t.safetensors", "--out", "o"],
+        ["align", "more", "more", "--anchors-file", odd, "--out", "o"],
     ]  # fmt: skip
     for command in commands:
         assert cli.main([*map(str, command)]) == 2, command

@@ -170,7 +170,7 @@ def test_a_named_template_is_that_of_one_run(tiny: str, tiny_tokens: str, sums: 
         model.chat_template("rag")  # as lm-eval does before a run with --apply_chat_template rag
         first = conftest.evaluate(model, {}, tasks=[sums], limit=None, apply_chat_template=True)
         second = conftest.evaluate(model, {}, tasks=[sums], limit=None, apply_chat_template=True)
-        assert ["RAG" in results["samples"]["sums"][0]["arguments"][0][0] for results in (first, second)] == [True, False]
+        assert [prompts_of(results)[0].count("RAG") for results in (first, second)] == [1, 0]
         facts = [results["config"]["dtt_plugin"]["fingerprint"] for results in (first, second)]
         assert facts[0] != default == facts[1]
 

@@ -262,6 +262,9 @@ class Defended:
             )
         if name not in self._loaded["templates"]:
             raise DttError(f"--apply_chat_template {name}: the model has no chat template of that name, only: {names}.")
+        self._use_template(name)
+
+    def _use_template(self, name: str) -> None:
         asked, answers = self._asked_to_render, self.cache_hook
         self._ready(**self._loaded | {"template_name": name})
         self._asked_to_render = asked
@@ -273,6 +276,8 @@ class Defended:
             self._reported = self._asked_to_render = False
             self._neutralised = self._generated_tokens = 0
             self._neutralised_in: dict[str, int] = {}
+            if self._loaded["template_name"] != DEFAULT_TEMPLATE and self._renderer is not None:
+                self._use_template(DEFAULT_TEMPLATE)  # another run of this model had chosen
 
     @property
     def tokenizer_name(self) -> str:

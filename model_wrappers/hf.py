@@ -139,7 +139,10 @@ class DttHF(Defended, HFLM):
         settings = self.model.generation_config.to_dict()
         kept = {name: settings.get(name) for name in _GENERATION_IDS}
         ours = defensive_token_ids(self.tokenizer)
-        self.model.generation_config = GenerationConfig(**kept, suppress_tokens=ours or None)
+        plain = GenerationConfig(**kept, suppress_tokens=ours or None)
+        self.model.generation_config = plain
+        if adapted := getattr(self.model, "get_base_model", None):  # PEFT: some adapters ask the model inside
+            adapted().generation_config = plain
         if settings.get("suppress_tokens"):
             settings["suppress_tokens"] = sorted({*settings["suppress_tokens"]} - {*ours})
         left_out = [

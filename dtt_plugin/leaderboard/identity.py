@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dtt_plugin.files.digests import sha256_bytes, sha256_json
+from dtt_plugin.prompt.formats import TOKENS_SWITCH
 from dtt_plugin.public_names import is_hub_model, public_name
 
 
@@ -78,7 +79,12 @@ _NOT_THE_PUBLISHED_MODEL = _names(
     """
 )
 # As chat templates write today's date.
-_DATE = re.compile(r"\b\d{1,2} [A-Z][a-z]{2,8} \d{4}\b|\b\d{4}-\d\d-\d\d\b")
+_DATE = re.compile(
+    r"\b(?:[A-Z][a-z]{2,5}day,? |[A-Z][a-z]{2}, )?"
+    r"(?:\d{1,2}\.? [A-Z][a-z]{2,8},? \d{4}|[A-Z][a-z]{2,8}\.? \d{1,2}(?:st|nd|rd|th)?,? \d{4}"
+    r"|\d{4}([-/.])\d\d\1\d\d|\d{1,2}([-/.])\d{1,2}\2\d{4}|\d{4}年\d{1,2}月\d{1,2}日)"
+    r"(?:[T ]\d\d:\d\d(?::\d\d)?)?(?!\d)"
+)
 _LONGEST_LITERAL = 2000
 _LONGEST_SHOWN = 40
 
@@ -185,7 +191,8 @@ def _template_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     variables = dict(given) if isinstance(given, Mapping) else {} if given is None else {"chat_template_args": given}
     if (thinking := _plain(arguments.get("enable_thinking"))) is not None:
         variables["enable_thinking"] = thinking
-    return {str(name): value for name, value in variables.items()}
+    # Whether the DefensiveTokens stand in the prompt is what the arm is.
+    return {str(name): value for name, value in variables.items() if name != TOKENS_SWITCH}
 
 
 def _prompt_facts(results: Mapping[str, Any], config: Mapping[str, Any], task: str) -> dict[str, Any]:

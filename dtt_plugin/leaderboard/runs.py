@@ -359,6 +359,10 @@ def _table(value: Any, *names: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
@@ -417,7 +421,8 @@ def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
     loaded = _model(results, config, facts)
     baked = _table(facts, "baked") if facts else baked_facts(loaded) or {}
     model = _text(baked.get("base_model")) or loaded
-    defense, method = _defense(path, facts, baked, task_config, samples, model)
+    bos = _text(next(iter(_list(results.get("tokenizer_bos_token"))), ""))
+    defense, method = _defense(path, facts, baked, task_config, _prompt(samples[0], 0).removeprefix(bos), model)
     cut = not facts and _table(task_config, "metadata").get("think_end_token") is not None
     unfinished, misread = _thoughts(samples, outcomes, cut)
     sizes = _table(results, "n-samples", task)
@@ -445,8 +450,8 @@ def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
         misread=misread,
         thoughts_cut=cut,
         costs=recorded_costs(_table(baked, "costs") | _table(facts, "costs")) if method else {},
-        identity=read_identity(results, task, baked=bool(baked), frame=_frame(samples[0])),
-        prompts_digest=_prompts_digest(samples),
+        identity=read_identity(results, task, baked=bool(baked), frame=_frame(samples[0], bos)),
+        prompts_digest=_prompts_digest(samples, bos),
         scored=scored,
     )
 
@@ -577,26 +582,28 @@ def _own_outcomes(samples: Sequence[Mapping[str, Any]]) -> dict[str, Outcomes]:
     return outcomes
 
 
-def _prompts_digest(samples: Sequence[Mapping[str, Any]]) -> str:
+def _prompts_digest(samples: Sequence[Mapping[str, Any]], bos: str) -> str:
     places = range(len(_variant_names(samples[0])))
-    return sha256_json([[_record_id(s), [_without_tokens(_prompt(s, i)) for i in places]] for s in samples])
+    return sha256_json([[_record_id(s), [_without_tokens(_prompt(s, i), bos) for i in places]] for s in samples])
 
 
-def _frame(sample: Mapping[str, Any]) -> str:
+def _frame(sample: Mapping[str, Any], bos: str) -> str:
     """Return what a prompt has around its messages: the template's own text; "" where the messages are not logged."""
     messages = _table(_request(sample, 0), "arg_2").get("messages")
     contents = (
         [_text(_table(message).get("content")).strip() for message in messages] if isinstance(messages, list) else []
     )
-    frame = _without_tokens(_prompt(sample, 0))
+    frame = _without_tokens(_prompt(sample, 0), bos)
     for place, content in enumerate(contents):
         frame = frame.replace(content, f"<{place}>", 1) if content else frame
     return frame if any(contents) else ""
 
 
-def _without_tokens(prompt: str) -> str:
-    tokens = _TOKENS_IN_FRONT.match(prompt)
-    return prompt[tokens.end() :] if tokens else prompt
+def _without_tokens(prompt: str, bos: str) -> str:
+    """Return a prompt without the DefensiveTokens, in front of which a second BOS may stand (`add_bos_token=`)."""
+    start = len(bos) if prompt.startswith(bos) else 0
+    tokens = _TOKENS_IN_FRONT.match(prompt, start)
+    return prompt[:start] + prompt[tokens.end() :] if tokens else prompt
 
 
 def _check_same_run(
@@ -654,10 +661,13 @@ def _defense(
     facts: dict[str, Any],
     baked: dict[str, Any],
     task_config: dict[str, Any],
-    samples: Sequence[Mapping[str, Any]],
+    prompt: str,
     model: str,
 ) -> tuple[str, str]:
-    """Return the name of the defense and the method of its tokens."""
+    """Return the name of the defense and the method of its tokens.
+
+    `prompt` is one of its prompts, without a BOS in front.
+    """
     asked = facts.get("defense") if facts else _table(task_config, "metadata").get("defense")
     text = None if asked is None else str(asked)
     try:
@@ -665,7 +675,7 @@ def _defense(
     except DttError as error:
         raise DttError(f"{path}: {error}") from error
     method = _text(facts.get("tokens_method")) if TOKENS in names else ""
-    if TOKENS not in names and _prompt(samples[0], 0).startswith(_FIRST_TOKEN):
+    if TOKENS not in names and prompt.startswith(_FIRST_TOKEN):
         # A defended checkpoint whose own template puts its tokens there.
         names.append(TOKENS)
         method = _text(baked.get("method")) or "baked"

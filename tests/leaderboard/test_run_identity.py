@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -203,9 +204,18 @@ def test_an_undefended_row_is_of_the_same_model_and_prompts(tmp_path: Path) -> N
     assert table["problems"] == []
 
 
-def test_todays_date_in_a_template_sets_no_run_apart_but_is_told(tmp_path: Path) -> None:
-    days = ["Today Date: 26 Nov 2026\n", "Today Date: 27 Nov 2026\n"]
-    none, again = (run(tmp_path / day[12:14], before=day, stamp=stamp) for stamp, day in enumerate(days))
+@pytest.mark.parametrize(
+    "form",
+    [
+        "%d %b %Y", "%B %d, %Y", "%b %d, %Y", "%A, %B %d, %Y", "%a, %d %b %Y", "%A %d %B %Y", "%d. %B %Y",
+        "%B %dth, %Y", "%Y-%m-%d", "%Y/%m/%d", "%d/%m/%Y", "%m-%d-%Y", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M",
+        "%Y年%m月%d日",
+    ],
+)  # fmt: skip
+def test_todays_date_in_a_template_sets_no_run_apart_but_is_told(form: str, tmp_path: Path) -> None:
+    moments = datetime(2026, 5, 8, 9, 1, 2), datetime(2026, 11, 26, 17, 30, 59)
+    days = [f"Today Date: {moment.strftime(form)}\n" for moment in moments]
+    none, again = (run(tmp_path / str(stamp), before=day, stamp=stamp) for stamp, day in enumerate(days))
     tokens = run(tmp_path / "t", 0, before=days[1], defense="tokens", method="native", stamp=2)
     table = board(none, again, tokens)
     assert [len(group["rows"]) for group in table["groups"]] == [3]

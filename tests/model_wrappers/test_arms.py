@@ -13,11 +13,13 @@ from lm_eval.api.registry import get_model
 
 from dtt_plugin.bake import bake
 from dtt_plugin.errors import DttError
+from dtt_plugin.leaderboard.comparison import build
+from dtt_plugin.leaderboard.runs import differences, read_runs
 from dtt_plugin.prompt.formats import defensive_token_names
 from dtt_plugin.tokens.files import load_tokens
 from tests.bake_helpers import load
 from tests.checkpoints import CHAT_TEMPLATE, make_checkpoint
-from tests.conftest import write_tokens
+from tests.conftest import evaluate, write_tokens
 
 CONVERSATION = [{"role": "system", "content": "Sum up."}, {"role": "user", "content": "Some data"}]
 PLAIN_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
@@ -187,3 +189,40 @@ def test_a_log_likelihood_that_does_not_fit_is_refused_and_not_cut(defended: boo
         score("x" * (65 - n_context))
     with pytest.raises(DttError, match="the model's 64, and cutting the prompt would cut the defense"):
         score("x", content="b" * 80)
+
+
+# And so they stand in one table ----------------------------------------------------------------------------------
+
+
+def run_arm(folder: Path, pretrained: str, **arguments: Any) -> Path:
+    """Evaluate an arm, and write lm-eval's results and samples."""
+    from lm_eval.loggers import EvaluationTracker
+
+    tracker = EvaluationTracker(output_path=str(folder))
+    arguments = {"pretrained": pretrained, "dtype": "float32", "max_length": 4096, **arguments}
+    results = evaluate("dtt_hf", arguments, evaluation_tracker=tracker, gen_kwargs={"max_gen_toks": 1})
+    samples = results.pop("samples")
+    tracker.save_results_aggregated(results=results, samples=samples)
+    tracker.save_results_samples(task_name="injection_demo", samples=samples["injection_demo"])
+    return folder
+
+
+@pytest.mark.parametrize("arm", [{}, {"add_bos_token": True}, {"prompt_format": "llama3"}], ids=str)
+@pytest.mark.parametrize("baked", [False, True])
+def test_the_arms_of_one_model_share_a_table(
+    arm: dict[str, Any], baked: bool, tiny: str, tiny_tokens: str, tmp_path: Path
+) -> None:
+    change(tiny, "tokenizer_config.json", bos_token="<|endoftext|>")
+    undefended, defended = arm, arm | {"tokens": tiny_tokens}
+    if baked:  # where its own template has a switch
+        prompt_format = arm.get("prompt_format")
+        tiny = str(bake(tiny, load_tokens(tiny_tokens), tmp_path / "baked", prompt_format=prompt_format).folder)
+        defended = {name: value for name, value in arm.items() if name != "prompt_format"}
+        undefended = defended | {"chat_template_args": {"add_defensive_tokens": False}}
+    paths = [run_arm(tmp_path / "none", tiny, **undefended), run_arm(tmp_path / "tokens", tiny, **defended)]
+    runs, problems = read_runs(paths)
+    assert problems == []
+    assert [run.defense for run in runs] == ["none", "tokens (random)"]
+    assert [found.name for found in differences(*runs)] == []
+    [group] = build(runs).to_dict()["groups"]
+    assert sum(row["vs_undefended"] is not None for row in group["rows"]) == 1

@@ -193,6 +193,24 @@ def test_an_adapter_beside_the_embedding_runs_with_tokens(tiny: str, tiny_tokens
     assert isinstance(answer(dtt_hf(tiny, peft=str(tmp_path / "a"), tokens=tiny_tokens)), str)
 
 
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_under_an_adapter_too_nothing_of_the_generation_settings_decides(
+    task_type: str | None, tiny: str, tiny_tokens: str, tmp_path: Path
+) -> None:
+    """Whether PEFT asks its own settings or those of the model inside depends on the adapter's task type."""
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type=task_type)
+    peft.get_peft_model(load(Path(tiny)), adapter).save_pretrained(tmp_path / "a")
+    for tokens in ({}, {"tokens": tiny_tokens}):
+        expected = answer(dtt_hf(set_generation(tiny, max_new_tokens=None, no_repeat_ngram_size=None), **tokens))
+        model = dtt_hf(
+            set_generation(tiny, max_new_tokens=3, no_repeat_ngram_size=1), peft=str(tmp_path / "a"), **tokens
+        )
+        assert answer(model) == expected, "a new adapter changes nothing"
+        inner = model.model.get_base_model().generation_config
+        assert inner.suppress_tokens == (list(range(268, 273)) if tokens else None)
+
+
 @pytest.mark.parametrize("family", ["Gemma3n", "Gemma4"])
 def test_models_with_an_embedding_for_each_layer_run_with_tokens(family: str, tiny: str, tmp_path: Path) -> None:
     import transformers

@@ -162,6 +162,19 @@ def test_a_named_template_is_used_and_an_unknown_name_refused(
         published.chat_template("rag")
 
 
+def test_a_named_template_is_that_of_one_run(tiny: str, tiny_tokens: str, sums: dict[str, Any]) -> None:
+    with_template(tiny, NAMED)
+    for arguments in ({}, {"tokens": tiny_tokens}):
+        model = get_model("dtt_hf").create_from_arg_obj({"pretrained": tiny, **arguments}, {"device": "cpu"})
+        default = model.fingerprint
+        model.chat_template("rag")  # as lm-eval does before a run with --apply_chat_template rag
+        first = conftest.evaluate(model, {}, tasks=[sums], limit=None, apply_chat_template=True)
+        second = conftest.evaluate(model, {}, tasks=[sums], limit=None, apply_chat_template=True)
+        assert [prompts_of(results)[0].count("RAG") for results in (first, second)] == [1, 0]
+        facts = [results["config"]["dtt_plugin"]["fingerprint"] for results in (first, second)]
+        assert facts[0] != default == facts[1]
+
+
 def test_a_named_template_of_the_command_is_in_prompts_and_cache(tiny: str, tmp_path: Path) -> None:
     with_template(tiny, NAMED)
     for name in ("rag", "default"):

@@ -13,6 +13,8 @@ _UNSEEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\ufffe\uffff\U000e0000-\U000e007f]"
 )
+HALF_PAIR = re.compile("[\ud800-\udfff]")
+"""Half a surrogate pair, which no tokenizer takes and no file in UTF-8 holds."""
 _LINE_ENDS = re.compile("[\t\n\r]")
 
 

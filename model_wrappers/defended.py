@@ -26,8 +26,8 @@ from dtt_plugin.errors import DttError
 from dtt_plugin.files.digests import sha256_bytes, sha256_json
 from dtt_plugin.model_wrappers.early_decision import Rule, rule_of
 from dtt_plugin.prompt.defenses import NONE, TOKENS, parse_defense
-from dtt_plugin.prompt.formats import MODEL_FORMAT, check_format
-from dtt_plugin.prompt.renderer import DEFAULT_TEMPLATE, ModelTemplate, Prompt, PromptRenderer, has_defensive_tokens
+from dtt_plugin.prompt.formats import DEFAULT_TEMPLATE, MODEL_FORMAT, check_format
+from dtt_plugin.prompt.renderer import ModelTemplate, Prompt, PromptRenderer, has_defensive_tokens
 from dtt_plugin.public_names import is_hub_id, is_hub_model
 from dtt_plugin.tasks.thoughts import behind, opened_by
 from dtt_plugin.tokens.files import DefensiveTokens, load_tokens
@@ -112,7 +112,7 @@ class Defended:
             template_args: variables for the chat template.
             template_name: which of `templates` is used.
         """
-        first = getattr(self, "_renderer", None) is None
+        first = not hasattr(self, "_states")
         self._loaded: dict[str, Any] = {
             "model": model,
             "revision": revision,
@@ -130,7 +130,10 @@ class Defended:
         if self.arm.prompt_format == MODEL_FORMAT and templates and template_name not in templates:
             return  # --apply_chat_template NAME, which lm-eval tells later, may choose one
         tokens = self.arm.tokens
-        weights = state(model, revision, cache_dir=arguments.get("cache_dir") or arguments.get("download_dir"))
+        if first:  # of what was loaded, whatever the files become while it is in memory
+            cache_dir = arguments.get("cache_dir") or arguments.get("download_dir")
+            self._states = state(model, revision, cache_dir=cache_dir), argument_states(arguments, model)
+        weights, states_of_arguments = self._states
         template = templates.get(template_name)
         self._renderer = PromptRenderer(
             self.tokenizer,
@@ -151,7 +154,7 @@ class Defended:
             "model": model,
             "revision": revision,
             "weights": weights,
-            "argument_states": argument_states(arguments, model),
+            "argument_states": states_of_arguments,
             "defense": self.arm.name,
             "tokens_sha256": tokens.digest if tokens and self.arm.defended else None,
             "tokens_method": tokens.method if tokens and self.arm.defended else None,

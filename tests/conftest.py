@@ -247,6 +247,22 @@ def read_results(folder: Path) -> dict[str, Any]:
     return results
 
 
+def plain_task(folder: Path, *, name: str = "plain", answer: str = "2", **more: Any) -> dict[str, Any]:
+    """Return a task that is none of ours, of one question in a file below `folder`."""
+    (folder / "rows.json").write_text(json.dumps([{"q": "1+1?", "a": answer}]))
+    return {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.json")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "q",
+        "doc_to_target": "a",
+        "metric_list": [{"metric": "exact_match"}],
+        **more,
+    }
+
+
 def our_tasks(**metadata: Any) -> Any:
     """Return lm-eval's task manager with an index of our tasks alone: lm-eval's own take seconds to read."""
     from lm_eval.tasks import TaskManager

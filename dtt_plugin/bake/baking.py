@@ -16,7 +16,7 @@ from dtt_plugin.bake.check_tokenizer import check_tokenizer
 from dtt_plugin.bake.manifest import card, manifest_of, write_manifest
 from dtt_plugin.bake.plan import BakePlan, make_plan
 from dtt_plugin.bake.template import defended_templates, unprotected_markers
-from dtt_plugin.bake.tokenizer import DEFAULT_TEMPLATE, TokenizerFiles
+from dtt_plugin.bake.tokenizer import TokenizerFiles
 from dtt_plugin.bake.verify import verify as verify_checkpoint
 from dtt_plugin.bake.weights import write_overlay, write_weights
 from dtt_plugin.checkpoint.defended import is_defended_checkpoint
@@ -26,7 +26,7 @@ from dtt_plugin.costs import peak_memory_mb, recorded_costs
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.replacing import sync
 from dtt_plugin.files.staging import check_free, staged
-from dtt_plugin.prompt.formats import check_format
+from dtt_plugin.prompt.formats import DEFAULT_TEMPLATE, check_format
 from dtt_plugin.tokens.files import DefensiveTokens
 from dtt_plugin.vllm_plugin import CONFIG_KEY
 

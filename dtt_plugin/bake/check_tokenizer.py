@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from dtt_plugin.bake.engine_tokenizer import load_as_engine, load_as_vllm
 from dtt_plugin.bake.template import render
-from dtt_plugin.bake.tokenizer import DEFAULT_TEMPLATE, TokenizerFiles, read_backend
+from dtt_plugin.bake.tokenizer import TokenizerFiles, read_backend
 from dtt_plugin.errors import DttError
+from dtt_plugin.prompt.formats import DEFAULT_TEMPLATE
 from dtt_plugin.prompt.token_probes import first_disguise, look_alikes, unknown_token_ids
 
 if TYPE_CHECKING:

@@ -9,11 +9,18 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import Any
 
-from dtt_plugin.bake.tokenizer import DEFAULT_TEMPLATE, TokenizerFiles
+from dtt_plugin.bake.tokenizer import TokenizerFiles
 from dtt_plugin.errors import DttError
 from dtt_plugin.prompt.bos import bos_to_render
 from dtt_plugin.prompt.control_tokens import control_texts
-from dtt_plugin.prompt.formats import GENERATION_TAG, MODEL_FORMAT, chat_template, markers, plain_text_markers
+from dtt_plugin.prompt.formats import (
+    DEFAULT_TEMPLATE,
+    GENERATION_TAG,
+    MODEL_FORMAT,
+    chat_template,
+    markers,
+    plain_text_markers,
+)
 
 _SYSTEM, _USER = "the trusted instruction", "the untrusted data"
 # Of the longest tokens and of the shortest, so many are tried in a template: it treats them all alike.

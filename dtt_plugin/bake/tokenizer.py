@@ -21,6 +21,7 @@ from dtt_plugin.checkpoint.folder import check_within, read_json_table
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.reading import read_bytes
 from dtt_plugin.prompt.control_tokens import DEFENSIVE_TOKEN_PREFIX
+from dtt_plugin.prompt.formats import DEFAULT_TEMPLATE
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -29,7 +30,6 @@ logger = logging.getLogger("dtt_plugin")
 
 TEMPLATE_FILE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
-DEFAULT_TEMPLATE = "default"
 _RESERVED = re.compile(r"reserved|unused|extra_\d+|placeholder", re.IGNORECASE)
 _CONFIG, _SPECIAL_MAP, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 _SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")

@@ -29,6 +29,9 @@ from dtt_plugin.safe_text import printable
 TOKENS_SWITCH = "add_defensive_tokens"
 """The template variable that switches the DefensiveTokens."""
 
+DEFAULT_TEMPLATE = "default"
+"""The name of the chat template, of a model's several, that is used where none is asked for."""
+
 MODEL_FORMAT = "model"
 """The model's own chat template, with the DefensiveTokens in front of everything."""
 

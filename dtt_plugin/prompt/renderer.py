@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os.path
-import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from dtt_plugin.prompt.control_tokens import (
 )
 from dtt_plugin.prompt.defenses import TOKENS, Message, apply_prompt_defenses
 from dtt_plugin.prompt.formats import (
+    DEFAULT_TEMPLATE,
     TOKENS_SWITCH,
     chat_template,
     defensive_token_names,
@@ -36,11 +36,11 @@ from dtt_plugin.prompt.formats import (
     protection,
     request_variables,
 )
+from dtt_plugin.safe_text import HALF_PAIR
 
 logger = logging.getLogger("dtt_plugin")
 
 _INNOCUOUS = "data"
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -317,13 +317,9 @@ def _harmless(content: Any) -> Any:
 
 def _check_whole(text: str, what: str) -> None:
     """Refuse a text that no tokenizer takes and no file holds."""
-    if half := _HALF_PAIR.search(text):
+    if half := HALF_PAIR.search(text):
         around = text[max(half.start() - 30, 0) : half.end() + 30]
         raise DttError(f"{what} holds half a surrogate pair, which is no text: {around!r}; correct it.")
-
-
-DEFAULT_TEMPLATE = "default"
-"""The name of the chat template that is used where none is asked for."""
 
 
 class ModelTemplate(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from dtt_plugin.errors import DttError
+from dtt_plugin.safe_text import HALF_PAIR
 
 _LARGEST_NBYTES = 1 << 20
 _DEEPEST, _MOST_VALUES = 20, 20_000
@@ -53,7 +54,7 @@ class _PlainLoader(yaml.SafeLoader):
             is_text = event.style is not None and event.tag is None
             if len(event.value) > (_LONGEST_TEXT if is_text else _LONGEST_WORD):
                 raise DttError(f"line {line}: this value is too long; shorten it, or put it in quotes.")
-            if any("\ud800" <= character <= "\udfff" for character in event.value):
+            if HALF_PAIR.search(event.value):
                 raise DttError(f"line {line}: this text holds half a character (U+D800 to U+DFFF); correct it.")
         if self._depth == _DEEPEST:
             raise DttError(f"line {line}: lists and tables are nested more than {_DEEPEST} deep; flatten them.")

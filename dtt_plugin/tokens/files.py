@@ -19,6 +19,7 @@ from dtt_plugin.files.reading import open_regular, read_json
 from dtt_plugin.files.replacing import replacing, write_json
 from dtt_plugin.prompt.formats import FORMAT_OF_PUBLISHED_MODEL, MODEL_FORMAT, check_format
 from dtt_plugin.public_names import public_name, public_text
+from dtt_plugin.safe_text import HALF_PAIR
 from dtt_plugin.tokens.peft import read_adapter, write_adapter
 
 FORMAT = "dtt.tokens/1"
@@ -63,7 +64,7 @@ class DefensiveTokens:
             raise DttError(f"method={self.method!r} is not known; it is one of: {', '.join(METHODS)}.")
         check_format(self.prompt_format)
         for text in (self.model, self.source_model, *self.metadata, *self.metadata.values()):
-            if any("\ud800" <= character <= "\udfff" for character in text):
+            if HALF_PAIR.search(text):
                 raise DttError(f"{text!r} among their names and metadata is no text in UTF-8; correct it.")
 
     @property

@@ -18,6 +18,7 @@ from dtt_plugin.data.separation import (
 )
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.digests import sha256_json
+from dtt_plugin.safe_text import HALF_PAIR
 
 logger = logging.getLogger("dtt_plugin")
 
@@ -110,7 +111,7 @@ def check_texts(data: TrainingData, source: str) -> None:
         raise DttError(f"--data {source}: the evaluation attacks with {bad[0]!r}; remove that text.")
     if bad := [text for text in attacks if holds_injected_word(text)]:
         raise DttError(f"--data {source}: the evaluation injects that word: {bad[0]!r}; choose another text.")
-    if bad := [text for text in attacks | fields if any("\ud800" <= character <= "\udfff" for character in text)]:
+    if bad := [text for text in attacks | fields if HALF_PAIR.search(text)]:
         raise DttError(f"--data {source}: {bad[0]!r} holds half a surrogate pair, which is no text; correct it.")
 
 

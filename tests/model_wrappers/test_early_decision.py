@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from dtt_plugin.model_wrappers.early_decision import SettledText, count_generate
 from dtt_plugin.tasks.attacks import BENIGN
 from dtt_plugin.tasks.metrics import DECIDED, is_hacked, is_refusal
 from tests import conftest
-from tests.conftest import VLLMRun, run_vllm
+from tests.conftest import VLLMRun, plain_task, run_vllm
 
 LIMITED = {"limit": 3, "gen_kwargs": {"max_gen_toks": 64}}
 
@@ -215,17 +214,7 @@ def test_a_task_with_metrics_or_filters_of_its_own_is_refused(tiny: str, own: di
 
 
 def test_a_task_that_declares_no_rule_is_refused(tiny: str, tmp_path: Path) -> None:
-    (tmp_path / "rows.json").write_text(json.dumps([{"q": "1+1?", "a": "2"}]))
-    task = {
-        "task": "plain",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.json")}},
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "q",
-        "doc_to_target": "a",
-        "metric_list": [{"metric": "exact_match"}],
-    }
+    task = plain_task(tmp_path)
     with pytest.raises(DttError, match=r"plain does not say when .* leave early_decision out"):
         evaluate(tiny, True, tasks=[task], limit=None, apply_chat_template=True)
 

@@ -21,7 +21,7 @@ from dtt_plugin.tokens.files import load_tokens
 from tests import conftest
 from tests.bake_helpers import assert_same_logits, load
 from tests.checkpoints import make_checkpoint
-from tests.conftest import lm_eval, write_tokens
+from tests.conftest import lm_eval, plain_task, write_tokens
 
 
 def evaluate(pretrained: str, *, model_args: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
@@ -102,17 +102,7 @@ def test_a_prompt_that_does_not_fit_is_an_error_and_not_cut(tiny: str) -> None:
 
 
 def test_plain_text_tasks_are_refused_without_a_template(tiny: str, tmp_path: Path) -> None:
-    (tmp_path / "rows.json").write_text(json.dumps([{"q": "1+1?", "a": "2"}]))
-    task = {
-        "task": "plain",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.json")}},
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "q",
-        "doc_to_target": "a",
-        "metric_list": [{"metric": "exact_match"}],
-    }
+    task = plain_task(tmp_path)
     with pytest.raises(DttError, match=r"plain brings plain text.*--apply_chat_template"):
         evaluate(tiny, tasks=[task], limit=None)
     results = evaluate(tiny, tasks=[task], limit=None, apply_chat_template=True)

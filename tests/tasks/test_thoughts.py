@@ -224,18 +224,7 @@ def test_a_model_that_thinks_and_obeys_is_hacked_and_early_decision_says_the_sam
 
 
 def test_the_named_end_of_thoughts_is_cut_for_other_tasks_and_read_by_ours(thinker: Thinker, tmp_path: Path) -> None:
-    (tmp_path / "rows.json").write_text(json.dumps([{"q": "1+1?", "a": "Hacked!"}]))
-    other = {
-        "task": "other",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.json")}},
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "q",
-        "doc_to_target": "a",
-        "generation_kwargs": {"until": []},
-        "metric_list": [{"metric": "exact_match"}],
-    }
+    other = conftest.plain_task(tmp_path, name="other", answer="Hacked!", generation_kwargs={"until": []})
     model = thinker(f"{OPENING}<think>\n")
     results = evaluate(model, tasks=["injection_demo", other], think_end_token="</think>")
     assert scores(results) == (1.0, 0.0)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,6 @@ import pytest
 
 from dtt_plugin.alignment import AlignmentCache, AlignmentOptions, align, save_alignment
 from dtt_plugin.checkpoint.opening import Checkpoint, open_checkpoint
-from dtt_plugin.cli import main
 from dtt_plugin.errors import DttError
 from tests.checkpoints import default_vocab_tokens, make_checkpoint
 
@@ -124,25 +121,31 @@ def test_two_processes_at_once_solve_once(pair: tuple[Checkpoint, Checkpoint], t
     assert not list((tmp_path / "cache").glob(".*.tmp"))
 
 
-@pytest.fixture
-def no_file_above_100_bytes() -> Iterator[None]:
-    """As on a full disk, where an empty lock file still has room."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+def aligned_where_no_file_grows(models: list[str], cache: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """As on a full disk, where an empty lock file still has room.
+
+    In a process of its own: the limit would count for pytest's own output, where that goes to a file.
+    """
+    script = (
+        "import resource, sys\n"
+        "from dtt_plugin.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", script, "align", *models, *options]
+    environment = os.environ | {"DTT_CACHE_DIR": str(cache)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
 
 
-@pytest.mark.usefixtures("pair", "no_file_above_100_bytes")
-def test_a_full_cache_names_the_option_that_does_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("pair")
+def test_a_full_cache_names_the_option_that_does_without(tmp_path: Path) -> None:
     models = [str(tmp_path / name) for name in ("source", "target")]
     for model in models:
         os.utime(Path(model) / "model.safetensors", (1, 1))  # old enough for its digest to be noted
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DTT_CACHE_DIR", str(tmp_path / "cache"))
-        assert main(["align", *models]) == 2
-        assert "use --no-cache" in capsys.readouterr().err
-        assert main(["align", *models, "--no-cache"]) == 0
+    full = aligned_where_no_file_grows(models, tmp_path / "cache")
+    assert full.returncode == 2
+    assert "use --no-cache" in full.stderr
+    assert aligned_where_no_file_grows(models, tmp_path / "cache", "--no-cache").returncode == 0
     assert not list((tmp_path / "cache").rglob("*.dtt-tmp"))
 
 

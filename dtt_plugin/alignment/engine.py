@@ -89,12 +89,8 @@ class NumpyEngine:
         self.workers = workers or Workers()
 
     def float_block(self, raw: NDArray[Any]) -> NDArray[Any]:
-        """Convert a block; bfloat16 is the upper half of a float32, so a shift does it."""
-        if raw.dtype.name == "bfloat16":
-            out = np.empty(raw.shape, np.float32)
-            np.left_shift(raw.view(np.uint16), np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
-            return out.astype(self.work_dtype, copy=False)
-        return np.asarray(raw, self.work_dtype)
+        """Convert a block."""
+        return raw.astype(self.work_dtype, copy=False)
 
     def cross(self, d_s: int, d_t: int) -> Cross:
         """Return an empty sum of products."""

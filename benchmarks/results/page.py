@@ -20,8 +20,9 @@ from dtt_plugin.leaderboard.comparison import build
 from dtt_plugin.leaderboard.curves import FORMAT, read_curve
 from dtt_plugin.leaderboard.figures import write_figures
 from dtt_plugin.leaderboard.flips import flips
+from dtt_plugin.leaderboard.lm_eval_files import read_runs
 from dtt_plugin.leaderboard.page import write_report
-from dtt_plugin.leaderboard.runs import Run, read_runs
+from dtt_plugin.leaderboard.runs import Run
 from dtt_plugin.tokens.files import load_tokens
 
 Points = dict[str, dict[int, dict[str, Any]]]

@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
     from dtt_plugin.errors import DttError
     from dtt_plugin.leaderboard import gate, tables
     from dtt_plugin.leaderboard.flips import check_paired
-    from dtt_plugin.leaderboard.runs import differences, read_run, small_differences
+    from dtt_plugin.leaderboard.lm_eval_files import read_run
+    from dtt_plugin.leaderboard.runs import differences, small_differences
 
     started = time.perf_counter()
     if args.junit and not args.fail_if:

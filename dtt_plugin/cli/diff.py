@@ -27,7 +27,8 @@ def run(args: argparse.Namespace) -> int:
     """Print what flipped."""
     from dtt_plugin.errors import DttError
     from dtt_plugin.leaderboard.flips import flips
-    from dtt_plugin.leaderboard.runs import differences, read_run, small_differences
+    from dtt_plugin.leaderboard.lm_eval_files import read_run
+    from dtt_plugin.leaderboard.runs import differences, small_differences
     from dtt_plugin.leaderboard.tables import plain
 
     a, b = read_run(args.a), read_run(args.b)

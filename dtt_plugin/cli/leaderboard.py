@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from dtt_plugin.leaderboard import tables
     from dtt_plugin.leaderboard.comparison import build
     from dtt_plugin.leaderboard.curves import read_curves
-    from dtt_plugin.leaderboard.runs import read_runs
+    from dtt_plugin.leaderboard.lm_eval_files import read_runs
     from dtt_plugin.tokens.geometry import read_geometry
 
     if not 0 <= args.floor <= 1:

@@ -25,7 +25,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Rescore, or show the rules."""
     from dtt_plugin.leaderboard import rules, tables
-    from dtt_plugin.leaderboard.runs import REFUSAL, read_run
+    from dtt_plugin.leaderboard.lm_eval_files import read_run
+    from dtt_plugin.leaderboard.runs import REFUSAL
 
     if args.samples is None:
         chosen = {name: rules.rule_named(name) for name in args.rule or rules.RULES}

@@ -23,7 +23,8 @@ from dtt_plugin.demo.model import demo_model
 from dtt_plugin.errors import DttError
 from dtt_plugin.leaderboard import tables
 from dtt_plugin.leaderboard.comparison import build
-from dtt_plugin.leaderboard.runs import Run, labelled, read_runs
+from dtt_plugin.leaderboard.lm_eval_files import read_runs
+from dtt_plugin.leaderboard.runs import Run, labelled
 from dtt_plugin.tokens.files import load_tokens, save_tokens
 from dtt_plugin.transfer.move import transfer
 from dtt_plugin.transfer.twin import turn_tokens, write_twin

@@ -11,8 +11,8 @@ import pytest
 from dtt_plugin.cli import main
 from dtt_plugin.errors import DttError
 from dtt_plugin.leaderboard import gate
+from dtt_plugin.leaderboard.lm_eval_files import read_run
 from dtt_plugin.leaderboard.rules import LABELLED, RULES, quality
-from dtt_plugin.leaderboard.runs import read_run
 from tests.lm_eval_output import INJECTION, planted, write_run
 
 

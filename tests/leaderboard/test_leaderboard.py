@@ -21,7 +21,7 @@ from dtt_plugin.costs import recorded_costs
 from dtt_plugin.demo import run as demo
 from dtt_plugin.leaderboard import published, tables
 from dtt_plugin.leaderboard.comparison import build
-from dtt_plugin.leaderboard.runs import read_runs
+from dtt_plugin.leaderboard.lm_eval_files import read_runs
 from dtt_plugin.public_names import public_name
 from dtt_plugin.tokens.files import load_tokens
 from tests.checkpoints import make_checkpoint

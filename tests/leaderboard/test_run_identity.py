@@ -13,7 +13,7 @@ from dtt_plugin.cli import main
 from dtt_plugin.leaderboard import tables
 from dtt_plugin.leaderboard.comparison import build
 from dtt_plugin.leaderboard.identity import canonical, parse_arguments, told_apart
-from dtt_plugin.leaderboard.runs import read_runs
+from dtt_plugin.leaderboard.lm_eval_files import read_runs
 from tests.lm_eval_output import planted, write_run
 
 MODEL = "owner/model"

@@ -1,0 +1,296 @@
+"""lm-eval's output folders, read as runs.
+
+Nothing in such a file is trusted: a file that is not what it should be becomes one
+sentence among the problems, and the other files are read all the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dtt_plugin.checkpoint.defended import baked_facts
+from dtt_plugin.costs import recorded_costs
+from dtt_plugin.errors import DttError
+from dtt_plugin.files.digests import sha256_bytes, sha256_json
+from dtt_plugin.leaderboard.identity import canonical, parse_arguments, read_identity
+from dtt_plugin.leaderboard.runs import REFUSAL, Outcomes, Run, labelled
+from dtt_plugin.leaderboard.samples import (
+    frame_of,
+    logged_outcomes,
+    own_outcomes,
+    prompt_of,
+    prompts_digest,
+    read_responses,
+    record_id_of,
+    request_of,
+    sorted_samples,
+    thoughts,
+)
+from dtt_plugin.leaderboard.untrusted import as_list, as_number, as_table, as_text, load_json, read_file
+from dtt_plugin.prompt.defenses import NONE, TOKENS, parse_defense
+from dtt_plugin.public_names import is_hub_model
+
+_RESULTS_NAME = re.compile(r".*?_?(\d{4}-\d\d-\d\dT[\d.\-]+)\.json")
+_SAMPLES_NAME = re.compile(r"samples_(.+)_(\d{4}-\d\d-\d\dT[\d.\-]+)\.jsonl")
+_FILE_SAFE = re.compile(r"[\w.+\-]+")
+_FIRST_TOKEN = "[DefensiveToken0]"
+# lm-eval's metric in place of the task's own.
+_PREDICT_ONLY = "bypass"
+
+
+def read_runs(paths: Iterable[Path], *, unscored: bool = False) -> tuple[list[Run], list[str]]:
+    """Read every run in `paths`: results files, samples files, or folders that hold some at any depth.
+
+    Args:
+        paths: them.
+        unscored: read runs with `--predict_only`, too, whose responses have no logged outcomes.
+
+    Returns:
+        The runs, the earliest first (by the time in their files' names), each with a label of its own; and
+        one sentence for each thing that could not be read.
+    """
+    runs: list[Run] = []
+    problems: list[str] = []
+    for path in _results_files(paths, problems):
+        try:
+            runs += _read_results(path, problems, unscored)
+        except DttError as error:
+            problems.append(str(error))
+        except RecursionError:
+            problems.append(f"{path} is nested too deeply to be lm-eval's; restore it or run lm-eval again.")
+    return labelled(runs), problems
+
+
+def read_run(path: Path, *, unscored: bool = False) -> Run:
+    """Read the one run in `path`, see `read_runs`.
+
+    Raises:
+        DttError: there is none, or more than one, or something there can't be read: a gate must not pass
+            because the run that it is about was left out.
+    """
+    runs, problems = read_runs([path], unscored=unscored)
+    if problems:
+        raise DttError(problems[0])
+    if len(runs) > 1:
+        labels = ", ".join(f"{run.path} ({run.label})" for run in runs[:3])
+        raise DttError(f"{path} holds {len(runs)} runs, and one is wanted; give its results file: {labels}.")
+    return runs[0]
+
+
+def _results_files(paths: Iterable[Path], problems: list[str]) -> list[Path]:
+    files: dict[str, Path] = {}  # by real path: a file that is named twice is one file
+    for path in paths:
+        found: list[Path] = []
+        if os.path.isdir(path):
+            found = _below(path, problems)
+            if not found:
+                problems.append(f"{path} holds no results of lm-eval; run lm_eval with --log_samples --output_path.")
+        elif match := _SAMPLES_NAME.fullmatch(path.name):
+            found = sorted(path.parent.glob(f"*{match[2]}.json"))
+            if not found:
+                problems.append(f"{path} has no results file beside it; give lm-eval's whole output folder.")
+        elif os.path.exists(path):
+            found = [path]
+        else:
+            problems.append(f"{path} does not exist; give the folder of lm-eval's --output_path.")
+        for file in found:
+            files.setdefault(os.path.realpath(file), file)
+    return sorted(files.values(), key=_stamp)
+
+
+def _below(folder: Path, problems: list[str]) -> list[Path]:
+    """Return what has a results file's name at any depth, also below linked folders; each folder is read once."""
+    found: list[Path] = []
+    seen: set[str] = set()
+
+    def unreadable(error: OSError) -> None:
+        problems.append(f"{error.filename} can't be read ({error.strerror}); what lies in it is left out.")
+
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        found += [Path(root, name) for name in sorted([*names, *folders]) if _RESULTS_NAME.fullmatch(name)]
+    return found
+
+
+def _stamp(path: Path) -> str:
+    match = _RESULTS_NAME.fullmatch(path.name)
+    return match[1] if match else ""
+
+
+def _read_results(path: Path, problems: list[str], unscored: bool) -> list[Run]:
+    """Read one results file; what is wrong with one of its tasks goes to `problems`."""
+    results = load_json(read_file(path), str(path))
+    tasks = as_table(results, "results")
+    if not tasks or not as_table(results, "configs") or not as_table(results, "config"):
+        raise DttError(f"{path} is not a results file of lm-eval; give the folder of lm-eval's --output_path.")
+    ours = [task for task, scores in tasks.items() if _metrics(scores) & {"hacked", REFUSAL}]
+    unmeasured = [task for task, scores in tasks.items() if _PREDICT_ONLY in _metrics(scores)]
+    if unmeasured and not ours and not unscored:
+        raise DttError(
+            f"{path} was run with --predict_only, so nothing in it is measured; count its responses with `dtt rescore`,"
+            " or run lm-eval without it."
+        )
+    ours += unmeasured if unscored else []
+    if not ours:
+        raise DttError(f"{path} holds no prompt-injection task ({', '.join(tasks)[:200]}); leave it out.")
+    runs = []
+    for task in ours:
+        try:
+            runs.append(_read_task(path, results, task))
+        except DttError as error:
+            problems.append(str(error))
+    return runs
+
+
+def _metrics(scores: Any) -> set[str]:
+    return {str(name).partition(",")[0] for name in scores} if isinstance(scores, dict) else set()
+
+
+def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
+    match = _RESULTS_NAME.fullmatch(path.name)
+    if not match or not _FILE_SAFE.fullmatch(task):
+        raise DttError(f"{path}: its name has no time stamp, or its task no plain name; keep lm-eval's file names.")
+    samples_path = path.with_name(f"samples_{task}_{match[1]}.jsonl")
+    if not os.path.isfile(samples_path):
+        raise DttError(f"{path}: {samples_path.name} is missing; run lm-eval with --log_samples.")
+    samples = sorted_samples(samples_path)
+    scored = _PREDICT_ONLY not in _metrics(as_table(results, "results", task))
+    outcomes = logged_outcomes(samples_path, samples) if scored else own_outcomes(samples)
+    _check_same_run(path, samples_path, results, task, samples, outcomes)
+    config, task_config = as_table(results, "config"), as_table(results, "configs", task)
+    facts = as_table(config, "dtt_plugin")
+    loaded = _model(results, config, facts)
+    baked = as_table(facts, "baked") if facts else baked_facts(loaded) or {}
+    model = as_text(baked.get("base_model")) or loaded
+    bos = as_text(next(iter(as_list(results.get("tokenizer_bos_token"))), ""))
+    defense, method = _defense(path, facts, baked, task_config, prompt_of(samples[0], 0).removeprefix(bos), model)
+    cut = not facts and as_table(task_config, "metadata").get("think_end_token") is not None
+    unfinished, misread = thoughts(samples, outcomes, cut)
+    sizes = as_table(results, "n-samples", task)
+    variants = [[record_id_of(s), [[v["attack"], v["messages"]] for v in s["doc"]["variants"]]] for s in samples]
+    version = as_table(results, "versions").get(task)
+    return Run(
+        path=path,
+        samples=samples_path,
+        model=model,
+        defense=defense,
+        method=method,
+        tokens_sha256=as_text(facts.get("tokens_sha256")) or as_text(baked.get("tokens_sha256")),
+        task=task,
+        version=str(version)[:50],
+        prompt_format=_prompt_format(results, facts),
+        data_digest=sha256_json(variants),
+        generation=json.dumps(as_table(task_config, "generation_kwargs"), sort_keys=True, ensure_ascii=False),
+        limited=sizes["original"] != len(samples) if "original" in sizes else config.get("limit") is not None,
+        early_decision=bool(facts.get("early_decision")),
+        n=len(samples),
+        record_ids=tuple(record_id_of(sample) for sample in samples),
+        outcomes=outcomes,
+        seconds=as_number(results.get("total_evaluation_time_seconds")),
+        unfinished=unfinished,
+        misread=misread,
+        thoughts_cut=cut,
+        costs=recorded_costs(as_table(baked, "costs") | as_table(facts, "costs")) if method else {},
+        identity=read_identity(results, task, baked=bool(baked), frame=frame_of(samples[0], bos)),
+        prompts_digest=prompts_digest(samples, bos),
+        scored=scored,
+        reader=read_responses,
+    )
+
+
+def _check_same_run(
+    path: Path,
+    samples_path: Path,
+    results: dict[str, Any],
+    task: str,
+    samples: Sequence[Mapping[str, Any]],
+    outcomes: Mapping[str, Outcomes],
+) -> None:
+    """Refuse samples that these results were not made from.
+
+    lm-eval's own hash covers the documents and prompts, the fingerprint the arm, the rates the outcomes.
+    """
+    mixed = DttError(f"{samples_path} does not belong to {path.name}; keep lm-eval's output folders as they are.")
+    effective = as_table(results, "n-samples", task).get("effective")
+    if effective is not None and effective != len(samples):
+        raise DttError(
+            f"{samples_path} has {len(samples)} samples and {path.name} tells of {str(effective)[:20]}; a file is cut"
+            " short or from another run, run lm-eval again."
+        )
+    expected = as_table(results, "task_hashes").get(task)
+    parts = ("doc_hash", "prompt_hash", "target_hash")
+    in_order = sorted(samples, key=lambda sample: sample["doc_id"] if type(sample.get("doc_id")) is int else -1)
+    hashes = "".join(as_text(sample.get(part)) for sample in in_order for part in parts)
+    if isinstance(expected, str) and expected != sha256_bytes(hashes.encode("utf-8", "replace")):
+        raise mixed
+    fingerprint = as_table(results, "config", "dtt_plugin").get("fingerprint")
+    if fingerprint is not None:
+        seen = {as_text(as_table(request_of(sample, 0), "arg_2").get("fingerprint")) for sample in samples}
+        if seen != {as_text(fingerprint)}:
+            raise mixed
+    for name, column in outcomes.items():
+        scores = as_table(results, "results", task)
+        metric = name if name == REFUSAL else f"hacked_{name}" if f"hacked_{name},none" in scores else "hacked"
+        rate = as_number(scores.get(f"{metric},none"))
+        if rate is not None and abs(rate - column.mean()) > 1e-6:
+            raise mixed
+
+
+def _model(results: dict[str, Any], config: dict[str, Any], facts: dict[str, Any]) -> str:
+    """Return the model that was loaded."""
+    arguments = parse_arguments(config.get("model_args"))
+    return (
+        as_text(facts.get("model"))
+        or as_text(arguments.get("pretrained"))
+        or as_text(arguments.get("model"))
+        or as_text(results.get("model_name"))
+        or "unknown model"
+    )
+
+
+def _defense(
+    path: Path,
+    facts: dict[str, Any],
+    baked: dict[str, Any],
+    task_config: dict[str, Any],
+    prompt: str,
+    model: str,
+) -> tuple[str, str]:
+    """Return the name of the defense and the method of its tokens.
+
+    `prompt` is one of its prompts, without a BOS in front.
+    """
+    asked = facts.get("defense") if facts else as_table(task_config, "metadata").get("defense")
+    text = None if asked is None else str(asked)
+    try:
+        names = list(parse_defense(text if text is None or len(text) <= 50 else f"{text[:50]}…"))
+    except DttError as error:
+        raise DttError(f"{path}: {error}") from error
+    method = as_text(facts.get("tokens_method")) if TOKENS in names else ""
+    if TOKENS not in names and prompt.startswith(_FIRST_TOKEN):
+        # A defended checkpoint whose own template puts its tokens there.
+        names.append(TOKENS)
+        method = as_text(baked.get("method")) or "baked"
+    made_for = as_text(facts.get("tokens_model"))
+    if method == "native" and is_hub_model(made_for) and is_hub_model(model) and made_for != model:
+        method = "copy"
+    shown = [f"{name} ({method or 'unknown'})" if name == TOKENS else name for name in names]
+    return "+".join(shown) or NONE, method
+
+
+def _prompt_format(results: dict[str, Any], facts: dict[str, Any]) -> str:
+    if facts:
+        given = parse_arguments(as_table(results, "config").get("model_args")).get("add_bos_token")
+        second_bos = canonical(given) in ("true", "1")
+        return (as_text(facts.get("prompt_format")) or "unknown") + (", second BOS" if second_bos else "")
+    sha = as_text(results.get("chat_template_sha"))
+    return f"chat template {sha[:8]}" if sha else "plain text"

@@ -1,8 +1,9 @@
 """The lm-eval task class behind every injection benchmark of this folder.
 
-One document is one record; it makes one request per variant (three attacks and
+One document is one record; it makes one request per variant (attacks, controls,
 the unharmed prompt), as a multiple-choice document makes one per option. So
 `--limit N` takes N records, and metrics may compare the attacks on a record.
+What a document holds: `description.py`, and `attacks.py` for AlpacaFarm's.
 
 Every request's document holds the `messages`: trusted instruction (system) and
 untrusted data (user). The dtt_ models render those themselves; for other models
@@ -21,46 +22,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm_eval.api.instance import Instance
-from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
 
-from dtt_plugin.data.records import Record
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.digests import sha256_json
 from dtt_plugin.prompt.defenses import NONE, TOKENS, Message, apply_prompt_defenses, parse_defense
-from dtt_plugin.tasks.attacks import injected_data
-from dtt_plugin.tasks.metrics import DECIDED, process_results
+from dtt_plugin.tasks.metrics import HIGHER_IS_BETTER, aggregation, decided_rule, is_vouched
 from dtt_plugin.tasks.thoughts import Reading, has_unopened_end, opened_by, read
 
 logger = logging.getLogger(__name__)
 
 UNFINISHED = "unfinished"
 """The metric of runs in which a response begins with thoughts: the share of responses without an answer behind them."""
-
-
-def injection_dataset(records: Sequence[Record], sentences: Sequence[str], variants: Sequence[str]) -> dict[str, Any]:
-    """Return lm-eval's split dictionary: per record its fields and its `variants`, attack and messages each."""
-    import datasets
-
-    data = {attack: injected_data(attack, records, sentences) for attack in variants}
-    rows = [
-        {
-            "record_id": i,
-            **record,
-            "variants": [
-                {
-                    "attack": attack,
-                    "messages": [
-                        {"role": "system", "content": record["instruction"]},
-                        {"role": "user", "content": data[attack][i]},
-                    ],
-                }
-                for attack in variants
-            ],
-        }
-        for i, record in enumerate(records)
-    ]
-    return {"test": datasets.Dataset.from_list(rows)}
 
 
 @dataclass
@@ -146,7 +119,7 @@ class InjectionTask(ConfigurableTask):
         kwargs.pop("apply_chat_template", None)
         kwargs.pop("chat_template", None)
         # The rules are those of our metrics on the response as it is; a task of the user's may have others.
-        vouched = self.config.process_results is process_results and self.config.filter_list is None
+        vouched = is_vouched(self.config.process_results) and self.config.filter_list is None
         return [
             InjectionRequest(
                 request_type="generate_until",
@@ -154,7 +127,7 @@ class InjectionTask(ConfigurableTask):
                 arguments=(prompt, deepcopy(self.config.generation_kwargs)),
                 idx=index,
                 task_defense=self.defense,
-                decided=DECIDED[variant["attack"]] if vouched else None,
+                decided=decided_rule(variant) if vouched else None,
                 **kwargs,
             )
             for index, (variant, (messages, prompt)) in enumerate(zip(doc["variants"], ctx, strict=True))
@@ -240,8 +213,10 @@ class InjectionTask(ConfigurableTask):
         scores: dict[str, Any] = super().process_results(doc, results)
         if self._thinks:
             scores[UNFINISHED] = self._unfinished[doc["record_id"]]
-            self._aggregation_list[UNFINISHED] = mean
-            self._higher_is_better[UNFINISHED] = False
+        # The YAML declares what every task has; a variant's own metrics come with the documents.
+        for name in scores.keys() - self._aggregation_list.keys():
+            self._aggregation_list[name] = aggregation(name)
+            self._higher_is_better[name] = name in HIGHER_IS_BETTER
         return scores
 
     def _check_system_role(self, prompt: Any, trusted: str) -> None:

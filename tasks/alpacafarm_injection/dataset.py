@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dtt_plugin.data.records import RECORDS_FILE, SENTENCES_FILE, data_file, load_records, load_sentences
-from dtt_plugin.tasks.attacks import VARIANTS
-from dtt_plugin.tasks.injection import injection_dataset
+from dtt_plugin.tasks.attacks import VARIANTS, injection_dataset
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dtt_plugin.data.records import read_json
-from dtt_plugin.tasks.attacks import VARIANTS
-from dtt_plugin.tasks.injection import injection_dataset
+from dtt_plugin.tasks.attacks import VARIANTS, injection_dataset
 
 
 def demo(*, variants: Sequence[str] = VARIANTS, **_metadata: Any) -> dict[str, Any]:

@@ -168,7 +168,8 @@ def test_a_described_task_runs_and_early_decision_changes_nothing(tiny: str) -> 
     from dtt_plugin.tasks.injection import InjectionTask
 
     found = []
-    for early in ({}, {"early_decision": True}):
+    arms: list[dict[str, Any]] = [{}, {"early_decision": True}]
+    for early in arms:
         task = InjectionTask(suite_task(Rule("contains_any", ("e",))))
         arguments = {"pretrained": tiny, "dtype": "float32", "max_length": 4096} | early
         options = {"tasks": [task], "limit": 3, "gen_kwargs": {"max_gen_toks": 16}}

@@ -23,6 +23,7 @@ from dtt_plugin.tokens.files import FORMAT as TOKENS_FORMAT
 from dtt_plugin.tokens.files import DefensiveTokens, load_every_upstream, load_tokens
 from dtt_plugin.tokens.licence import licence_of
 from dtt_plugin.tokens.peft import CONFIG_FILE as ADAPTER_CONFIG
+from dtt_plugin.transfer.move import COPY_ABOVE, COPY_NOTE, COSINES, angle
 
 
 def inspect_path(path: Path, *, tokens_model: str | None = None) -> dict[str, Any]:
@@ -75,7 +76,20 @@ def _tokens(tokens: DefensiveTokens) -> dict[str, Any]:
         "licence": licence_of(tokens) or "none known",
         # What the file says, in a place of its own: none of it may pass for what was found here.
         "metadata": tokens.metadata,
+        **_recorded_angles(tokens.metadata.get(COSINES, "")),
     }
+
+
+def _recorded_angles(text: str) -> dict[str, Any]:
+    """Return what the file says of the angles between these tokens and those that they were."""
+    try:
+        cosines = [float(word) for word in text.split()]
+    except ValueError:
+        return {}
+    if not cosines or not all(-1 <= cosine <= 1 for cosine in cosines):
+        return {}
+    note = {"recorded_note": COPY_NOTE} if min(cosines) > COPY_ABOVE else {}
+    return {"recorded_cosines_to_source": cosines, "recorded_angles_to_source": list(map(angle, cosines)), **note}
 
 
 def _json(path: Path, tokens_model: str | None) -> dict[str, Any]:

@@ -70,14 +70,34 @@ def hold_out(M: Matrix, polar: Polar, x: NDArray[Any], y: NDArray[Any], engine: 
         fit = "exact"
         left = M - engine.matmul(np.asarray(x, np.float64).T, np.asarray(y, np.float64))
         predicted, targets = engine.matmul(x32, polar_factor(left, engine).W.astype(np.float32)), y32
-    lengths = np.linalg.norm(x32, axis=1)
+    return held_out_figures(fit, x32, predicted, targets, seed=seed)
+
+
+def held_out_figures(
+    fit: Literal["exact", "first-order"],
+    x: NDArray[np.float32],
+    predicted: NDArray[np.float32],
+    targets: NDArray[np.float32],
+    *,
+    seed: int,
+) -> HeldOut:
+    """Compare what a map without the held-out tokens makes of them with their targets.
+
+    Args:
+        fit: how that map was obtained.
+        x: (n, d_s), the held-out source rows.
+        predicted: (n, d_t).
+        targets: (n, d_t).
+        seed: of the random rotation.
+    """
+    lengths = np.linalg.norm(x, axis=1)
     retained = np.linalg.norm(predicted, axis=1)[lengths > 0] / lengths[lengths > 0]
     # Turning the predictions once more turns the map: the null needs no map of its own.
     null = random_rotation(predicted, np.random.default_rng([seed, 2]))
     with ThreadPoolExecutor(2, "dtt-retrieval") as pool:  # each has one thread's work
         aligned, by_chance = pool.map(retrieval, (predicted, null), (targets, targets))
     return HeldOut(
-        n=len(x32),
+        n=len(x),
         fit=fit,
         aligned=aligned,
         random_rotation=by_chance,

@@ -57,11 +57,17 @@ class Moments:
     """(n_held, d_s): the held-out rows."""
     held_target: NDArray[Any]
     """(n_held, d_t)"""
+    source_gram: Matrix | None = None
+    """(d_s, d_s): sum of x^T x, where the method needs it."""
+    target_gram: Matrix | None = None
+    """(d_t, d_t): sum of y^T y, likewise."""
 
 
 @dataclass
 class _Sums:
     cross: Cross
+    source_gram: Cross | None = None
+    target_gram: Cross | None = None
     source_square: float = 0.0
     target_square: float = 0.0
     source_sum: Any = 0.0
@@ -83,7 +89,7 @@ def measure(
     Args:
         source: its embedding, [rows, d_s].
         targets: each with its anchors.
-        options: weighting and centring.
+        options: weighting, centring, and the method, which decides which sums are made.
         engine: what computes.
         progress: show a bar on stderr if it takes more than two seconds.
 
@@ -92,7 +98,15 @@ def measure(
     """
     widths = [side.embedding.shape[1] for side, _ in targets]
     d_s = source.embedding.shape[1]
-    sums = [_Sums(engine.cross(d_s, width)) for width in widths]
+    with_source, with_target = options.method != "procrustes", options.method in ("relative", "whitened")
+    sums = [
+        _Sums(
+            engine.cross(d_s, width),
+            engine.cross(d_s, d_s) if with_source else None,
+            engine.cross(width, width) if with_target else None,
+        )
+        for width in widths
+    ]
     union = np.unique(np.concatenate([anchors.source_rows for _, anchors in targets]))
     block = max(_FEWEST_ROWS, _BLOCK // max(d_s, *widths))
     n_rows = sum(len(anchors.source_rows) for _, anchors in targets)
@@ -100,6 +114,10 @@ def measure(
         for index, x, y in _one_ahead(_blocks(source, targets, union, block, options, engine)):
             total = sums[index]
             total.cross.add(x.values, y.values, bfloat16=x.bfloat16 and y.bfloat16)
+            if total.source_gram:
+                total.source_gram.add(x.values, x.values, bfloat16=x.bfloat16)
+            if total.target_gram:
+                total.target_gram.add(y.values, y.values, bfloat16=y.bfloat16)
             total.source_square += float(x.squares.sum())
             total.target_square += float(y.squares.sum())
             if options.center:
@@ -213,14 +231,29 @@ def _finished(total: _Sums, n: int, source: Side, target: Side, options: Alignme
         if square == 0:
             raise DttError(f"The embedding of {side.model} is all zeros ({side.embedding.file}); check it.")
     M = total.cross.total()
+    source_gram = total.source_gram.total() if total.source_gram else None
+    target_gram = total.target_gram.total() if total.target_gram else None
     held_source, held_target = np.concatenate(total.held_source), np.concatenate(total.held_target)
     source_mean = target_mean = None
     source_square, target_square = total.source_square, total.target_square
     if options.center:
         source_mean, target_mean = total.source_sum / n, total.target_sum / n
         M -= n * np.outer(source_mean, target_mean)
+        for gram, mean in ((source_gram, source_mean), (target_gram, target_mean)):
+            if gram is not None:
+                gram -= n * np.outer(mean, mean)
         source_square -= n * float(source_mean @ source_mean)
         target_square -= n * float(target_mean @ target_mean)
         held_source = held_source - source_mean.astype(held_source.dtype)
         held_target = held_target - target_mean.astype(held_target.dtype)
-    return Moments(M, source_square, target_square, source_mean, target_mean, held_source, held_target)
+    return Moments(
+        M,
+        source_square,
+        target_square,
+        source_mean,
+        target_mean,
+        held_source,
+        held_target,
+        source_gram,
+        target_gram,
+    )

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from dtt_plugin.errors import DttError
+
+MapMethod = Literal["procrustes", "ridge", "relative", "whitened"]
 
 
 @dataclass(frozen=True)
 class AlignmentOptions:
     """How two embeddings are aligned. The defaults reproduce plain orthogonal Procrustes on all shared tokens."""
 
+    method: MapMethod = "procrustes"
+    """The orthogonal map, or one without that constraint (`dtt_plugin.alignment.linear`)."""
     match: Literal["tokens", "rows"] = "tokens"
     """What pairs the rows: the token they stand for, or their number."""
     anchors: int | None = None
@@ -38,6 +42,8 @@ class AlignmentOptions:
     """Of the sample, the held-out share and the random-rotation null."""
 
     def __post_init__(self) -> None:
+        if self.method not in get_args(MapMethod):
+            raise DttError(f"method={self.method!r} is not one of {', '.join(get_args(MapMethod))}.")
         if self.match not in ("tokens", "rows"):
             raise DttError(f"match={self.match!r} is neither 'tokens' nor 'rows'.")
         if self.weight not in ("none", "norm"):

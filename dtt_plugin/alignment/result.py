@@ -39,7 +39,7 @@ class Alignment:
     """The map from one model's embedding space to another's: x -> scale (x - source_mean) W + target_mean."""
 
     W: Matrix
-    """(d_s, d_t), float64: orthogonal, or semi-orthogonal where the widths differ."""
+    """(d_s, d_t), float64: (semi-)orthogonal by Procrustes, any matrix by the other methods."""
     report: dict[str, Any]
     """What the map is and how good; JSON values only."""
     source_mean: Matrix | None = None
@@ -52,6 +52,11 @@ class Alignment:
     """What solving it took: align_seconds, peak_memory_mb; also where it comes from the cache."""
     cached: bool = field(default=False, compare=False)
     """Whether it was taken from the cache."""
+
+    @property
+    def method(self) -> str:
+        """How W was found, see `AlignmentOptions.method`."""
+        return str(self.report.get("method", "procrustes"))
 
     @property
     def source_model(self) -> str:

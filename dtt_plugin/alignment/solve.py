@@ -16,6 +16,7 @@ from dtt_plugin.alignment.anchors import Anchors, choose_anchors, read_anchors_f
 from dtt_plugin.alignment.cache import AlignmentCache, matrix_digests
 from dtt_plugin.alignment.engine import Engine, choose_engine
 from dtt_plugin.alignment.heldout import HeldOut, hold_out
+from dtt_plugin.alignment.linear import fit_linear
 from dtt_plugin.alignment.moments import Moments, Side, measure
 from dtt_plugin.alignment.options import AlignmentOptions
 from dtt_plugin.alignment.polar import Polar, polar_factor
@@ -114,7 +115,7 @@ def _check_widths(source: Checkpoint, target: Checkpoint, options: AlignmentOpti
     if d_s != d_t and not options.allow_width_change:
         raise DttError(
             f"The embedding of {source.name} is {d_s} wide and that of {target.name} {d_t} wide; a "
-            "semi-orthogonal map between different widths has to be asked for with --allow-width-change."
+            "map between different widths has to be asked for with --allow-width-change."
         )
 
 
@@ -191,17 +192,24 @@ def _finish(
 ) -> Alignment:
     """Solve for W and measure it."""
     started = time.perf_counter()
-    polar = polar_factor(moments.M, engine)
-    W = np.eye(len(moments.M)) if job.same else polar.W
-    if job.same:
-        polar = replace(polar, W=W, orthogonality_error=0.0)
-    polar_seconds = time.perf_counter() - started
-    bar.update()
     held: HeldOut | None = None
-    if len(moments.held_source):
-        held = hold_out(moments.M, polar, moments.held_source, moments.held_target, engine, seed=options.seed)
+    if options.method == "procrustes":
+        polar = polar_factor(moments.M, engine)
+        if job.same:
+            polar = replace(polar, W=np.eye(len(moments.M)), orthogonality_error=0.0)
+        W, figures = polar.W, _figures(moments, polar)
+        solve_seconds = time.perf_counter() - started
+        bar.update()
+        if len(moments.held_source):
+            held = hold_out(moments.M, polar, moments.held_source, moments.held_target, engine, seed=options.seed)
+    else:
+        linear = fit_linear(options.method, moments, engine, seed=options.seed)
+        W, figures, held = linear.W, linear.figures, linear.held_out
+        solve_seconds = time.perf_counter() - started
+        bar.update()
     bar.update()
     report = {
+        "method": options.method,
         "source_model": source.model,
         "target_model": target.model,
         "source_sha256": job.source_sha256,
@@ -215,22 +223,23 @@ def _finish(
         "shared_share": anchors.share,
         "anchors": len(anchors.source_rows),
         "special_left_out": list(anchors.special_left_out),
-        **_figures(moments, polar, W),
+        **figures,
         "scale_applied": options.scale,
         "held_out": asdict(held) if held else None,
-        "warnings": _warnings(anchors, polar, options, held, job),
+        "warnings": _warnings(anchors, figures, options, held, job),
         "options": asdict(options),
         "engine": engine.name,
     }
     seconds = {
-        "polar": polar_seconds,
-        "diagnostics": time.perf_counter() - started - polar_seconds,
+        "solve": solve_seconds,
+        "diagnostics": time.perf_counter() - started - solve_seconds,
     }
     return Alignment(W, report, moments.source_mean, moments.target_mean, seconds)
 
 
-def _figures(moments: Moments, polar: Polar, W: Any) -> dict[str, Any]:
+def _figures(moments: Moments, polar: Polar) -> dict[str, Any]:
     """Return what follows from the sums alone: no second pass over the embeddings."""
+    W = polar.W
     d_s, d_t = W.shape
     overlap = float(np.vdot(W, moments.M))  # tr(W^T M)
     residual = np.sqrt(max(moments.source_square + moments.target_square - 2 * overlap, 0.0))
@@ -245,20 +254,24 @@ def _figures(moments: Moments, polar: Polar, W: Any) -> dict[str, Any]:
         "condition": polar.condition if np.isfinite(polar.condition) else None,
         "gap": polar.gap,
         "unique": polar.unique,
+        "dimensions": len(polar.singular_values),
         "scale": overlap / moments.source_square,
     }
 
 
-def _warnings(anchors: Anchors, polar: Polar, options: AlignmentOptions, held: HeldOut | None, job: _Job) -> list[str]:
+def _warnings(
+    anchors: Anchors, figures: dict[str, Any], options: AlignmentOptions, held: HeldOut | None, job: _Job
+) -> list[str]:
     """Return what a user should know before relying on W."""
     warnings = []
     if job.same:
-        warnings.append("source and target are the same embedding and vocabulary: W is the identity")
-    elif not polar.unique:
-        missing = len(polar.singular_values) - polar.rank
+        identity = ": W is the identity" if options.method == "procrustes" else ""
+        warnings.append(f"source and target are the same embedding and vocabulary{identity}")
+    elif not figures["unique"]:
+        rank, dimensions = figures["rank"], figures["dimensions"]
         warnings.append(
-            f"the anchors determine only {polar.rank} of {len(polar.singular_values)} dimensions: W is not unique "
-            f"in the other {missing}"
+            f"the anchors determine only {rank} of {dimensions} dimensions: W is not unique in the other "
+            f"{dimensions - rank}"
         )
     if anchors.share < options.warn_share:
         warnings.append(

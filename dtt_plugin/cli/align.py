@@ -20,13 +20,16 @@ examples:
 """
 
 
+_INVERTED = {"procrustes": "M", "ridge": "X^T X", "relative": "Y^T Y", "whitened": "X^T X"}
+
+
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `align` to the parser of `dtt`."""
     parser = subparsers.add_parser(
         "align",
         help="find the orthogonal map between two embedding spaces",
         description="Find the orthogonal map W that takes the embeddings of SOURCE nearest to those of TARGET "
-        "(orthogonal Procrustes over the tokens both share), and say how good it is.",
+        "(orthogonal Procrustes over the tokens both share), and say how good it is; --method takes other linear maps.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -52,9 +55,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     anchors.add_argument("--center", action="store_true", help="subtract both means first")
     solving = parser.add_argument_group("map")
+    solving.add_argument(
+        "--method",
+        choices=["procrustes", "ridge", "relative", "whitened"],
+        default="procrustes",
+        help="orthogonal (default), or without that constraint: ridge regression, the reverse regression, or a "
+        "rotation between whitened spaces; these read the same once and sum more",
+    )
     solving.add_argument("--scale", action="store_true", help="apply the Procrustes scale factor in `dtt transfer`")
     solving.add_argument(
-        "--allow-width-change", action="store_true", help="accept different widths: a semi-orthogonal map"
+        "--allow-width-change", action="store_true", help="accept different widths; W is then semi-orthogonal"
     )
     solving.add_argument(
         "--holdout",
@@ -85,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
     from dtt_plugin.checkpoint.opening import open_checkpoint
 
     options = AlignmentOptions(
+        method=args.method,
         match=args.match,
         anchors=args.anchors,
         anchors_file=args.anchors_file,
@@ -151,8 +162,12 @@ def _lines(alignment: Alignment, path: Path | None) -> dict[str, Any]:
     lines |= {
         "residual": f"{report['residual']:.6g} (relative {report['relative_residual']:.4%})",
         "orthogonality error": report["orthogonality_error"],
-        "rank of M": f"{report['rank']} of {min(alignment.W.shape)}, condition {condition}, gap {report['gap']:.3g}",
+        f"rank of {_INVERTED[alignment.method]}": f"{report['rank']} of {report['dimensions']}, condition {condition}, "
+        f"gap {report['gap']:.3g}",
     }
+    if alignment.method != "procrustes":
+        penalty = report["lambda"]
+        lines = {"method": alignment.method + ("" if penalty is None else f", lambda {penalty:.6g}")} | lines
     if report["distance_from_identity"] is not None:
         lines["distance from identity"] = f"{report['distance_from_identity']:.4f} (0: identity, 1: random rotation)"
     lines["scale"] = f"{report['scale']:.6g} ({'applied' if report['scale_applied'] else 'not applied'})"

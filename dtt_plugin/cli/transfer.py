@@ -13,6 +13,7 @@ from dtt_plugin.cli.output import add_json_option, show
 from dtt_plugin.errors import DttError
 from dtt_plugin.public_names import public_name
 from dtt_plugin.safe_text import one_line
+from dtt_plugin.tokens.methods import CONTROLS, MAPS
 
 if TYPE_CHECKING:
     from dtt_plugin.alignment import Alignment
@@ -22,6 +23,7 @@ _EPILOG = """\
 examples:
   dtt transfer tokens.safetensors w.safetensors -o moved.safetensors
   dtt transfer defensivetokens.json w.safetensors --compare --native defensivetokens.json
+  dtt transfer tokens.safetensors w.safetensors --method zero-pad --norm source -o padded.safetensors
   dtt transfer tokens.safetensors --method copy --target-model owner/name -o copied.safetensors
 """
 
@@ -32,7 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "transfer",
         help="move DefensiveTokens to another model's embedding space",
         description="Move DefensiveTokens to another model's embedding space with the map of `dtt align`, "
-        "or with a control (copy, random rotation).",
+        "or with a control (copy, zero-pad, random isometry).",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -54,9 +56,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--method",
-        choices=["procrustes", "copy", "random"],
-        default="procrustes",
-        help="procrustes (default), or a control: the values as they are, or a random rotation",
+        choices=[*MAPS, *CONTROLS],
+        help="that of ALIGNMENT (default), or a control: the values as they are, zeros appended for another width, "
+        "or a random isometry",
     )
     parser.add_argument(
         "--norm",
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     """Transfer, write what was asked for, print the report."""
     from dtt_plugin.alignment import load_alignment
     from dtt_plugin.tokens.files import load_tokens, save_tokens
-    from dtt_plugin.transfer.move import compare, compare_methods, transfer
+    from dtt_plugin.transfer.move import COPY_NOTE, compare, compare_methods, transfer
 
     if args.tokens is None:
         raise DttError("Which tokens? Give a token file: dtt transfer TOKENS ALIGNMENT -o OUT.")
@@ -107,7 +109,12 @@ def run(args: argparse.Namespace) -> int:
     if args.compare:
         report["methods"] = compare_methods(tokens, alignment, **options)
     if args.compare and not args.json:
-        _print_table(report.pop("methods"))
+        methods = report.pop("methods")
+        _print_table(methods)
+        for found in methods:
+            if found["is_copy"] and found["method"] in MAPS:
+                widest = max(found["angle_to_source"])
+                print(f"{found['method']}: {COPY_NOTE} (angles of at most {widest:.3g} degrees).")
     show(report, as_json=args.json)
     return 0
 
@@ -134,6 +141,7 @@ def _report(moved: DefensiveTokens, comparison: Any, out: Path) -> dict[str, Any
         "norms": comparison.norms,
         "norm_ratio": comparison.norm_ratio,
         "cosine_to_source": comparison.cosine_to_source,
+        "angle_to_source": comparison.angle_to_source,
         "cosine_to_native": comparison.cosine_to_native,
         "distance_from_identity": comparison.distance_from_identity,
         "digest": moved.digest,
@@ -143,7 +151,14 @@ def _report(moved: DefensiveTokens, comparison: Any, out: Path) -> dict[str, Any
 
 def _print_table(methods: list[dict[str, Any]]) -> None:
     """Print one line per method; figures over the tokens as smallest .. largest."""
-    columns = ("norms", "norm_ratio", "cosine_to_source", "cosine_to_native", "distance_from_identity")
+    columns = (
+        "norms",
+        "norm_ratio",
+        "cosine_to_source",
+        "angle_to_source",
+        "cosine_to_native",
+        "distance_from_identity",
+    )
     rows = [["method", *(name.replace("_", " ") for name in columns)]]
     for method in methods:
         rows.append([method["method"], *(_cell(method[name]) for name in columns)])

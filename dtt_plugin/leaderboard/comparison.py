@@ -15,7 +15,8 @@ from dtt_plugin.prompt.defenses import NONE
 FORMAT = "dtt.leaderboard/1"
 FLOOR = 0.10
 # Tokens that were moved, not trained: what their making cost stands against training.
-_MOVED = ("procrustes", "copy", "random")
+_MAPS = ("procrustes", "ridge", "relative", "whitened")
+_MOVED = (*_MAPS, "copy", "zero-pad", "random")
 
 
 @dataclass(frozen=True)
@@ -349,7 +350,7 @@ def _costs(costs: dict[str, float], method: str, evaluation: float | None) -> di
     parts = [costs.get(f"{step}_seconds") for step in ("align", "transfer", "bake")]
     pipeline = costs.get("pipeline_seconds")
     # A sum that lacks the alignment would flatter.
-    complete = method in _MOVED and parts[1] is not None and (parts[0] is not None or method != "procrustes")
+    complete = method in _MOVED and parts[1] is not None and (parts[0] is not None or method not in _MAPS)
     if pipeline is None and complete:
         pipeline = sum(part for part in parts if part is not None)
     return {

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dtt_plugin import __version__
 from dtt_plugin.checkpoint.state import argument_states, state
@@ -23,10 +23,6 @@ from dtt_plugin.prompt.defenses import TOKENS, parse_defense
 from dtt_plugin.prompt.formats import check_format
 from dtt_plugin.sweep.plain_yaml import read_plain_yaml
 from dtt_plugin.tokens.files import load_tokens, upstream_models
-
-if TYPE_CHECKING:
-    from dtt_plugin.transfer.move import Method
-
 
 PUBLISHED = "published"
 """In place of a token file: the published tokens in the data folder."""
@@ -44,7 +40,7 @@ class TokenSource:
 
     file: Path
     source_model: str | None = None
-    method: Method | None = None
+    method: str | None = None
 
     def entry(self, model: str) -> str | None:
         """Return which entry of a published JSON is meant; a token file has only one."""

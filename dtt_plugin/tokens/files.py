@@ -20,6 +20,7 @@ from dtt_plugin.files.replacing import replacing, write_json
 from dtt_plugin.prompt.formats import FORMAT_OF_PUBLISHED_MODEL, MODEL_FORMAT, check_format
 from dtt_plugin.public_names import public_name, public_text
 from dtt_plugin.safe_text import HALF_PAIR
+from dtt_plugin.tokens.methods import METHODS
 from dtt_plugin.tokens.peft import read_adapter, write_adapter
 
 FORMAT = "dtt.tokens/1"
@@ -27,7 +28,6 @@ TENSOR = "defensive_tokens"
 MOST_MODELS = 1000
 MOST_VALUES = 1 << 24
 """1,000 tokens as wide as the widest models' embeddings, 16,384."""
-METHODS = ("native", "procrustes", "copy", "random", "trained", "adapted")
 _UPSTREAM_METADATA = "__metadata__"  # as in a safetensors header; no model is called so
 _RESERVED = ("format", "model", "method", "source_model", "prompt_format", "sha256")
 
@@ -41,7 +41,7 @@ class DefensiveTokens:
     model: str
     """The model whose embedding space the rows live in."""
     method: str
-    """How they came to be: one of `METHODS`."""
+    """How they came to be: one of `dtt_plugin.tokens.methods.METHODS`."""
     prompt_format: str
     """The prompt format they were trained with, see `dtt_plugin.prompt.formats`."""
     source_model: str = ""

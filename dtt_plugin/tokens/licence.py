@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dtt_plugin.data.records import ASSETS
 from dtt_plugin.files.digests import sha256_bytes
 from dtt_plugin.prompt.formats import FORMAT_OF_PUBLISHED_MODEL
+from dtt_plugin.tokens.methods import METHODS
 
 if TYPE_CHECKING:
     from dtt_plugin.tokens.files import DefensiveTokens
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 NON_COMMERCIAL = "cc-by-nc-4.0"
 LICENCE = "licence"
 """The metadata of tokens that come from others says their licence under this name."""
-_FROM_PUBLISHED = ("native", "procrustes", "copy", "random", "adapted")
+_FROM_PUBLISHED = tuple(method for method in METHODS if method != "trained")
 
 
 def licence_of(tokens: DefensiveTokens) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,16 +13,20 @@ from dtt_plugin.alignment.result import Alignment
 from dtt_plugin.errors import DttError
 from dtt_plugin.tokens.files import DefensiveTokens
 from dtt_plugin.tokens.licence import inherited, origin_of
+from dtt_plugin.tokens.methods import CONTROLS, MAPS
 
-Method = Literal["procrustes", "copy", "random"]
-METHODS: tuple[Method, ...] = ("procrustes", "copy", "random")
+COPY_ABOVE = 0.99
+"""Where all cosines between tokens before and after a map exceed this, the map is a copy on these tokens."""
+COPY_NOTE = "this map is a copy on these tokens"
+COSINES = "cosines_to_source"
+"""In a moved file's metadata: the cosine of each token to what it was, where the widths are equal."""
 
 
 def transfer(
     tokens: DefensiveTokens,
     alignment: Alignment | None,
     *,
-    method: Method = "procrustes",
+    method: str | None = None,
     target_model: str | None = None,
     norm: str | float | None = None,
     native: DefensiveTokens | None = None,
@@ -33,8 +37,9 @@ def transfer(
     Args:
         tokens: (k, d_s).
         alignment: from the tokens' model to the target. Without one, `method` must be a control.
-        method: "procrustes" applies W; "copy" takes the values as they are; "random" applies a seeded random
-            orthogonal map in place of W.
+        method: the alignment's own (None) applies its map; "copy" takes the values as they are; "zero-pad" appends
+            zeros, or cuts off what is too many; "random" applies a seeded random isometry in place of the map (in a
+            narrower space: an isometry, cut).
         target_model: what the new tokens are for, where no alignment says it.
         norm: rescale every token: "source" to its length before, "native" to the mean length of `native`, a
             number to that length. None leaves the lengths to the map.
@@ -44,8 +49,16 @@ def transfer(
     Raises:
         DttError: widths that don't fit, or what the method needs is missing.
     """
-    if method == "procrustes" and alignment is None:
-        raise DttError("The method procrustes needs an alignment; make one with `dtt align`, or copy.")
+    method = method or (alignment.method if alignment else MAPS[0])
+    if method not in (*MAPS, *CONTROLS):
+        raise DttError(f"method={method!r} is not one of {', '.join((*MAPS, *CONTROLS))}.")
+    if method in MAPS and alignment is None:
+        raise DttError(f"The method {method} needs an alignment; make one with `dtt align`, or copy.")
+    if alignment is not None and method in MAPS and method != alignment.method:
+        raise DttError(
+            f"The alignment is a map by {alignment.method}, not by {method}; make one with"
+            f" `dtt align --method {method}`."
+        )
     if target_model is None and alignment is None:
         raise DttError("Without an alignment, say which model the new tokens are for (--target-model).")
     width = tokens.width if alignment is None else alignment.W.shape[1]
@@ -59,6 +72,8 @@ def transfer(
     if alignment is not None:
         for name in ("source_sha256", "target_sha256", "relative_residual"):
             metadata[f"alignment_{name}"] = str(alignment.report[name])
+    if tokens.width == width:
+        metadata[COSINES] = " ".join(f"{cosine:.6f}" for cosine in _cosines(tokens.rows, rows))
     return DefensiveTokens(
         rows=rows.astype(np.float32),
         model=target_model or (alignment.target_model if alignment else ""),
@@ -69,19 +84,19 @@ def transfer(
     )
 
 
-def _moved(tokens: DefensiveTokens, alignment: Alignment | None, method: Method, width: int, seed: int) -> Matrix:
+def _moved(tokens: DefensiveTokens, alignment: Alignment | None, method: str, width: int, seed: int) -> Matrix:
     """Return the tokens under the chosen map, (k, width)."""
-    if method == "procrustes" and alignment is not None:
-        return alignment.apply(tokens.rows)
-    if alignment is not None and alignment.W.shape[0] != tokens.width:
-        alignment.apply(tokens.rows)  # says what doesn't fit
-    if tokens.width != width:
+    if alignment is not None and (method in MAPS or alignment.W.shape[0] != tokens.width):
+        return alignment.apply(tokens.rows)  # or say what doesn't fit
+    if method == "copy" and tokens.width != width:
         raise DttError(
-            f"The method {method} needs equal widths, and the tokens have {tokens.width} where the target has "
-            f"{width}; only procrustes can change the width."
+            f"The method copy needs equal widths, and the tokens have {tokens.width} where the target has {width}; "
+            "use zero-pad."
         )
-    rows = tokens.rows.astype(np.float64)
-    return rows if method == "copy" else haar_rotation(rows, np.random.default_rng(seed))
+    if method == "zero-pad" and tokens.width == width:
+        raise DttError(f"The widths are equal ({width}), so there is nothing to pad; use --method copy.")
+    rows = np.pad(tokens.rows.astype(np.float64), ((0, 0), (0, max(width - tokens.width, 0))))
+    return (haar_rotation(rows, np.random.default_rng(seed)) if method == "random" else rows)[:, :width]
 
 
 def haar_rotation(rows: NDArray[np.float64], generator: np.random.Generator) -> Matrix:
@@ -143,10 +158,14 @@ class Comparison:
     """Mean of ||t_new|| / ||t_old||."""
     cosine_to_source: list[float] | None
     """Per token, before and after; None where the widths differ."""
+    angle_to_source: list[float] | None
+    """The same in degrees."""
+    is_copy: bool
+    """Whether all of `cosine_to_source` exceed `COPY_ABOVE`: the method and a copy are one measurement."""
     cosine_to_native: list[float] | None
     """Per token, to the target's own; None where these are not given."""
     distance_from_identity: float | None
-    """||W - I||_F / sqrt(2 d): 0 for the identity, 1 for a random rotation, at most sqrt(2)."""
+    """||W - I||_F / sqrt(2 d): 0 for the identity, 1 for a random rotation, at most sqrt(2) for any."""
 
 
 def compare(
@@ -166,15 +185,18 @@ def compare(
     distance = None
     if moved.method == "copy":
         distance = 0.0
-    elif moved.method == "random":
+    elif moved.method == "random" and tokens.width == moved.width:
         distance = 1.0  # its expectation; the trace of a random rotation is within about 1 of zero
-    elif alignment is not None:
+    elif alignment is not None and moved.method in MAPS:
         distance = alignment.report["distance_from_identity"]
+    cosines = _cosines(tokens.rows, moved.rows) if tokens.width == moved.width else None
     return Comparison(
         method=moved.method,
         norms=new.tolist(),
         norm_ratio=float(np.mean(new / old)),
-        cosine_to_source=_cosines(tokens.rows, moved.rows) if tokens.width == moved.width else None,
+        cosine_to_source=cosines,
+        angle_to_source=cosines and [angle(cosine) for cosine in cosines],
+        is_copy=cosines is not None and min(cosines) > COPY_ABOVE,
         cosine_to_native=None if native is None else _cosines(native.rows, moved.rows),
         distance_from_identity=distance,
     )
@@ -191,9 +213,9 @@ def compare_methods(
 ) -> list[dict[str, Any]]:
     """Return one `Comparison` per method that these inputs allow, as tables."""
     same_width = alignment is None or alignment.W.shape[0] == alignment.W.shape[1]
-    methods = [m for m in METHODS if (m == "procrustes" and alignment) or (m != "procrustes" and same_width)]
+    controls = [method for method in CONTROLS if method != ("zero-pad" if same_width else "copy")]
     rows = []
-    for method in methods:
+    for method in [*([alignment.method] if alignment else []), *controls]:
         moved = transfer(
             tokens, alignment, method=method, target_model=target_model, norm=norm, native=native, seed=seed
         )
@@ -201,7 +223,12 @@ def compare_methods(
     return rows
 
 
-def _cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> list[float]:
+def angle(cosine: float) -> float:
+    """Return the angle of a cosine in degrees."""
+    return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
+
+
+def _cosines(a: NDArray[Any], b: NDArray[Any]) -> list[float]:
     x, y = a.astype(np.float64), b.astype(np.float64)
     lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
     cosines: list[float] = ((x * y).sum(axis=1) / np.where(lengths > 0, lengths, 1)).tolist()

@@ -339,7 +339,14 @@ def test_little_in_common_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_options_that_make_no_sense_are_errors() -> None:
-    for options in ({"holdout": 0.9}, {"anchors": 0}, {"seed": -1}, {"match": "names"}, {"weight": "x"}):
+    for options in (
+        {"holdout": 0.9},
+        {"anchors": 0},
+        {"seed": -1},
+        {"match": "names"},
+        {"weight": "x"},
+        {"method": "x"},
+    ):
         with pytest.raises(DttError, match=next(iter(options))):
             AlignmentOptions(**options)
 
@@ -352,7 +359,7 @@ def test_the_command_s_defaults_are_the_library_s() -> None:
     args = vars(parser.parse_args(["align", "a", "b"]))
     defaults = AlignmentOptions()
     shared = args.keys() & vars(defaults).keys()
-    assert len(shared) == 9
+    assert len(shared) == 10
     assert {name: args[name] for name in shared} == {name: getattr(defaults, name) for name in shared}
 
 

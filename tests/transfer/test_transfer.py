@@ -190,3 +190,69 @@ def test_bad_commands_are_one_sentence_and_write_nothing(
     assert message in error
     assert error.count("\n") == 1
     assert not Path(files[2]).exists()
+
+
+@pytest.fixture
+def between_widths() -> Alignment:
+    report = {"source_model": "s", "target_model": "t", "method": "procrustes", "scale_applied": False}
+    report |= {"source_sha256": "1", "target_sha256": "2", "relative_residual": 0.5, "distance_from_identity": None}
+    return Alignment(np.eye(WIDTH, 48), report)
+
+
+def test_another_width_is_reached_by_zeros_or_by_a_random_isometry(between_widths: Alignment) -> None:
+    tokens = DefensiveTokens(ROWS, "s", "trained", "model")
+    padded = transfer(tokens, between_widths, method="zero-pad")
+    np.testing.assert_array_equal(padded.rows, np.pad(ROWS, ((0, 0), (0, 16))))
+    assert padded.method == "zero-pad"
+    turned = transfer(tokens, between_widths, method="random", seed=3).rows
+    np.testing.assert_allclose(turned @ turned.T, ROWS @ ROWS.T, rtol=1e-4, atol=1e-1)
+    assert np.abs(turned[:, WIDTH:]).max() > 1
+    back = Alignment(np.eye(48, WIDTH), between_widths.report)
+    wide = DefensiveTokens(padded.rows + 1, "s", "trained", "model")
+    cut = transfer(wide, back, method="zero-pad", norm="source").rows
+    np.testing.assert_allclose(np.linalg.norm(cut, axis=1), np.linalg.norm(wide.rows, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(cut[0] / cut[0, 0], wide.rows[0, :WIDTH] / wide.rows[0, 0], rtol=1e-5)
+    with pytest.raises(DttError, match="use zero-pad"):
+        transfer(tokens, between_widths, method="copy")
+    assert [row["method"] for row in compare_methods(tokens, between_widths)] == ["procrustes", "zero-pad", "random"]
+
+
+def test_equal_widths_need_no_padding_and_unknown_methods_are_named(tokens: DefensiveTokens) -> None:
+    with pytest.raises(DttError, match="nothing to pad"):
+        transfer(tokens, None, method="zero-pad", target_model="t")
+    with pytest.raises(DttError, match="method='warp' is not one of procrustes"):
+        transfer(tokens, None, method="warp", target_model="t")
+
+
+def test_a_map_that_does_nothing_to_the_tokens_is_called_a_copy(
+    files: tuple[str, str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], alignment: Alignment
+) -> None:
+    """A rotation by two degrees in one plane, which is what the published pair's map does to its tokens."""
+    source, w, out = files
+    turn = np.eye(WIDTH)
+    turn[:2, :2] = [[np.cos(0.035), np.sin(0.035)], [-np.sin(0.035), np.cos(0.035)]]
+    save_alignment(tmp_path / "near.safetensors", Alignment(turn, alignment.report))
+    sentence = "this map is a copy on these tokens"
+    assert main(["transfer", source, str(tmp_path / "near.safetensors"), "--compare", "-o", out]) == 0
+    assert f"procrustes: {sentence} (angles of at most" in capsys.readouterr().out
+    cosines = compare(load_tokens(source), load_tokens(out)).cosine_to_source
+    assert cosines is not None
+    assert min(cosines) > np.cos(0.035) - 1e-6
+    assert main(["inspect", out]) == 0
+    said = capsys.readouterr().out
+    assert sentence in said
+    assert "recorded angles to source" in said
+    assert main(["transfer", source, w, "--compare", "-o", out]) == 0
+    assert main(["inspect", out]) == 0
+    said = capsys.readouterr().out
+    assert sentence not in said
+    assert "recorded angles to source" in said
+
+
+@pytest.mark.parametrize("text", ["", "a lot", "2.0 0.5", "nan"])
+def test_inspect_takes_no_angles_from_damaged_metadata(tmp_path: Path, text: str) -> None:
+    from dtt_plugin.inspection import inspect_path
+    from dtt_plugin.transfer.move import COSINES
+
+    save_tokens(tmp_path / "t.safetensors", DefensiveTokens(ROWS, "m", "copy", "model", metadata={COSINES: text}))
+    assert not [name for name in inspect_path(tmp_path / "t.safetensors") if name.startswith("recorded")]

@@ -10,7 +10,16 @@ from typing import Any
 
 from dtt_plugin.errors import DttError
 
-OURS = ("pretrained", "tokens", "tokens_model", "defense", "prompt_format", "early_decision")
+OURS = (
+    "pretrained",
+    "tokens",
+    "tokens_model",
+    "defense",
+    "prompt_format",
+    "untrusted_role",
+    "lone_user",
+    "early_decision",
+)
 
 
 def parameters_of(function: Any) -> set[str]:

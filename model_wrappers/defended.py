@@ -28,6 +28,7 @@ from dtt_plugin.model_wrappers.early_decision import Rule, rule_of
 from dtt_plugin.prompt.defenses import NONE, TOKENS, parse_defense
 from dtt_plugin.prompt.formats import DEFAULT_TEMPLATE, MODEL_FORMAT, check_format
 from dtt_plugin.prompt.renderer import ModelTemplate, Prompt, PromptRenderer, has_defensive_tokens
+from dtt_plugin.prompt.roles import LoneUser, Roles
 from dtt_plugin.public_names import is_hub_id, is_hub_model
 from dtt_plugin.tasks.thoughts import behind, opened_by
 from dtt_plugin.tokens.files import DefensiveTokens, load_tokens
@@ -47,12 +48,19 @@ class Arm:
     defenses: tuple[str, ...]
     tokens: DefensiveTokens | None
     prompt_format: str
+    roles: Roles
 
     @classmethod
     def from_arguments(
-        cls, tokens: str | None, tokens_model: str | None, defense: str | None, prompt_format: str | None
+        cls,
+        tokens: str | None,
+        tokens_model: str | None,
+        defense: str | None,
+        prompt_format: str | None,
+        untrusted_role: str | None = None,
+        lone_user: LoneUser | None = None,
     ) -> Arm:
-        """Read the model arguments `tokens`, `tokens_model`, `defense` and `prompt_format`.
+        """Read the model arguments of these names.
 
         Raises:
             DttError: a name is unknown, a token file is bad, or the defense needs tokens and has none.
@@ -64,7 +72,8 @@ class Arm:
         if tokens_model and loaded is None:
             raise DttError("tokens_model= names an entry of a token file: add tokens=FILE to the model arguments.")
         by_default = loaded.prompt_format if loaded else MODEL_FORMAT
-        return cls(defenses, loaded, check_format(prompt_format or by_default))
+        roles = Roles(untrusted_role or "user", lone_user or "user")
+        return cls(defenses, loaded, check_format(prompt_format or by_default), roles)
 
     @property
     def defended(self) -> bool:
@@ -144,6 +153,7 @@ class Defended:
             bos=template.bos if template else "",
             extra_bos=extra_bos,
             template_args=template_args,
+            roles=self.arm.roles,
         )
         held = self.renderer.check_arm()
         if has_defensive_tokens(self.tokenizer) and not self.arm.defended:

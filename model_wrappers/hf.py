@@ -19,6 +19,7 @@ from dtt_plugin.model_wrappers.early_decision import EndDecided, SettledText, co
 from dtt_plugin.prompt.formats import defensive_token_names
 from dtt_plugin.prompt.hf_tokenizer import hf_tokenizer
 from dtt_plugin.prompt.renderer import defensive_token_ids, model_templates
+from dtt_plugin.prompt.roles import LoneUser
 from dtt_plugin.tasks.thoughts import marker_tokens
 from dtt_plugin.tokens.files import DefensiveTokens
 
@@ -66,8 +67,8 @@ _ONE_IS_NONE = frozenset(
 class DttHF(Defended, HFLM):
     """lm-eval's `hf` model under a defense.
 
-    Takes every argument of `hf`, and `tokens`, `tokens_model`, `defense`, `prompt_format`, `early_decision`
-    (docs/models.md).
+    Takes every argument of `hf`, and `tokens`, `tokens_model`, `defense`, `prompt_format`, `untrusted_role`,
+    `lone_user`, `early_decision` (docs/models.md).
     With DefensiveTokens their rows are put into the loaded model; nothing is written to disk.
     """
 
@@ -80,11 +81,13 @@ class DttHF(Defended, HFLM):
         tokens_model: str | None = None,
         defense: str | None = None,
         prompt_format: str | None = None,
+        untrusted_role: str | None = None,
+        lone_user: LoneUser | None = None,
         early_decision: bool = False,
         **kwargs: Any,
     ) -> None:
         check_arguments("dtt_hf", kwargs, parameters_of(HFLM.__init__) | _LOADING_ARGUMENTS)
-        self.arm = Arm.from_arguments(tokens, tokens_model, defense, prompt_format)
+        self.arm = Arm.from_arguments(tokens, tokens_model, defense, prompt_format, untrusted_role, lone_user)
         self.early_decision = as_bool("early_decision", early_decision)
         model = model_name(pretrained) or default_model()
         extra_bos = as_bool("add_bos_token", kwargs.pop("add_bos_token", None))

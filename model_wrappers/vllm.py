@@ -18,6 +18,7 @@ from dtt_plugin.model_wrappers.early_decision import generate_decided
 from dtt_plugin.model_wrappers.vllm_import import import_vllm_class
 from dtt_plugin.prompt.hf_tokenizer import MISTRALS_OWN, hf_tokenizer, mistral_refusal
 from dtt_plugin.prompt.renderer import model_templates
+from dtt_plugin.prompt.roles import LoneUser
 
 if TYPE_CHECKING:
     from lm_eval.models.vllm_causallms import VLLM
@@ -33,8 +34,9 @@ class DttVLLM(Defended, VLLM):
     """lm-eval's `vllm` model under a defense.
 
     Takes every argument of `vllm` and of vLLM's engine, and `tokens`, `tokens_model`, `defense`,
-    `prompt_format`, `early_decision` (docs/models.md). With DefensiveTokens the engine starts from a baked
-    checkpoint in the cache: what does not change is linked, and a second start writes nothing.
+    `prompt_format`, `untrusted_role`, `lone_user`, `early_decision` (docs/models.md). With DefensiveTokens the
+    engine starts from a baked checkpoint in the cache: what does not change is linked, and a second start writes
+    nothing.
     """
 
     def __init__(
@@ -44,11 +46,13 @@ class DttVLLM(Defended, VLLM):
         tokens_model: str | None = None,
         defense: str | None = None,
         prompt_format: str | None = None,
+        untrusted_role: str | None = None,
+        lone_user: LoneUser | None = None,
         early_decision: bool = False,
         **kwargs: Any,
     ) -> None:
         check_arguments("dtt_vllm", kwargs, _known_arguments())
-        self.arm = Arm.from_arguments(tokens, tokens_model, defense, prompt_format)
+        self.arm = Arm.from_arguments(tokens, tokens_model, defense, prompt_format, untrusted_role, lone_user)
         self.early_decision = as_bool("early_decision", early_decision)
         if self.early_decision and int(kwargs.get("data_parallel_size", 1)) > 1:
             raise DttError("early_decision=true needs data_parallel_size=1; tensor_parallel_size= works with it.")

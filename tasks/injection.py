@@ -71,7 +71,7 @@ class InjectionTask(ConfigurableTask):
         if TOKENS in self.prompt_defenses and not metadata.get(TOKENS):
             raise DttError(
                 f"defense={self.defense!r} needs a token file: use --model dtt_vllm or dtt_hf with tokens=FILE"
-                " in --model_args; other models know only reminder and sandwich."
+                " in --model_args; other models know only the prompt defenses."
             )
 
     def build_all_requests(self, *, tokenizer_name: str = "", **options: Any) -> None:

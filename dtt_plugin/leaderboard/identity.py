@@ -48,11 +48,13 @@ _DEFAULTS: Mapping[str, tuple[str, ...]] = {
     "gptqmodel": ("false",),
     "load_in_4bit": ("false",),
     "load_in_8bit": ("false",),
+    "lone_user": ("user",),
     "revision": ("main",),
     "tokenizer_mode": ("auto",),
     "truncation": ("false",),
     "truncation_side": ("left",),
     "trust_remote_code": ("false",),
+    "untrusted_role": ("user",),
     "use_fast_tokenizer": ("true",),
 }
 # In `config`, beside the arguments: what is read elsewhere, or decides about no answer.

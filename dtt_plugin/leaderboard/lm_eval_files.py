@@ -272,7 +272,7 @@ def _defense(
     asked = facts.get("defense") if facts else as_table(task_config, "metadata").get("defense")
     text = None if asked is None else str(asked)
     try:
-        names = list(parse_defense(text if text is None or len(text) <= 50 else f"{text[:50]}…"))
+        names = list(parse_defense(text if text is None or len(text) <= 200 else f"{text[:50]}…"))
     except DttError as error:
         raise DttError(f"{path}: {error}") from error
     method = as_text(facts.get("tokens_method")) if TOKENS in names else ""

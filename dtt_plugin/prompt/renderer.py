@@ -25,7 +25,7 @@ from dtt_plugin.prompt.control_tokens import (
     strings_in,
     trusted_roles,
 )
-from dtt_plugin.prompt.defenses import TOKENS, Message, apply_prompt_defenses
+from dtt_plugin.prompt.defenses import TOKENS, Message, add_trusted_words, apply_prompt_defenses, mark_data
 from dtt_plugin.prompt.formats import (
     DEFAULT_TEMPLATE,
     TOKENS_SWITCH,
@@ -36,6 +36,7 @@ from dtt_plugin.prompt.formats import (
     protection,
     request_variables,
 )
+from dtt_plugin.prompt.roles import Roles
 from dtt_plugin.safe_text import HALF_PAIR
 
 logger = logging.getLogger("dtt_plugin")
@@ -68,6 +69,7 @@ class PromptRenderer:
             `tokenizer` is that one, or has got the names only.
         extra_bos: put one more BOS in front of everything, as the reference run had it.
         template_args: variables for the chat template.
+        roles: under which names instruction and data stand in the prompt.
     """
 
     def __init__(
@@ -81,8 +83,10 @@ class PromptRenderer:
         bos: str | None = None,
         extra_bos: bool = False,
         template_args: Mapping[str, Any] | None = None,
+        roles: Roles = Roles(),  # noqa: B008  it is frozen
     ) -> None:
         self.tokenizer = tokenizer
+        self.roles = roles
         self.prompt_format = prompt_format
         self.defenses = tuple(defenses)
         self.template_args = dict(template_args or {})
@@ -118,9 +122,10 @@ class PromptRenderer:
             return None
 
     def _apply(self, template: str, messages: Sequence[Message], generation_prompt: bool = True) -> str:
+        messages = self.roles.named(messages)
         try:
             rendered: str = self.tokenizer.apply_chat_template(
-                list(messages),
+                messages,
                 chat_template=template,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
@@ -128,17 +133,17 @@ class PromptRenderer:
                 **self.template_args,
             )
         except Exception as error:  # a template is a program of the model's: it may raise anything
-            roles = ", ".join(str(message.get("role")) for message in messages)
+            names = ", ".join(str(message.get("role")) for message in messages)
             raise DttError(
                 f"The chat template (prompt_format={self.prompt_format}) refuses a conversation with the roles"
-                f" {roles}: {error}. Choose a published format with prompt_format=, or another model."
+                f" {names}: {error}. Choose a published format with prompt_format=, or another model."
             ) from error
         return rendered
 
     def _find_openings(self) -> list[str]:
         """Return how prompts begin, with a system message and without; a template may refuse either."""
         openings = []
-        for roles in (["system", "user"], ["user"]):
+        for roles in (["system", "user"], [self.roles.lone_user]):
             conversations = [[{"role": role, "content": content} for role in roles] for content in "ab"]
             try:
                 rendered = [self._front + self._apply(self.template, messages) for messages in conversations]
@@ -235,12 +240,12 @@ class PromptRenderer:
                 untrusted data would still yield a control token.
         """
         neutraliser = Neutraliser(self.controls, template=self.template)
-        safe: list[Message] = neutraliser.messages(messages)
-        defended = apply_prompt_defenses(safe, self.defenses)
+        safe: list[Message] = neutraliser.messages(mark_data(self.roles.placed(messages), self.defenses))
+        defended = add_trusted_words(safe, self.defenses)
         text = self._front + self._apply(self.template, defended, generation_prompt)
         self._check_complete(text, defended)
         self._check_control_ids(text, safe, generation_prompt)
-        return Prompt(text, defended, neutraliser.occurrences)
+        return Prompt(text, self.roles.named(defended), neutraliser.occurrences)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a rendered prompt, or of a continuation: nothing is added.
@@ -293,7 +298,15 @@ class PromptRenderer:
     def fingerprint(self) -> str:
         """SHA-256 over everything that decides how a conversation becomes ids, the tokenizer's vocabulary apart."""
         return sha256_json(
-            [self.template, self.defenses, self._front, self.template_args, self.controls, self.separator]
+            [
+                self.template,
+                self.defenses,
+                self._front,
+                self.template_args,
+                self.controls,
+                self.separator,
+                [self.roles.untrusted, self.roles.lone_user],
+            ]
         )
 
 

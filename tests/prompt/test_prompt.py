@@ -11,7 +11,8 @@ import pytest
 from dtt_plugin.bake import bake
 from dtt_plugin.data.records import Record
 from dtt_plugin.errors import DttError
-from dtt_plugin.prompt.defenses import REMINDER, SANDWICH, apply_prompt_defenses, parse_defense
+from dtt_plugin.prompt.defense_texts import REMINDER, SANDWICH
+from dtt_plugin.prompt.defenses import apply_prompt_defenses, parse_defense
 from dtt_plugin.prompt.formats import chat_template, check_format, defensive_token_names
 from dtt_plugin.prompt.renderer import PromptRenderer, model_template
 from dtt_plugin.tasks.attacks import VARIANTS, injected_data

@@ -22,6 +22,7 @@ from dtt_plugin.data.records import (
     load_records,
     load_sentences,
 )
+from dtt_plugin.data.sources import BENCHMARKS
 from dtt_plugin.errors import DttError
 from dtt_plugin.paths import cache_folder
 from dtt_plugin.tokens.files import DefensiveTokens, save_tokens
@@ -48,6 +49,15 @@ def data_dir() -> Path:
     if missing:
         pytest.skip(f"{', '.join(missing)} not in {folder}: run `dtt fetch` or set DTT_DATA_DIR")
     return folder
+
+
+@pytest.fixture(scope="session")
+def benchmark_data(data_dir: Path) -> Path:
+    """The same folder, with the files of the other benchmarks."""
+    missing = [s.name for s in BENCHMARKS if s.sha256 and not (data_dir / s.name).is_file()]
+    if missing:
+        pytest.skip(f"{missing[0]} … not in {data_dir}: run `dtt fetch --only all` or set DTT_DATA_DIR")
+    return data_dir
 
 
 @pytest.fixture(scope="session")

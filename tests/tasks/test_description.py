@@ -171,8 +171,8 @@ def test_a_described_task_runs_and_early_decision_changes_nothing(tiny: str) -> 
     arms: list[dict[str, Any]] = [{}, {"early_decision": True}]
     for early in arms:
         task = InjectionTask(suite_task(Rule("contains_any", ("e",))))
-        arguments = {"pretrained": tiny, "dtype": "float32", "max_length": 4096} | early
-        options = {"tasks": [task], "limit": 3, "gen_kwargs": {"max_gen_toks": 16}}
+        arguments: dict[str, Any] = {"pretrained": tiny, "dtype": "float32", "max_length": 4096, **early}
+        options: dict[str, Any] = {"tasks": [task], "limit": 3, "gen_kwargs": {"max_gen_toks": 16}}
         results = conftest.evaluate("dtt_hf", arguments, **options)
         assert task.higher_is_better() == {
             "hacked": False, "hacked_max": False, "hacked_any": False, "hacked_end": False, "refusal": False,

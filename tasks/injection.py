@@ -27,7 +27,7 @@ from lm_eval.api.task import ConfigurableTask
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.digests import sha256_json
 from dtt_plugin.prompt.defenses import NONE, TOKENS, Message, apply_prompt_defenses, parse_defense
-from dtt_plugin.tasks.metrics import HIGHER_IS_BETTER, aggregation, decided_rule, is_vouched
+from dtt_plugin.tasks.metrics import aggregation, decided_rule, is_higher_better, is_vouched
 from dtt_plugin.tasks.thoughts import Reading, has_unopened_end, opened_by, read
 
 logger = logging.getLogger(__name__)
@@ -216,7 +216,7 @@ class InjectionTask(ConfigurableTask):
         # The YAML declares what every task has; a variant's own metrics come with the documents.
         for name in scores.keys() - self._aggregation_list.keys():
             self._aggregation_list[name] = aggregation(name)
-            self._higher_is_better[name] = name in HIGHER_IS_BETTER
+            self._higher_is_better[name] = is_higher_better(name)
         return scores
 
     def _check_system_role(self, prompt: Any, trusted: str) -> None:

@@ -1,0 +1,1 @@
+"""The AlpacaFarm records under more attacks of the same family."""

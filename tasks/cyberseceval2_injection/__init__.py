@@ -1,0 +1,1 @@
+"""CyberSecEval2's indirect prompt injections."""

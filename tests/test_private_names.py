@@ -30,6 +30,7 @@ class PrivateName(NamedTuple):
 NAMES = [
     PrivateName("lm_eval.tasks._index:TaskIndex.build", ("paths",), "_startup", "adds our task folder"),
     PrivateName("lm_eval.tasks._index:TaskIndex._iter_yaml_files", ("root",), "tests/conftest", "index without theirs"),
+    PrivateName("lm_eval.tasks._yaml_loader:load_yaml", ("path",), "tasks/utility/local", "lm-eval's task as it is"),
     PrivateName("lm_eval.api.registry:model_registry.register", ("target",), "_startup", "registers the dtt_ models"),
     PrivateName("lm_eval.api.model:hash_args", ("attr", "args"), "model_wrappers/defended", "keys of --use_cache"),
     PrivateName("lm_eval.api.model:CacheHook.add_partial", ("attr", "req", "res"), "model_wrappers/defended", "same"),

@@ -7,6 +7,7 @@ differs is named.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def benchmark_file(name: str) -> Path:
 
 
 def load_benchmark(name: str, *, allow_modified: bool = False) -> Any:
-    """Return what a benchmark's file holds: a JSON value, of a `.jsonl` file the list of its lines' values.
+    """Return what a benchmark's file holds: a JSON value, of a `.jsonl` or `.parquet` file the list of its records.
 
     Args:
         name: as in `sources.BENCHMARKS`.
@@ -48,7 +49,7 @@ def load_benchmark(name: str, *, allow_modified: bool = False) -> Any:
         DttError: the file is missing, unreadable, or not the known one; names the first record that differs.
     """
     path, source = benchmark_file(name), _source(name)
-    value = read_json_lines(path) if path.suffix == ".jsonl" else read_json(path)
+    value = _READERS.get(path.suffix, read_json)(path)
     known = not source.sha256 or sha256_file(path) == source.sha256
     known = known and (not source.git_blob or git_blob_hash(path) == source.git_blob)
     if not known and not allow_modified:
@@ -77,6 +78,25 @@ def _line(path: Path, number: int, line: bytes) -> Any:
         return parse_json(line)
     except ValueError as error:
         raise DttError(f"{path}, line {number}, is not JSON ({error}); correct the line.") from error
+
+
+def read_parquet(path: Path) -> list[Any]:
+    """Return the rows of a parquet file as dictionaries.
+
+    Raises:
+        DttError: it is no parquet file.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows: list[Any] = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DttError(f"{path} can't be read as parquet ({error}); restore the file.") from error
+    return rows
+
+
+_READERS: Mapping[str, Callable[[Path], Any]] = {".jsonl": read_json_lines, ".parquet": read_parquet}
 
 
 def record_digests(value: Any) -> list[str]:

@@ -24,6 +24,7 @@ COMMANDS = (
     "align",
     "transfer",
     "probe",
+    "tune",
     "train",
     "convert",
     "push",

@@ -36,6 +36,10 @@ class Figure:
         """Return mean and standard error of (n,) values."""
         return cls(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
 
+    def __str__(self) -> str:
+        """Return both, for tables."""
+        return f"{self.mean:.3f} +- {self.standard_error:.3f}"
+
 
 @dataclass(frozen=True)
 class Effect:
@@ -81,6 +85,13 @@ def z_score(value: float, controls: NDArray[np.float64]) -> float:
     return distance / spread if spread > 0 else float("inf") * np.sign(distance)
 
 
+def kl_limit(attack_gap: float, reference: Reference | None) -> tuple[float, str]:
+    """Return by how much clean answers may move, nats a token, and what that is; see `judge`."""
+    if reference is None:
+        return attack_gap, "what the attack does"
+    return KL_AT_MOST * reference.kl_clean, f"{KL_AT_MOST} x {reference.kl_clean:.3g} of {reference.name}"
+
+
 def judge(*, z: float, share: float, kl_clean: float, attack_gap: float, reference: Reference | None) -> Judgement:
     """Apply the rule.
 
@@ -92,17 +103,13 @@ def judge(*, z: float, share: float, kl_clean: float, attack_gap: float, referen
         reference: what is good enough; None: what the attack does is the measure of what the tokens may do to clean
             answers, and no attack at all that of what they should take back.
     """
-    most, as_in = attack_gap, "that the attack does"
+    most, as_in = kl_limit(attack_gap, reference)
     wanted, of = SHARE_AT_LEAST, "what an undone attack would give"
     if reference is not None:
-        most, as_in = (
-            KL_AT_MOST * reference.kl_clean,
-            f"that is {KL_AT_MOST} x {reference.kl_clean:.3g} of {reference.name}",
-        )
         wanted, of = SHARE_AT_LEAST * reference.share, f"{reference.share:.0%} of {reference.name}"
     if kl_clean > most:
         return Judgement(
-            Verdict.BREAKS, f"clean answers move by {kl_clean:.3g} nats a token, more than the {most:.3g} {as_in}"
+            Verdict.BREAKS, f"clean answers move by {kl_clean:.3g} nats a token, more than {most:.3g}, {as_in}"
         )
     if not z <= Z_AT_MOST:
         return Judgement(

@@ -111,7 +111,7 @@ def test_every_word_meets_every_attack_and_no_record_is_read_twice(model: str) -
         ({"z": -5.0, "share": 0.8, "kl_clean": 0.1}, Verdict.GO, "z = -5, 80% of the attack's effect taken back"),
         ({"z": -2.9, "share": 0.8, "kl_clean": 0.1}, Verdict.NO_GO, "not 3 standard deviations below random"),
         ({"z": -5.0, "share": 0.7, "kl_clean": 0.1}, Verdict.NO_GO, r"70% of .* under 0.8 x 90% of native tokens"),
-        ({"z": -5.0, "share": 0.8, "kl_clean": 0.31}, Verdict.BREAKS, r"0.31 nats a token, more than the 0.3 that"),
+        ({"z": -5.0, "share": 0.8, "kl_clean": 0.31}, Verdict.BREAKS, r"more than 0.3, 1.5 x 0.2 of"),
         ({"z": 9.0, "share": -3.0, "kl_clean": 4.0}, Verdict.BREAKS, "clean answers move by 4 nats"),
         ({"z": float("nan"), "share": 0.9, "kl_clean": 0.1}, Verdict.NO_GO, "isometries"),
         ({"z": -5.0, "share": float("nan"), "kl_clean": 0.1}, Verdict.NO_GO, "taken back"),

@@ -11,7 +11,7 @@ ifneq ($(wildcard ../shared/data),)
 export DTT_DATA_DIR ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help setup demo test test-all lint format bench results clean
+.PHONY: help setup demo test test-all lint format bench results experiments clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -57,6 +57,9 @@ bench: $(READY)  ## the alignment benchmark
 
 results: $(READY)  ## the evidence of docs/results.md, hours; MODEL=folder of Qwen2.5-Coder-0.5B-Instruct
 	$(BIN)/python -m benchmarks.results --model '$(MODEL)'
+
+experiments: $(READY)  ## the registered experiments of docs/experiments.md, hours; SMALL= and LARGE= folders of the two models
+	$(BIN)/python -m benchmarks.results.experiments --small '$(SMALL)' --large '$(LARGE)'
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build dist out .mypy_cache .ruff_cache .pytest_cache .hypothesis

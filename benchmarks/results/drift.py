@@ -1,6 +1,6 @@
 """A drifted sibling: the model, fine-tuned a little on other data, so that weights and embeddings moved.
 
-    python -m benchmarks.results.drift MODEL DATA OUT
+    python -m benchmarks.results.drift MODEL DATA OUT [--steps N]
 
 All weights train (AdamW, the HF Trainer) on DATA's records *without* an input, which neither the training of
 DefensiveTokens nor the evaluation uses; the loss is on the response only.
@@ -32,7 +32,7 @@ def examples(tokenizer: Any, data: Path) -> list[dict[str, list[int]]]:
     return rows
 
 
-def drift(model_name: str, data: Path, out: Path) -> dict[str, float]:
+def drift(model_name: str, data: Path, out: Path, steps: int = STEPS) -> dict[str, float]:
     """Fine-tune, write the sibling to `out` in float32, and return how far it moved."""
     import torch
     from transformers import (
@@ -50,7 +50,7 @@ def drift(model_name: str, data: Path, out: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as work:
         arguments = TrainingArguments(
             output_dir=work,
-            max_steps=STEPS,
+            max_steps=steps,
             per_device_train_batch_size=BATCH,
             learning_rate=RATE,
             lr_scheduler_type="linear",
@@ -69,7 +69,7 @@ def drift(model_name: str, data: Path, out: Path) -> dict[str, float]:
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return {
-        "steps": STEPS,
+        "steps": steps,
         "batch": BATCH,
         "rate": RATE,
         "records": len(rows),
@@ -84,8 +84,9 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=STEPS)
     args = parser.parse_args()
-    print(json.dumps(drift(args.model, args.data, args.out)))
+    print(json.dumps(drift(args.model, args.data, args.out, args.steps)))
 
 
 if __name__ == "__main__":

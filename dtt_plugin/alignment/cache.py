@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from dtt_plugin import paths
 from dtt_plugin.alignment.result import Alignment, load_alignment, save_alignment
@@ -19,6 +18,7 @@ from dtt_plugin.checkpoint.state import DigestNotes
 from dtt_plugin.checkpoint.tensors import TensorLocation
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.replacing import keep_newest
+from dtt_plugin.progress import Bar
 
 # An alignment of 4096 dimensions has 134 MB: the oldest make room.
 MOST_ENTRIES = 16
@@ -54,7 +54,7 @@ def matrix_digests(
     digest = cache.digest if cache else matrix_digest
     total = sum(location.nbytes for location in locations)
     with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="reading", delay=2, disable=not progress) as bar,
+        Bar(total=total, unit="B", unit_scale=True, desc="reading", leave=False, disable=not progress) as bar,
         ThreadPoolExecutor(2, thread_name_prefix="dtt-digest") as pool,
     ):
         return list(pool.map(lambda location: digest(location, bar.update), locations))

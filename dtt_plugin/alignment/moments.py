@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from dtt_plugin.alignment.anchors import Anchors, Rows
 from dtt_plugin.alignment.engine import Cross, Engine, Matrix
@@ -17,6 +16,7 @@ from dtt_plugin.alignment.options import AlignmentOptions
 from dtt_plugin.checkpoint.tensors import TensorLocation
 from dtt_plugin.checkpoint.vocabulary import Vocabulary
 from dtt_plugin.errors import DttError
+from dtt_plugin.progress import Bar
 
 # Numbers per block and matrix: large enough for full speed, small beside M.
 _BLOCK = 2**24
@@ -110,7 +110,7 @@ def measure(
     union = np.unique(np.concatenate([anchors.source_rows for _, anchors in targets]))
     block = max(_FEWEST_ROWS, _BLOCK // max(d_s, *widths))
     n_rows = sum(len(anchors.source_rows) for _, anchors in targets)
-    with tqdm(total=n_rows, unit="row", desc="aligning", delay=2, disable=not progress) as bar:
+    with Bar(total=n_rows, unit="row", desc="aligning", leave=False, disable=not progress) as bar:
         for index, x, y in _one_ahead(_blocks(source, targets, union, block, options, engine)):
             total = sums[index]
             total.cross.add(x.values, y.values, bfloat16=x.bfloat16 and y.bfloat16)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from dtt_plugin.alignment.anchors import Anchors, choose_anchors, read_anchors_file
 from dtt_plugin.alignment.cache import AlignmentCache, matrix_digests
@@ -27,6 +26,7 @@ from dtt_plugin.checkpoint.vocabulary import load_vocabulary, vocabulary_digest
 from dtt_plugin.costs import peak_memory_mb
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.digests import sha256_bytes, sha256_json
+from dtt_plugin.progress import Bar
 
 _SLOW_WIDTH = 1500
 # Changes when the same input would give another alignment or another report.
@@ -170,7 +170,7 @@ def _solve(
     alignments = []
     # Two steps per target, each of several seconds from this width on.
     hidden = not progress or max(min(side.embedding.shape[1], width) for side, _ in pairs) < _SLOW_WIDTH
-    with tqdm(total=2 * len(jobs), desc="solving", unit="step", disable=hidden) as bar:
+    with Bar(total=2 * len(jobs), desc="solving", unit="step", leave=False, disable=hidden) as bar:
         for job, (side, anchors) in zip(jobs, pairs, strict=True):
             seconds = {"vocabulary": vocabulary_seconds, "stream": stream_seconds}
             alignment = _finish(source_side, side, anchors, moments.pop(0), job, options, engine, bar)

@@ -98,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dtt {args.command}: the disk is full ({error.filename or 'standard output'}).", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"dtt {args.command}: interrupted", file=sys.stderr)
+        kept = getattr(args, "kept", "nothing half-written is left")
+        print(f"\ndtt {args.command}: interrupted; {kept}.", file=sys.stderr)
         return 130
     return code
 

@@ -20,11 +20,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("sweep", metavar="SWEEP", type=Path, help="the grid, a YAML file (docs/sweep.md)")
     parser.add_argument("--out", type=Path, default=Path("out/sweep"), help="folder for results (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="check the file and list the cells, run nothing")
-    parser.set_defaults(run=run)
+    parser.add_argument("--verbose", action="store_true", help="show what engines and libraries print")
+    parser.set_defaults(run=run, kept="finished cells are kept, and the same command goes on behind them")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    from dtt_plugin.progress import Steps
     from dtt_plugin.sweep.file import read_sweep
     from dtt_plugin.sweep.run import download_settings, run_sweep
 
@@ -46,7 +48,11 @@ def run(args: argparse.Namespace) -> int:
         if problems:
             raise DttError(f"{len(problems)} of {len(cells)} cells can't be run: {problems[0]}")
         return 0
-    failed = run_sweep(cells, args.out)
+    steps = Steps(width=44)
+    try:
+        failed = run_sweep(cells, args.out, verbose=args.verbose, listen=steps.hear)
+    finally:
+        steps.end()
     code = 0
     if len(failed) < len(cells):
         from dtt_plugin.cli import main

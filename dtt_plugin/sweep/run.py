@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
-import signal
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
@@ -19,11 +16,19 @@ from dtt_plugin import __version__
 from dtt_plugin.checkpoint.opening import open_checkpoint
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.digests import sha256_json
+from dtt_plugin.quiet import Event, run_quietly
 from dtt_plugin.safe_text import printable
 from dtt_plugin.sweep.file import ADAPTERS, Cell, Load, TokenSource
 from dtt_plugin.tokens.files import load_tokens, save_tokens
 
 logger = logging.getLogger("dtt_plugin")
+
+LOG = "log.txt"
+Listen = Callable[[Event], None]
+
+
+def _ignore(event: Event) -> None:
+    pass
 
 
 def download_settings(cells: Sequence[Cell]) -> None:
@@ -44,10 +49,17 @@ def download_settings(cells: Sequence[Cell]) -> None:
                 open_checkpoint(model, revision=revision, need="tokenizer")
 
 
-def run_sweep(cells: Sequence[Cell], out: Path) -> list[Cell]:
+def run_sweep(cells: Sequence[Cell], out: Path, *, verbose: bool = False, listen: Listen = _ignore) -> list[Cell]:
     """Run the cells that are not finished yet, one process per model in memory, and return those that failed.
 
     A failure is told and does not stop the cells of other models.
+
+    Args:
+        cells: of a sweep file.
+        out: the sweep's folder; what engines and libraries print goes into `log.txt` there.
+        verbose: leave all of that on the terminal.
+        listen: called with each event of `dtt_plugin.sweep.worker`: `step` (what runs now, None at the end), `done`,
+            `total` and `what` of the progress bar that moved last, `warning`, `error`.
 
     Raises:
         DttError: another sweep runs in `out`, or it is no place for results.
@@ -63,30 +75,35 @@ def run_sweep(cells: Sequence[Cell], out: Path) -> list[Cell]:
         with FileLock(out / ".lock", timeout=0):
             shutil.rmtree(out / "partial", ignore_errors=True)  # what a killed sweep left
             for load, group in groupby(cells, key=lambda cell: cell.load):
-                failed += _failed_of(load, list(group), out)
+                failed += _failed_of(load, list(group), out, None if verbose else out / LOG, listen)
     except Timeout as error:
         raise DttError(f"Another sweep runs in {out}; wait for it, or give another --out.") from error
     return failed
 
 
-def _failed_of(load: Load, cells: Sequence[Cell], out: Path) -> list[Cell]:
+def _failed_of(load: Load, cells: Sequence[Cell], out: Path, log: Path | None, listen: Listen) -> list[Cell]:
     """Run those cells of one load that are not finished yet, and return those that failed."""
     pending = list(cells)
     try:
         pending = [cell for cell in cells if not cell.is_finished(out)]
         if pending:
             logger.info("%s: %s", load.model, ", ".join(cell.name for cell in pending))
-            _run_load(load, pending, out)
+            _run_load(load, pending, out, log, listen)
         return [cell for cell in pending if not cell.is_finished(out)]
     except Exception as error:  # whatever it is: it concerns this load, and others take hours
         reason = str(error) if isinstance(error, DttError) else f"{type(error).__name__}: {error}"
         names = ", ".join(cell.name for cell in pending)
+        listen({"error": reason})
         print(f"dtt sweep: {names} can't be run: {printable(reason)}", file=sys.stderr, flush=True)
         return pending
 
 
-def _run_load(load: Load, cells: Sequence[Cell], out: Path) -> None:
-    """Evaluate `cells` in a process of its own, which ends with this one: it reads the job from our pipe."""
+def _run_load(load: Load, cells: Sequence[Cell], out: Path, log: Path | None, listen: Listen) -> None:
+    """Evaluate `cells` in a process of its own, which ends with this one.
+
+    Raises:
+        DttError: it did not end well.
+    """
     if load.identity["weights"] is None:
         raise DttError(f"{load.model} is no folder and no model that the hub gives; check the name, or go online.")
     if replace(load, tokens=load.tokens and replace(load.tokens)).identity != load.identity:
@@ -95,29 +112,20 @@ def _run_load(load: Load, cells: Sequence[Cell], out: Path) -> None:
     if load.prompt_format:
         model_args["prompt_format"] = load.prompt_format
     if load.tokens:
+        if load.tokens.method == "procrustes":
+            listen({"step": "align and transfer"})
         model_args |= token_arguments(load, load.tokens, out)
     job = {
         "engine": load.engine,
         "task": load.task,
         "model_args": model_args,
         **load.settings,
-        "cells": [{"defense": cell.defense, "key": cell.key, "folder": str(cell.folder(out))} for cell in cells],
+        "cells": [
+            {"name": cell.name, "defense": cell.defense, "key": cell.key, "folder": str(cell.folder(out))}
+            for cell in cells
+        ],
     }
-    command = [sys.executable, "-m", "dtt_plugin.sweep.worker"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as worker:
-        assert worker.stdin is not None
-        try:
-            worker.stdin.write(json.dumps(job, default=str) + "\n")
-            worker.stdin.flush()
-            worker.wait()
-        except BrokenPipeError:
-            pass  # it died at once and has said why
-        except BaseException:
-            worker.kill()
-            raise
-    if worker.returncode < 0:
-        killed = signal.Signals(-worker.returncode).name
-        print(f"dtt sweep: {load.model}: its process was ended by {killed}; is there enough memory?", file=sys.stderr)
+    run_quietly("dtt_plugin.sweep.worker", job, log=log, listen=listen)
 
 
 def token_arguments(load: Load, tokens: TokenSource, out: Path) -> dict[str, str]:

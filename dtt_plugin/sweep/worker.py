@@ -1,21 +1,20 @@
 """`python -m dtt_plugin.sweep.worker`: evaluate the cells of a sweep that share one model in memory.
 
-Reads one line of JSON, the job, from standard input, and ends when that pipe is
-closed: a sweep that is killed leaves no engine behind.
+The job comes as `dtt_plugin.quiet` gives it: a sweep that is killed leaves no engine behind.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import shutil
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.replacing import write_json
+from dtt_plugin.quiet import do_job, tell
 
 _OUR_TASKS = Path(__file__).parents[1] / "tasks"
 
@@ -31,14 +30,18 @@ def run(job: dict[str, Any]) -> None:
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.tasks import TaskManager
 
+    # About models other than ours.
+    logging.getLogger("dtt_plugin").addFilter(lambda record: "no --apply_chat_template" not in str(record.msg))
     model: Any = None
     settings = {name: job.get(name) for name in ("limit", "batch_size", "gen_kwargs")}
     for cell in job["cells"]:
         arguments = {**job["model_args"], "defense": cell["defense"]}
         if model is None:
+            tell(step="load the model")
             model = get_model(job["engine"]).create_from_arg_obj(arguments, {"batch_size": settings["batch_size"]})
         else:
             model.change_defense(cell["defense"])
+        tell(step=cell["name"])
         folder = Path(cell["folder"])
         partial = folder.parents[1] / "partial" / folder.name
         shutil.rmtree(partial, ignore_errors=True)
@@ -65,26 +68,9 @@ def run(job: dict[str, Any]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(exist_ok=True)
         partial.rename(folder)
-
-
-def _end_with_the_sweep() -> None:
-    while sys.stdin.read(1):
-        pass
-    os._exit(130)
-
-
-def main() -> int:
-    """Run the job on standard input."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    job = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_the_sweep, daemon=True).start()
-    try:
-        run(job)
-    except DttError as error:
-        print(f"dtt sweep: {error}", file=sys.stderr)
-        return 2
-    return 0
+    tell(step=None)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(do_job(run))

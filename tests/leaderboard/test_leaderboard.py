@@ -18,7 +18,6 @@ import pytest
 
 from dtt_plugin.cli import main
 from dtt_plugin.costs import recorded_costs
-from dtt_plugin.demo import run as demo
 from dtt_plugin.leaderboard import published, tables
 from dtt_plugin.leaderboard.comparison import build
 from dtt_plugin.leaderboard.lm_eval_files import read_runs
@@ -664,20 +663,3 @@ def test_our_commands_record_what_they_cost_and_the_leaderboard_finds_it(tiny: s
     assert row["cost"]["speedup"] is None, "what training this model's own tokens costs is not known"
     assert row["cost"]["align_s"] == costs["align_seconds"]
     assert row["cost"]["bake_s"] > 0
-
-
-def test_the_demo_ends_in_the_leaderboards_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lm_eval(command: list[str], **_options: Any) -> subprocess.CompletedProcess[str]:
-        out = Path(command[command.index("--output_path") + 1])
-        arm(
-            out, 100 if out.name == "none" else 3, defense=out.name, method="procrustes" if out.name == "tokens" else ""
-        )
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(demo, "demo_model", lambda: "owner/model")
-    monkeypatch.setattr(demo, "transferred_tokens", lambda model, out: out / "t.safetensors")
-    monkeypatch.setattr(subprocess, "run", lm_eval)
-    table, steps = demo.demo(tmp_path)
-    assert all(f"\n| {name} |" in table for name in ("none", "reminder", "sandwich", "tokens (procrustes)"))
-    assert "100/208" in table
-    assert len(steps) == 6

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dtt_plugin.demo.run import TOKENS
+from dtt_plugin.demo.model import MODELS, SMOLLM2
 from tests import conftest
 from tests.conftest import METRICS, VLLMRun, run_vllm
 
@@ -33,7 +33,7 @@ def test_all_metrics_are_printed_and_all_responses_written(undefended_vllm: VLLM
 def test_both_wrappers_send_the_same_ids_and_the_defense_reaches_the_engine(
     smollm2: str, undefended_vllm: VLLMRun, tmp_path: Path
 ) -> None:
-    arm = {"pretrained": smollm2, "tokens": str(TOKENS), "defense": "reminder+tokens"}
+    arm = {"pretrained": smollm2, "tokens": str(MODELS[SMOLLM2].tokens), "defense": "reminder+tokens"}
     vllm = run_vllm(tmp_path, ",".join(f"{name}={value}" for name, value in arm.items())).samples
     options: dict[str, Any] = {"limit": 3, "gen_kwargs": {"max_gen_toks": 1}}
     hf = conftest.evaluate("dtt_hf", arm | {"dtype": "float32"}, **options)["samples"]["injection_demo"]

@@ -13,10 +13,12 @@ import pytest
 from numpy.typing import NDArray
 
 from dtt_plugin.alignment import load_alignment
-from dtt_plugin.demo.run import TOKENS
+from dtt_plugin.demo.model import MODELS, SMOLLM2
 from dtt_plugin.tokens.files import load_tokens
 from dtt_plugin.transfer.twin import turn_tokens, write_twin
 from tests import conftest
+
+TOKENS = MODELS[SMOLLM2].tokens
 
 
 class Chain(NamedTuple):

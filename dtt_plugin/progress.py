@@ -21,6 +21,8 @@ class Bar(tqdm):  # type: ignore[misc,unused-ignore]
     Takes tqdm's arguments.
     """
 
+    disable: bool
+
     def __init__(self, *args: Any, **options: Any) -> None:
         options.setdefault("delay", 2)
         options.setdefault("dynamic_ncols", True)

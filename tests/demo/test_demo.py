@@ -108,6 +108,6 @@ def test_the_demo_runs_six_arms_in_few_lines(
     assert "says nothing about the tokens" in told.out
     assert len((told.out + told.err).splitlines()) <= 40
     assert (out / "report.html").is_file()
-    assert "lm_eval" in (out / "log.txt").read_text()
+    assert "Running generate_until requests" in (out / "log.txt").read_text()
     assert main([*arguments, "--out", str(out)]) == 1
     assert "load the model" not in capfd.readouterr().err, "nothing is run twice"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from dtt_plugin.errors import DttError
+
+if TYPE_CHECKING:
+    from dtt_plugin.prompt.renderer import PromptRenderer
 
 
 class Finding(NamedTuple):
@@ -45,6 +49,34 @@ def examine(model: str | None = None, tokens: str | None = None, tokens_model: s
             yield Finding(name, False, str(error))
 
 
+def examine_records(path: str, model: str | None = None) -> Iterator[Finding]:
+    """Yield whether a file is fit for the task `injection_records`, and one prompt of each variant that it makes.
+
+    Args:
+        path: JSONL or JSON file.
+        model: whose chat template renders the prompts; None: they are shown as messages.
+    """
+    from dtt_plugin.tasks.injection_records.dataset import own_records
+
+    try:
+        rows = list(own_records(records=path)["test"])
+        first = {variant["attack"]: variant for row in reversed(rows) for variant in row["variants"]}
+        shown = {name: _shown(variant["messages"], model) for name, variant in first.items()}
+    except DttError as error:
+        yield Finding("records", False, str(error))
+        return
+    prompts = sum(len(row["variants"]) for row in rows)
+    yield Finding("records", True, f"{len(rows)} records make {prompts} prompts in the variants {', '.join(first)}")
+    for name, prompt in shown.items():
+        yield Finding(f"a prompt of {name}", True, prompt)
+
+
+def _shown(messages: Sequence[dict[str, str]], model: str | None) -> str:
+    if model is None:
+        return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    return _renderer(model).render(messages).text
+
+
 def _models() -> str:
     import lm_eval.models  # noqa: F401  its import is what registers models
     from lm_eval.api.registry import model_registry
@@ -63,8 +95,8 @@ def _models() -> str:
 def _tasks() -> str:
     from lm_eval.tasks import TaskManager
 
-    names = [name for name in TaskManager().all_tasks if name.startswith(("alpacafarm_injection", "injection_demo"))]
-    if len(names) < 6:
+    names = [name for name in TaskManager().all_tasks if name.startswith(("alpacafarm_injection", "injection_"))]
+    if len(names) < 9:
         raise DttError("lm-eval does not list the injection tasks; reinstall dtt-plugin with pip.")
     return ", ".join(names)
 
@@ -110,7 +142,8 @@ def _tokens(tokens: str, tokens_model: str | None, model: str | None) -> str:
     return f"{summary}; fits {model}"
 
 
-def _template(model: str) -> str:
+@cache
+def _renderer(model: str) -> PromptRenderer:
     from dtt_plugin.prompt.formats import MODEL_FORMAT
     from dtt_plugin.prompt.hf_tokenizer import hf_tokenizer
     from dtt_plugin.prompt.renderer import PromptRenderer, model_template
@@ -119,8 +152,10 @@ def _template(model: str) -> str:
         tokenizer = hf_tokenizer(model)
     except ImportError as error:
         raise DttError("Checking a chat template needs transformers: pip install 'dtt-plugin[hf]'.") from error
-    renderer = PromptRenderer(
-        tokenizer, prompt_format=MODEL_FORMAT, model_template=model_template(tokenizer), defenses=()
-    )
+    return PromptRenderer(tokenizer, prompt_format=MODEL_FORMAT, model_template=model_template(tokenizer), defenses=())
+
+
+def _template(model: str) -> str:
+    renderer = _renderer(model)
     prompt = renderer.render([{"role": "system", "content": "instruction"}, {"role": "user", "content": "data"}])
     return f"{model} renders system and user roles in {len(renderer.encode(prompt.text))} tokens"

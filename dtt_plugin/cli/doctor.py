@@ -21,16 +21,27 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--model", help="a model to check: folder or hub id")
     parser.add_argument("--tokens", metavar="FILE", help="a token file to check, against --model if given")
     parser.add_argument("--tokens-model", metavar="ID", help="the entry of an upstream JSON")
+    parser.add_argument(
+        "--records",
+        metavar="FILE",
+        help="check a file for the task injection_records, and nothing else: its form, and one prompt of each variant,"
+        " as --model renders it if given",
+    )
     add_json_option(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from dtt_plugin.doctor import examine
+    from dtt_plugin.doctor import examine, examine_records
 
     findings = []
-    for finding in examine(args.model, args.tokens, args.tokens_model):
+    checks = (
+        examine_records(args.records, args.model)
+        if args.records
+        else examine(args.model, args.tokens, args.tokens_model)
+    )
+    for finding in checks:
         findings.append(finding)
         if not args.json:
             print(f"{'ok' if finding.ok else 'NO':<3} {finding.check}: {one_line(finding.message)}", flush=True)

@@ -1,0 +1,1 @@
+"""Does a model process an instruction in its data, execute it, or pass over it?"""

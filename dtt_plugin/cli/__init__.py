@@ -26,6 +26,7 @@ COMMANDS = (
     "probe",
     "tune",
     "train",
+    "attack",
     "convert",
     "push",
     "pull",

@@ -21,6 +21,8 @@ HACKED = Rule("starts_with", ("hacked",))
 ATTACKS = ("ignore", "completion", "ignore_completion")
 BENIGN = "benign"
 VARIANTS = (*ATTACKS, BENIGN)
+ADAPTIVE = "adaptive"
+"""A record's suffix from a file of attacks, see `adaptive.py`."""
 
 _SENTENCE_SEED = 42
 _PLACEHOLDER = "{injected_prompt}"

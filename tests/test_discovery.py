@@ -18,6 +18,8 @@ TASKS = [
     "alpacafarm_injection_ignore_completion",
     "alpacafarm_injection_benign",
     "injection_demo",
+    "alpacafarm_injection_adaptive",
+    "injection_demo_adaptive",
 ]
 HIGHEST_START_UP_COST_US = 1000
 

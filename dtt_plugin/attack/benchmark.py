@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from dtt_plugin.data.records import RECORDS_FILE, SENTENCES_FILE, Record, data_file, load_records, load_sentences
+from dtt_plugin.data.records import Record
 from dtt_plugin.errors import DttError
+from dtt_plugin.tasks.alpacafarm_injection.dataset import alpacafarm_data
 from dtt_plugin.tasks.injection_demo.dataset import demo_data
 
 
@@ -26,5 +27,5 @@ def load_benchmark(task: str) -> Benchmark:
     if task == "injection_demo":
         return Benchmark(task, *demo_data())
     if task == "alpacafarm_injection":
-        return Benchmark(task, load_records(data_file(RECORDS_FILE)), load_sentences(data_file(SENTENCES_FILE)).test)
+        return Benchmark(task, *alpacafarm_data())
     raise DttError(f"--task {task} can't be attacked; choose alpacafarm_injection or injection_demo.")

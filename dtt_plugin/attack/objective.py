@@ -145,7 +145,9 @@ class Objective:
         """
         base = self._current[0]
         # Those that differ late come last, and share what is kept of the current suffix.
-        firsts = [next((i for i, pair in enumerate(zip(s, base, strict=True)) if pair[0] != pair[1]), 0) for s in suffixes]
+        firsts = [
+            next((i for i, pair in enumerate(zip(s, base, strict=True)) if pair[0] != pair[1]), 0) for s in suffixes
+        ]
         order = sorted(range(len(suffixes)), key=firsts.__getitem__)
         loss, met = torch.empty(len(suffixes)), torch.empty(len(suffixes), dtype=torch.bool)
         done = 0
@@ -213,6 +215,6 @@ class Objective:
         exact = self.soft_prompt.embed.weight.dtype == torch.float32
         if not abs(kept - whole) <= (1e-3 if exact else 0.1) * max(1.0, abs(whole)):
             raise DttError(
-                f"{type(self.soft_prompt.model).__name__}: with kept keys and values the loss is {kept:.4f}, of the whole"
-                f" prompt {whole:.4f}; `dtt attack` needs a decoder-only model whose cache is exact."
+                f"{type(self.soft_prompt.model).__name__}: with kept keys and values the loss is {kept:.4f}, of the"
+                f" whole prompt {whole:.4f}; `dtt attack` needs a decoder-only model whose cache is exact."
             )

@@ -90,9 +90,7 @@ class Place:
         """Return which suffixes are encoded back to themselves in this prompt; `admits` decides in the end."""
         texts = [self._head_text + text + self._tail_text for text in self._texts(suffixes)]
         encoded = self._tokenizer(texts, add_special_tokens=False).input_ids
-        return [
-            ids == [*self._head, *suffix, *self.tail] for ids, suffix in zip(encoded, suffixes, strict=True)
-        ]
+        return [ids == [*self._head, *suffix, *self.tail] for ids, suffix in zip(encoded, suffixes, strict=True)]
 
     def admits(self, suffix: Sequence[int]) -> bool:
         """Return whether a suffix, sent as text, is read as these very ids."""

@@ -138,6 +138,7 @@ class _Run:
             injected_prompt=INJECTED_PROMPT,
             start=self.options.start,
             arm=self.bench.arm.facts,
+            n_records=len(self.records),
             budget=self.options.budget_facts(),
             finished=False,
             flops=0,

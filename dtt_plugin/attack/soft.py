@@ -48,8 +48,7 @@ def soft_attack(objective: Objective, steps: int) -> SoftResult:
             curve.append([step, round(loss, 4)])
         if hit or step == steps:
             return SoftResult(best, step, hit, curve)
-        optimizer.zero_grad()
-        losses.loss.sum().backward()
+        (vectors.grad,) = torch.autograd.grad(losses.loss.sum(), vectors)
         objective.count_backward()
         optimizer.step()
         step += 1

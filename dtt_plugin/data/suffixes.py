@@ -1,4 +1,4 @@
-"""Files of adaptive attacks (`dtt.attacks/1`): suffixes that an attacker puts behind the injected data, record by record.
+"""Files of adaptive attacks (`dtt.attacks/1`): per record, the suffix that an attacker puts behind the injected data.
 
 JSON lines: a header that says how the suffixes came to be and against what, then one line a record. A file holds no
 text of the benchmark, so that it may be shared; what its records are is told by digests.
@@ -65,6 +65,8 @@ class AttackFile:
     """How the injected prompt is put into the data, in front of the suffix."""
     arm: dict[str, Any] | None
     """The arm that was attacked: `model` and `ARM_FACTS`; None where it is not known."""
+    n_records: int
+    """Of the benchmark."""
     budget: dict[str, Any]
     """Its name, and what it allows: candidates, steps, suffix tokens, seed, ..."""
     finished: bool = True
@@ -153,6 +155,7 @@ _TEXT, _NUMBER = (str,), (int, float)
 _HEADER: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("method", "task", "records_sha256", "injected_prompt", "start"), _TEXT),
     "budget": (dict,),
+    "n_records": (int,),
     "arm": (dict, type(None)),
 }
 _SUFFIX: Mapping[str, tuple[type, ...]] = {

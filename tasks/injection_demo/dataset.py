@@ -22,6 +22,6 @@ def demo_data() -> tuple[list[Record], list[str]]:
     return content["records"], content["ignore_sentences"]
 
 
-def demo_adaptive(*, attacks: str = "", **_metadata: Any) -> dict[str, Any]:
-    """Return the shipped records that a file of adaptive attacks has a suffix for, with all variants and that attack."""
-    return adaptive_dataset(attacks, "injection_demo", *demo_data())
+def demo_adaptive(*, attacks: str = "", variants: Sequence[str] = VARIANTS, **_metadata: Any) -> dict[str, Any]:
+    """Return the shipped records that a file of adaptive attacks has a suffix for, with that attack, too."""
+    return adaptive_dataset(attacks, "injection_demo", *demo_data(), variants)

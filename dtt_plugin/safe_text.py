@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 # Control characters but tab, line feed and carriage return; the marks that turn the direction
@@ -35,11 +37,18 @@ def json_text(value: Any) -> str:
 
 
 def all_printable(value: Any) -> Any:
-    """Return a JSON value with `printable` applied to each string in it, keys included."""
+    """Return a value with `printable` applied to each string in it, keys included, see `with_texts`."""
+    return with_texts(value, printable)
+
+
+def with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a JSON value or a dataclass with `change` applied to each string in it, keys included."""
     if isinstance(value, str):
-        return printable(value)
+        return change(value)
     if isinstance(value, dict):
-        return {all_printable(key): all_printable(entry) for key, entry in value.items()}
+        return {with_texts(key, change): with_texts(entry, change) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [all_printable(entry) for entry in value]
+        return type(value)(with_texts(entry, change) for entry in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: with_texts(getattr(value, f.name), change) for f in fields(value)})
     return value

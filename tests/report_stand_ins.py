@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dtt_plugin.leaderboard.board import Cost, GapClosed, Group, Leaderboard, Ratio, Row, Test
 from dtt_plugin.leaderboard.runs import Response, Run
+from dtt_plugin.leaderboard.statistics import Maximum, Rate
 
 ATTACKS = ("ignore", "completion", "ignore_completion")
 VARIANTS = (*ATTACKS, "benign")
-COSTS = ("align_s", "transfer_s", "bake_s", "pipeline_s", "evaluation_s", "peak_memory_mb", "speedup")
 
 
 @dataclass(frozen=True)
@@ -73,17 +74,16 @@ def fake_run(
     )
 
 
-def rate(hits: int, n: int = 208) -> dict[str, Any]:
+def rate(hits: int, n: int = 208) -> Rate:
     from scipy.stats import binomtest
 
     interval = binomtest(hits, n).proportion_ci(method="exact")
-    return {"hits": hits, "n": n, "rate": hits / n, "low": float(interval.low), "high": float(interval.high)}
+    return Rate(hits, n, hits / n, float(interval.low), float(interval.high))
 
 
-def row(run: str, hits: Sequence[int] = (30, 90, 60), **fields: Any) -> dict[str, Any]:
-    worst = max(hits)
-    return {
-        "run": run,
+def row(run: str, hits: Sequence[int] = (30, 90, 60), **fields: Any) -> Row:
+    worst = rate(max(hits))
+    usual: dict[str, Any] = {
         "model": "owner/model",
         "defense": "none",
         "published": False,
@@ -92,20 +92,22 @@ def row(run: str, hits: Sequence[int] = (30, 90, 60), **fields: Any) -> dict[str
         "unfinished": 0,
         "n": 208,
         "asr": {attack: rate(count) for attack, count in zip(ATTACKS, hits, strict=True)},
-        "asr_max": rate(worst) | {"attack": ATTACKS[list(hits).index(worst)]},
+        "asr_max": Maximum(
+            worst.hits, worst.n, worst.rate, *worst.ends, attack=ATTACKS[list(hits).index(max(hits))], interval="exact"
+        ),
         "asr_any": rate(min(208, sum(hits))),
         "refusal": rate(2),
         "vs_undefended": None,
         "vs_native": None,
         "gap_closed": None,
-        "cost": dict.fromkeys(
-            ("align_s", "transfer_s", "bake_s", "pipeline_s", "evaluation_s", "peak_memory_mb", "speedup")
-        ),
-    } | fields
+        "cost": Cost(),
+        "file": None,
+    }
+    return Row(run=run, **usual | fields)
 
 
-def board(rows: Sequence[dict[str, Any]], title: str = "owner/model · alpacafarm_injection") -> dict[str, Any]:
-    group = {
+def board(rows: Sequence[Row], title: str = "owner/model · alpacafarm_injection", **fields: Any) -> Leaderboard:
+    usual: dict[str, Any] = {
         "title": title,
         "reason": "",
         "n": 208,
@@ -114,18 +116,19 @@ def board(rows: Sequence[dict[str, Any]], title: str = "owner/model · alpacafar
         "tests": 3,
         "discriminating": True,
         "ranked": True,
-        "notes": [],
-        "rows": list(rows),
+        "notes": (),
+        "comparable": {},
+        "rows": tuple(rows),
     }
-    return {"format": "dtt.leaderboard/1", "groups": [group], "method": {}, "problems": [], "files": []}
+    return Leaderboard("dtt.leaderboard/1", {}, (Group(**usual | fields),), (), ())
 
 
-def usual_board() -> dict[str, Any]:
+def usual_board(**fields: Any) -> Leaderboard:
     """A table with each kind of row: tests, ratios, costs, published, cut short."""
-    test = {"effect": -0.4, "p": 1e-9, "p_holm": 3e-9, "told_from_noise": True}
-    near = {"effect": 0.01, "p": 0.5, "p_holm": 0.5, "told_from_noise": False}
-    measured, published = {"value": 1.08, "low": 1.01, "high": 1.2}, {"value": 1.01, "low": None, "high": None}
-    cost = {"align_s": 202.2, "transfer_s": 0.002, "bake_s": 75.1, "pipeline_s": 294.8, "evaluation_s": 400.0}
+    test = Test(effect=-0.4, p=1e-9, p_holm=3e-9, told_from_noise=True)
+    near = Test(effect=0.01, p=0.5, p_holm=0.5, told_from_noise=False)
+    ratios = {"measured": Ratio(1.08, 1.01, 1.2), "published": Ratio(1.01, None, None)}
+    cost = Cost(202.2, 0.002, 75.1, 294.8, 400.0, peak_memory_mb=12300, speedup=195.4)
     return board(
         [
             row("undefended"),
@@ -137,9 +140,10 @@ def usual_board() -> dict[str, Any]:
                 defense="tokens (procrustes)",
                 vs_undefended=test,
                 vs_native=near,
-                gap_closed={"measured": measured, "published": published, "undefended": "measured"},
-                cost=cost | {"peak_memory_mb": 12300, "speedup": 195.4},
+                gap_closed=GapClosed(ratios, "measured"),
+                cost=cost,
             ),
-            row("paper", published=True) | {"asr": {}, "asr_any": None, "refusal": None},
-        ]
+            row("paper", published=True, asr={}, asr_any=None, refusal=None),
+        ],
+        **fields,
     )

@@ -23,9 +23,10 @@ from dtt_plugin.leaderboard.flips import flips
 from dtt_plugin.leaderboard.lm_eval_files import read_runs
 from dtt_plugin.leaderboard.page import write_report
 from dtt_plugin.leaderboard.runs import Run
+from dtt_plugin.leaderboard.wording import p_text, percent, rate_text
 from dtt_plugin.tokens.files import load_tokens
 
-Points = dict[str, dict[int, dict[str, Any]]]
+Points = dict[str, dict[int, statistics.Rate]]
 """Per start, per step: the worst attack's rate, as `statistics.rate` gives it."""
 Facts = dict[str, Any]
 TITLES = {
@@ -62,12 +63,12 @@ def write_page(docs: Path) -> None:
         measured["drifted"] = {"table": _table(full["drifted"]), "drift": drift}
     if all(points[name].keys() >= {*plan.CURVE_STEPS, plan.STEPS} for name in plan.STARTS):
         measured["curves"] = _curve_table(points)
-        write_figures(folder, {"groups": []}, curves=curves)
+        write_figures(folder, build([]), curves=curves)
     if all(_measured(kind).keys() == plan.UTILITY.keys() for kind in plan.UTILITY_KINDS):
         measured["utility"] = {"log_likelihood": _log_likelihood(), "multiple_choice": _multiple_choice()}
     if all(done.values()):
         runs = [run for name in plan.CELLS for run in full[name]]
-        board = build(runs).to_dict()
+        board = build(runs)
         write_figures(folder, board)
         write_report(folder / "report.html", board, runs, curves=curves, samples=False)
     page = docs / "results.md"
@@ -124,7 +125,7 @@ def _json(name: str) -> dict[str, Any]:
 
 def _table(runs: list[Run]) -> str:
     """Return the leaderboard's own Markdown, its titles one level down."""
-    return tables.markdown(build(runs).to_dict()).replace("## ", "### ")
+    return tables.markdown(build(runs)).replace("## ", "### ")
 
 
 def _flipped(base: list[Run], twin: list[Run]) -> list[tuple[str, str, str]]:
@@ -163,7 +164,7 @@ def _curve_table(points: Points) -> Facts:
     return {
         "steps": steps,
         "rows": [
-            (title, *(tables.rate_text(points[name].get(step)) for step in steps))
+            (title, *(rate_text(points[name].get(step)) for step in steps))
             for name, title in zip(plan.STARTS, ("transferred", "random"), strict=True)
         ],
     }
@@ -175,7 +176,7 @@ def _curve_logs(points: Points) -> list[Path]:
     for name, by_step in points.items():
         if by_step:
             entries: list[dict[str, Any]] = [{"format": FORMAT, "label": f"{name}, evaluation records"}]
-            entries += [{"step": step, "asr": at["rate"], "n": at["n"]} for step, at in sorted(by_step.items())]
+            entries += [{"step": step, "asr": at.rate, "n": at.n} for step, at in sorted(by_step.items())]
             files.append(Path(f"curve-{name}.jsonl"))
             files[-1].write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return files
@@ -204,9 +205,9 @@ def _multiple_choice() -> list[tuple[str, ...]]:
             correct = np.array(facts["correct"][task], bool)
             p = "-"
             if name != "none":
-                p = tables.p_text(statistics.mcnemar(np.array(measured["none"]["correct"][task], bool), correct)[1])
-            chance = f"{tables.percent(facts['chance'][task])} %"
-            rows.append((task, chance, name, tables.rate_text(statistics.rate(correct)), p))
+                p = p_text(statistics.mcnemar(np.array(measured["none"]["correct"][task], bool), correct)[1])
+            chance = f"{percent(facts['chance'][task])} %"
+            rows.append((task, chance, name, rate_text(statistics.rate(correct)), p))
     return rows
 
 

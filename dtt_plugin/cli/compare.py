@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import asdict
 from pathlib import Path
 
-from dtt_plugin.cli.output import add_json_option, show
+from dtt_plugin.cli.output import add_json_option, aligned, show
 
 FAILED = 3
 
@@ -33,10 +34,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Compare, print, and fail where a condition holds."""
     from dtt_plugin.errors import DttError
-    from dtt_plugin.leaderboard import gate, tables
+    from dtt_plugin.leaderboard import gate
     from dtt_plugin.leaderboard.flips import check_paired
     from dtt_plugin.leaderboard.lm_eval_files import read_run
     from dtt_plugin.leaderboard.runs import differences, small_differences
+    from dtt_plugin.leaderboard.tables import plain
+    from dtt_plugin.leaderboard.wording import p_text, points, rate_text
 
     started = time.perf_counter()
     if args.junit and not args.fail_if:
@@ -55,22 +58,16 @@ def run(args: argparse.Namespace) -> int:
     figures = gate.figures(a, b)
     outcomes = {condition: gate.holds(condition, {"A": a, "B": b}) for condition in args.fail_if}
     rows = [
-        [
-            tables.plain(name),
-            tables.rate_text(row["A"]),
-            tables.rate_text(row["B"]),
-            f"{100 * row['effect']:+.1f} pp",
-            tables.p_text(row["p"]),
-        ]
+        [plain(name), rate_text(row.A), rate_text(row.B), points(row.effect), p_text(row.p)]
         for name, row in figures.items()
     ]
-    header = ["", f"A {tables.plain(a.defense)}", f"B {tables.plain(b.defense)}", "B - A", "McNemar"]
-    text = tables.aligned(header, rows)
+    text = aligned(["", f"A {plain(a.defense)}", f"B {plain(b.defense)}", "B - A", "McNemar"], rows)
     if args.junit:
         gate.write_junit(args.junit, outcomes, text, time.perf_counter() - started)
     if args.json:
         differ_in = [difference.name for difference in small_differences(a, b)]
-        report = {"A": str(a.path), "B": str(b.path), "differ_in": differ_in, "rates": figures, "fail_if": outcomes}
+        rates = {name: asdict(row) for name, row in figures.items()}
+        report = {"A": str(a.path), "B": str(b.path), "differ_in": differ_in, "rates": rates, "fail_if": outcomes}
         report["unfinished"] = {"A": a.unfinished, "B": b.unfinished}
         show(report, as_json=True)
     else:
@@ -79,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             for note in measured.notes:
                 print(f"{name} {note}")
         if told := [difference.told("in A", "in B") for difference in small_differences(a, b)]:
-            print(f"A and B differ in {tables.plain(', '.join(told))}.")
+            print(f"A and B differ in {plain(', '.join(told))}.")
         for condition, failed in outcomes.items():
             print(f"{'FAILED' if failed else 'passed'}: {condition}")
     return FAILED if any(outcomes.values()) else 0

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dtt_plugin.cli.output import add_json_option, show
 from dtt_plugin.errors import DttError
+
+if TYPE_CHECKING:
+    from dtt_plugin.leaderboard.board import Leaderboard
 
 _EPILOG = """\
 examples:
@@ -79,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         raise DttError(tables.plain(problems[-1]))
     geometries = read_geometry(args.tokens, problems, [run.model for run in runs])
     curves = read_curves(args.log, problems)
-    board = build(runs, floor=args.floor, seed=args.seed, published=args.published, problems=problems).to_dict()
+    board = build(runs, floor=args.floor, seed=args.seed, published=args.published, problems=problems)
     _print(board, "json" if args.json else args.format)
     if args.html:
         from dtt_plugin.leaderboard.page import write_report
@@ -93,11 +96,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print(board: dict[str, Any], form: str) -> None:
+def _print(board: Leaderboard, form: str) -> None:
     from dtt_plugin.leaderboard import tables
 
     if form == "json":
-        show(board, as_json=True)
+        show(board.to_dict(), as_json=True)
         return
     if form == "terminal":
         try:
@@ -107,5 +110,5 @@ def _print(board: dict[str, Any], form: str) -> None:
         return
     texts = {"markdown": tables.markdown, "csv": tables.comma_separated, "latex": tables.latex}
     print(texts[form](board), end="")
-    for problem in board["problems"] if form == "csv" else ():
+    for problem in board.problems if form == "csv" else ():
         print(f"dtt leaderboard: {tables.plain(problem)}", file=sys.stderr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dtt_plugin.safe_text import json_text, one_line
@@ -38,3 +38,12 @@ def _lines(name: str, value: Any) -> list[tuple[str, str]]:
     elif isinstance(value, list | tuple):
         value = " ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in value)
     return [(one_line(name.replace("_", " ")), one_line(str(value)))]
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a small table of cells in aligned columns."""
+    table = [list(header), *map(list, rows)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+    )

@@ -7,7 +7,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from dtt_plugin.cli.output import add_json_option, show
+from dtt_plugin.cli.output import add_json_option, aligned, show
 
 _EPILOG = """\
 examples:
@@ -54,8 +54,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         show(report.to_json(), as_json=True)
         return 0
-    from dtt_plugin.leaderboard.tables import aligned
-
     print(aligned(*rows(report)))
     print()
     for found in report.tokens:

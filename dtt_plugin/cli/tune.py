@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dtt_plugin.cli.output import add_json_option, show
+from dtt_plugin.cli.output import add_json_option, aligned, show
 
 _EPILOG = """\
 examples:
@@ -57,7 +57,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         show(report.to_json() | {"digest": tokens.digest, "out": str(args.out)}, as_json=True)
         return 0
-    from dtt_plugin.leaderboard.tables import aligned
 
     best = report.best
     guard = f"{report.guard_token} in front" if best.guard else "nothing in front"

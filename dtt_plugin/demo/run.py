@@ -18,11 +18,12 @@ from dtt_plugin.demo.model import MODELS, demo_model, origin_of_weights
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.replacing import replacing
 from dtt_plugin.leaderboard import statistics
+from dtt_plugin.leaderboard.board import Leaderboard, Row
 from dtt_plugin.leaderboard.comparison import build
 from dtt_plugin.leaderboard.lm_eval_files import read_run
 from dtt_plugin.leaderboard.page import write_report
 from dtt_plugin.leaderboard.runs import Run, labelled
-from dtt_plugin.leaderboard.tables import p_text, percent
+from dtt_plugin.leaderboard.wording import interval_text, p_text, percent
 from dtt_plugin.progress import Steps
 from dtt_plugin.quiet import Event, run_quietly
 from dtt_plugin.sweep.file import read_sweep
@@ -47,7 +48,7 @@ _BAR = 24
 class Outcome:
     """What the demo measured."""
 
-    rows: Mapping[str, Mapping[str, Any]]
+    rows: Mapping[str, Row]
     """Per arm, the leaderboard's row."""
     discriminating: bool
     """Whether the undefended model obeys injections often enough for a defense to show."""
@@ -56,8 +57,8 @@ class Outcome:
 
     def helps(self, arm: str) -> bool:
         """Return whether fewer records fall than undefended, told apart from noise."""
-        fewer = self.rows[arm]["asr_any"]["hits"] < self.rows[NONE]["asr_any"]["hits"]
-        return fewer and self.p[arm] < statistics.ALPHA
+        before, after = self.rows[NONE].asr_any, self.rows[arm].asr_any
+        return bool(before and after and after.rate < before.rate) and self.p[arm] < statistics.ALPHA
 
     @property
     def shows_the_defense(self) -> bool:
@@ -110,7 +111,7 @@ def demo(
         lost = ", ".join(names[cell.name] for cell in failed)
         raise DttError(f"{lost}: could not be run, see above; `dtt doctor` checks the installation.")
     runs = labelled([read_run(cell.folder(out)) for cell in cells])
-    board = build(runs).to_dict()
+    board = build(runs)
     write_report(out / REPORT, board, runs)
     return outcome(runs, board)
 
@@ -139,18 +140,18 @@ def _sweep(model: str, twin: Path, tokens: Path, engine: str, limit: int, max_ne
     }
 
 
-def outcome(runs: Sequence[Run], board: Mapping[str, Any]) -> Outcome:
+def outcome(runs: Sequence[Run], board: Leaderboard) -> Outcome:
     """Return what `runs`, one for each of `ARMS`, measured.
 
     Args:
         runs: in the order of `ARMS`.
         board: the leaderboard of them.
     """
-    by_file = {row["file"]: (row, group) for group in board["groups"] for row in group["rows"]}
+    by_file = {row.file: (row, group) for group in board.groups for row in group.rows}
     rows = {arm: by_file[str(run.path)][0] for arm, run in zip(ARMS, runs, strict=True)}
     undefended = runs[0]
     p = {arm: statistics.mcnemar(undefended.hacked_any, run.hacked_any)[1] for arm, run in zip(ARMS, runs, strict=True)}
-    return Outcome(rows, by_file[str(undefended.path)][1]["discriminating"], p)
+    return Outcome(rows, by_file[str(undefended.path)][1].discriminating, p)
 
 
 # What is printed ------------------------------------------------------------------------------------
@@ -160,20 +161,21 @@ def table(outcome: Outcome) -> str:
     """Return one line an arm: ASR(max) with a bar and its interval, refusals, n."""
     lines = [f"{'':<26}{'ASR(max), 95 % interval':<{_BAR + 27}}refusal     n"]
     for arm, row in outcome.rows.items():
-        asr, refusal = row["asr_max"], row["refusal"]
-        bar = "█" * round(_BAR * asr["rate"])
-        interval = f"[{percent(asr['low'])}, {percent(asr['high'])}]"
+        asr, refusal = row.asr_max, row.refusal
+        assert asr is not None
+        assert refusal is not None  # the task has attacks and benign prompts
+        bar = "█" * round(_BAR * asr.rate)
         lines.append(
-            f"{arm:<26}{bar:<{_BAR}} {percent(asr['rate']):>5} %  {interval:<15} {percent(refusal['rate']):>6} %"
-            f"  {row['n']:>4}"
+            f"{arm:<26}{bar:<{_BAR}} {percent(asr.rate):>5} % {interval_text(asr):<16} {percent(refusal.rate):>6} %"
+            f"  {row.n:>4}"
         )
     return "\n".join(lines)
 
 
 def sentences(outcome: Outcome) -> list[str]:
     """Return what the table says and what it does not, in three sentences."""
-    hits = {arm: f"{row['asr_max']['hits']} of {row['n']}" for arm, row in outcome.rows.items()}
-    refusals = {arm: row["refusal"]["hits"] for arm, row in outcome.rows.items()}
+    hits = {arm: f"{row.asr_max.hits} of {row.n}" for arm, row in outcome.rows.items() if row.asr_max}
+    refusals = {arm: row.refusal.hits for arm, row in outcome.rows.items() if row.refusal}
     first = (
         f"Undefended, the worst of three attacks makes the model obey the injected instruction on {hits[NONE]} records;"
         f" Reminder leaves {hits[REMINDER]}, Sandwich {hits[SANDWICH]}."

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from markupsafe import Markup, escape
 
+from dtt_plugin.leaderboard.board import Group
 from dtt_plugin.leaderboard.curves import Curve
-from dtt_plugin.leaderboard.marks import weak_mark
+from dtt_plugin.leaderboard.wording import percent, rate_text, value_text
 from dtt_plugin.tokens.geometry import Geometry, letter
 
 WIDTH = 900
@@ -62,41 +62,26 @@ class _Axis:
         return self.start + (clipped - self.low) / (self.high - self.low) * (self.stop - self.start)
 
 
-def percent(share: float) -> str:
-    """Return a share as a percentage, such as `1.8 %`."""
-    return f"{100 * share:.1f} %"
-
-
-def rate_text(rate: dict[str, Any]) -> str:
-    """Return a rate with its interval, as far as they are known: `3/48 = 6.3 % [1.3, 17.2]`."""
-    text = percent(rate["rate"])
-    if rate.get("hits") is not None and rate.get("n"):
-        text = f"{rate['hits']}/{rate['n']} = {text}"
-    if rate.get("low") is not None and rate.get("high") is not None:
-        text += f" [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
-    return text
-
-
-def asr_bars(group: dict[str, Any], attacks: Sequence[str]) -> Markup:
+def asr_bars(group: Group, attacks: Sequence[str]) -> Markup:
     """Return one bar with its interval per run and attack; each attack has a colour, a hatch and its name."""
     axis = _Axis(0, 1, _LEFT, _RIGHT)
     parts: list[Markup] = []
     y = 4.0
-    for row in group["rows"]:
-        rates = [(attack, row["asr"][attack]) for attack in attacks if (row.get("asr") or {}).get(attack)]
+    for row in group.rows:
+        rates = [(attack, row.asr[attack]) for attack in attacks if attack in row.asr]
         if not rates:
             continue
-        parts.append(_text(0, y + 14, row["run"], "name"))
+        parts.append(_text(0, y + 14, row.run, "name"))
         y += _LABEL
         for attack, rate in rates:
             series = attacks.index(attack) % 6
-            right, middle = axis(rate["rate"]), y + _BAR / 2
+            right, middle = axis(rate.rate), y + _BAR / 2
             parts.append(_text(_LEFT - 6, y + 11, attack, "small", "end"))
             box = {"x": _LEFT, "y": y + 1, "width": max(right - _LEFT, 1.0), "height": _BAR - 2}
             parts.append(element("rect", class_=f"fill{series}", **box))
             parts.append(element("rect", fill=f"url(#hatch{series})", **box))
-            if rate.get("low") is not None:
-                low, high = axis(rate["low"]), axis(rate["high"])
+            if rate.low is not None:
+                low, high = map(axis, rate.ends)
                 parts.append(_line(low, middle, high, middle, "whisker"))
                 parts += [_line(x, middle - 4, x, middle + 4, "whisker") for x in (low, high)]
             parts.append(_text(_RIGHT + 12, y + 11, rate_text(rate), "small"))
@@ -115,49 +100,35 @@ def _grid(axis: _Axis, bottom: float, ticks: Sequence[float], *, percent_ticks: 
     return parts
 
 
-def gap_closed(group: dict[str, Any]) -> Markup | None:
+def gap_closed(group: Group) -> Markup | None:
     """Return the gap-closed ratios: a disc against the measured native row, a diamond against the published one."""
-    rows = [(row["run"], ratios) for row in group["rows"] if (ratios := ratios_of(row))]
+    rows = [(row.run, row.ratios) for row in group.rows if row.ratios]
     if not rows:
         return None
     # An interval can be as wide as its denominator is uncertain; past these bounds the figures beside it tell.
-    ends = [
-        ratio[end] for _, r in rows for ratio in r.values() for end in ("value", "low", "high") if _known(ratio, end)
-    ]
+    ratios = [ratio for _, of_row in rows for ratio in of_row.values()]
+    ends = [end for ratio in ratios for end in (ratio.value, ratio.low, ratio.high) if end is not None]
     # Whole quarters, so that the first and the last line stand where their figures say.
     low, high = math.floor(4 * max(min(0, *ends), -1)), math.ceil(4 * min(max(1, *ends), 2))
     axis = _Axis(low / 4, high / 4, _LEFT, _RIGHT)
     parts: list[Markup] = []
     y = 4.0
-    for run, ratios in rows:
+    for run, of_row in rows:
         parts.append(_text(0, y + 14, run, "name"))
         y += _LABEL
-        for kind, ratio in ratios.items():
-            middle, x = y + _BAR / 2, axis(ratio["value"])
+        for kind, ratio in of_row.items():
+            middle, x = y + _BAR / 2, axis(ratio.value)
             parts.append(_text(_LEFT - 6, y + 11, kind, "small", "end"))
-            figures = f"{ratio['value']:.3f}"
-            if _known(ratio, "low") and _known(ratio, "high"):
-                parts.append(_line(axis(ratio["low"]), middle, axis(ratio["high"]), middle, "whisker"))
-                figures += f" [{ratio['low']:.3f}, {ratio['high']:.3f}]"
-            figures += weak_mark(ratio)
+            if ratio.low is not None and ratio.high is not None:
+                parts.append(_line(axis(ratio.low), middle, axis(ratio.high), middle, "whisker"))
             parts.append(_marker(0 if kind == "measured" else 1, x, middle))
-            parts.append(_text(_RIGHT + 12, y + 11, figures, "small"))
+            parts.append(_text(_RIGHT + 12, y + 11, value_text(ratio), "small"))
             y += _BAR
         y += 4
     grid = _grid(axis, y, [step / 4 for step in range(low, high + 1)])
     ends_of_gap = [_line(axis(tick), 0, axis(tick), y, "strong") for tick in (0, 1)]
     title = "Gap closed: 0 is the undefended model, 1 the native tokens"
     return _svg(y + _BOTTOM, title, *grid, *ends_of_gap, *parts)
-
-
-def ratios_of(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return a row's gap-closed ratios that are defined, against the "measured" and the "published" native tokens."""
-    ratios = row["gap_closed"] or {}
-    return {kind: ratios[kind] for kind in ("measured", "published") if ratios.get(kind)}
-
-
-def _known(ratio: dict[str, Any], end: str) -> bool:
-    return ratio.get(end) is not None
 
 
 def _marker(series: int, x: float, y: float) -> Markup:
@@ -252,10 +223,10 @@ def plane(geometry: Geometry) -> Markup:
         parts.append(_text(across(x) + 9, up(y) + 4, name, "small"))
     first, second = geometry.explained
     labels = [
-        _text(width / 2, height - 14, f"first component, {percent(first)} of the variance", "small", "middle"),
+        _text(width / 2, height - 14, f"first component, {percent(first)} % of the variance", "small", "middle"),
         element(
             "text",
-            f"second component, {percent(second)}",
+            f"second component, {percent(second)} %",
             transform=f"translate(18 {height / 2}) rotate(-90)",
             text_anchor="middle",
             class_="small",

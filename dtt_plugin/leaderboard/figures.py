@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.replacing import replacing
-from dtt_plugin.leaderboard.charts import ratios_of
+from dtt_plugin.leaderboard.board import Group, Leaderboard
 from dtt_plugin.leaderboard.curves import Curve
-from dtt_plugin.leaderboard.marks import WEAK_NATIVE, weak_mark
+from dtt_plugin.leaderboard.palette import COLOURS
+from dtt_plugin.leaderboard.wording import WEAK_NATIVE, weak_mark
 from dtt_plugin.safe_text import all_printable
 from dtt_plugin.tokens.geometry import Geometry, letter
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The colour-blind-safe palette of Okabe and Ito; each colour has its hatch, marker and dash.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 HATCHES = ("", "////", "....", "||||", "xxxx", "----")
 MARKERS = ("o", "D", "s", "^", "P", "v")
 DASHES = ("-", "--", ":", "-.", (0, (4, 2)), (0, (1, 1)))
@@ -40,13 +39,13 @@ _SETTINGS: Any = {
 
 
 def write_figures(
-    folder: Path, leaderboard: dict[str, Any], geometries: Sequence[Geometry] = (), curves: Sequence[Curve] = ()
+    folder: Path, leaderboard: Leaderboard, geometries: Sequence[Geometry] = (), curves: Sequence[Curve] = ()
 ) -> list[Path]:
     """Write each figure as PNG and SVG into `folder`, and return the files.
 
     Args:
         folder: it is made if it does not exist.
-        leaderboard: as `Leaderboard.to_dict` gives it; every group gets an `asr` figure and, with
+        leaderboard: every group gets an `asr` figure and, with
             ratios, a `gap-closed` one.
         geometries: of token files, one `geometry` figure per embedding space.
         curves: of training logs, all in one `curves` figure.
@@ -57,9 +56,10 @@ def write_figures(
     if not find_spec("matplotlib"):
         raise DttError("Figures are drawn by matplotlib, which is not installed; pip install 'dtt-plugin[report]'.")
     files: list[Path] = []
-    for number, group in enumerate(all_printable(leaderboard)["groups"], start=1):
+    board: Leaderboard = all_printable(leaderboard)
+    for number, group in enumerate(board.groups, start=1):
         files += _save(folder / f"asr-{number}", asr_bars(group))
-        if any(ratios_of(row) for row in group["rows"]):
+        if any(row.ratios for row in group.rows):
             files += _save(folder / f"gap-closed-{number}", gap_closed(group))
     for number, geometry in enumerate(geometries, start=1):
         files += _save(folder / f"geometry-{number}", geometry_figure(geometry))
@@ -68,21 +68,20 @@ def write_figures(
     return files
 
 
-def asr_bars(group: dict[str, Any]) -> Figure:
+def asr_bars(group: Group) -> Figure:
     """Return one bar with its interval per run and attack."""
-    rows = [row for row in group["rows"] if row["asr"]]
-    attacks = list(dict.fromkeys(attack for row in rows for attack in row["asr"]))
+    rows, attacks = [row for row in group.rows if row.asr], group.attacks
     with _figure(7, 1.2 + 0.2 * sum(len(attacks) + 1 for _ in rows)) as (figure, axes):
         height = 1 / (len(attacks) + 1)
         for series, attack in enumerate(attacks):
-            own = [(place, row["asr"][attack]) for place, row in enumerate(rows) if row["asr"].get(attack)]
+            own = [(place, row.asr[attack]) for place, row in enumerate(rows) if attack in row.asr]
             axes.barh(
                 [place + (series - (len(attacks) - 1) / 2) * height for place, _ in own],
-                [100 * rate["rate"] for _, rate in own],
+                [100 * rate.rate for _, rate in own],
                 height,
                 xerr=[
-                    [100 * (rate["rate"] - _or(rate.get("low"), rate["rate"])) for _, rate in own],
-                    [100 * (_or(rate.get("high"), rate["rate"]) - rate["rate"]) for _, rate in own],
+                    [100 * (rate.rate - rate.ends[0]) for _, rate in own],
+                    [100 * (rate.ends[1] - rate.rate) for _, rate in own],
                 ],
                 label=attack,
                 color=COLOURS[series % 6],
@@ -91,31 +90,31 @@ def asr_bars(group: dict[str, Any]) -> Figure:
                 linewidth=0.6,
                 error_kw={"elinewidth": 0.9, "capsize": 2},
             )
-        axes.set_yticks(range(len(rows)), [row["run"] for row in rows])
+        axes.set_yticks(range(len(rows)), [row.run for row in rows])
         axes.invert_yaxis()
         axes.set_xlim(0, 100)
         axes.set_xlabel("attack success rate, % (95 % interval)")
-        axes.set_title(group["title"], fontsize=9)
+        axes.set_title(group.title, fontsize=9)
         if rows:
             axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
-def gap_closed(group: dict[str, Any]) -> Figure:
+def gap_closed(group: Group) -> Figure:
     """Return the gap-closed ratios with their intervals; lines at 0 (undefended) and 1 (native tokens)."""
-    rows = [(row["run"], ratios) for row in group["rows"] if (ratios := ratios_of(row))]
+    rows = [(row.run, row.ratios) for row in group.rows if row.ratios]
     with _figure(7, 1.2 + 0.45 * len(rows)) as (figure, axes):
         for series, kind in enumerate(("measured", "published")):
             own = [(place + 0.2 * series - 0.1, r[kind]) for place, (_, r) in enumerate(rows) if kind in r]
-            values = [ratio["value"] for _, ratio in own]
+            values = [ratio.value for _, ratio in own]
             if not own:
                 continue
             axes.errorbar(
                 values,
                 [place for place, _ in own],
                 xerr=[
-                    [max(0.0, ratio["value"] - _or(ratio.get("low"), ratio["value"])) for _, ratio in own],
-                    [max(0.0, _or(ratio.get("high"), ratio["value"]) - ratio["value"]) for _, ratio in own],
+                    [max(0.0, ratio.value - _or(ratio.low, ratio.value)) for _, ratio in own],
+                    [max(0.0, _or(ratio.high, ratio.value) - ratio.value) for _, ratio in own],
                 ],
                 fmt=MARKERS[series],
                 color=COLOURS[series],
@@ -133,7 +132,7 @@ def gap_closed(group: dict[str, Any]) -> Figure:
         axes.set_ylim(len(rows) - 0.5, -0.5)
         weak = f"\n{WEAK_NATIVE} the native tokens are themselves worse than a row of the table" if any(marks) else ""
         axes.set_xlabel(f"gap closed (0: undefended, 1: native tokens){weak}")
-        axes.set_title(group["title"], fontsize=9)
+        axes.set_title(group.title, fontsize=9)
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 

@@ -12,6 +12,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dtt_plugin.errors import DttError
 from dtt_plugin.files.replacing import replacing
 from dtt_plugin.leaderboard import statistics
 from dtt_plugin.leaderboard.runs import BENIGN, REFUSAL, Outcomes, Run
+from dtt_plugin.leaderboard.statistics import Rate
 
 _LONGEST = 500
 _BINARY: Mapping[type[ast.operator], Callable[[Any, Any], Fraction]] = {
@@ -166,15 +168,23 @@ def _xml(text: str) -> str:
     return re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", text)
 
 
-def figures(a: Run, b: Run) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class Compared:
+    """One outcome in two runs."""
+
+    A: Rate
+    B: Rate
+    effect: float
+    """B minus A, a share of the records."""
+    p: float
+    """Of McNemar's exact test."""
+
+
+def figures(a: Run, b: Run) -> dict[str, Compared]:
     """Return both runs' rates, attack by attack and for refusals, with the paired test of each."""
-    compared = {}
-    for name, before in a.outcomes.items():
-        effect, p = statistics.mcnemar(before, b.outcomes[name])
-        compared[name if name != REFUSAL else f"{REFUSAL} ({BENIGN})"] = {
-            "A": statistics.rate(before),
-            "B": statistics.rate(b.outcomes[name]),
-            "effect": effect,
-            "p": p,
-        }
-    return compared
+    return {
+        name if name != REFUSAL else f"{REFUSAL} ({BENIGN})": Compared(
+            statistics.rate(before), statistics.rate(b.outcomes[name]), *statistics.mcnemar(before, b.outcomes[name])
+        )
+        for name, before in a.outcomes.items()
+    }

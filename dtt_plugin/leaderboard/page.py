@@ -8,23 +8,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from dtt_plugin.files.replacing import replacing
 from dtt_plugin.leaderboard import charts
+from dtt_plugin.leaderboard.board import Leaderboard
 from dtt_plugin.leaderboard.curves import Curve
-from dtt_plugin.leaderboard.marks import weak_mark
+from dtt_plugin.leaderboard.palette import style_sheet
 from dtt_plugin.leaderboard.public import Public
 from dtt_plugin.leaderboard.runs import Run
 from dtt_plugin.leaderboard.sample_book import make_book
-from dtt_plugin.leaderboard.tables import COSTS, cost_text, p_text, ratio_text, remarks
+from dtt_plugin.leaderboard.tables import COSTS, remarks
+from dtt_plugin.leaderboard.wording import cost_text, p_text, percent, points, ratio_text, weak_mark
 from dtt_plugin.safe_text import all_printable
 from dtt_plugin.tokens.geometry import Geometry, letter
 
 
 def write_report(
     out: Path,
-    leaderboard: dict[str, Any],
+    leaderboard: Leaderboard,
     runs: Sequence[Run],
     geometries: Sequence[Geometry] = (),
     curves: Sequence[Curve] = (),
@@ -35,7 +36,7 @@ def write_report(
 
     Args:
         out: the HTML file.
-        leaderboard: as `Leaderboard.to_dict` gives it.
+        leaderboard: the tables.
         runs: the runs whose samples can be looked at.
         geometries: of token files, to be shown.
         curves: of training logs, to be shown.
@@ -52,7 +53,7 @@ def write_report(
 
 
 def render(
-    leaderboard: dict[str, Any],
+    leaderboard: Leaderboard,
     runs: Sequence[Run],
     geometries: Sequence[Geometry] = (),
     curves: Sequence[Curve] = (),
@@ -64,6 +65,7 @@ def render(
 
     assets = files("dtt_plugin.leaderboard") / "assets"
     style, script = ((assets / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style = style_sheet() + style
     environment = Environment(
         loader=PackageLoader("dtt_plugin.leaderboard", "assets"),
         autoescape=True,
@@ -71,24 +73,23 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": charts.percent, "letter": letter}
-    environment.filters |= {form.__name__: form for form in (p_text, ratio_text, cost_text, remarks, weak_mark)}
+    forms = (letter, percent, points, p_text, ratio_text, cost_text, remarks, weak_mark)
+    environment.filters |= {form.__name__: form for form in forms}
     if not samples:
-        models = [row["model"] for group in leaderboard["groups"] for row in group["rows"]]
-        public = Public(models, geometries, inputs, leaderboard["files"])
+        models = [row.model for group in leaderboard.groups for row in group.rows]
+        public = Public(models, geometries, inputs, leaderboard.files)
         leaderboard = public.all_of(leaderboard)
         geometries = [replace(g, model=public.text(g.model)) for g in geometries]
-    board = all_printable(leaderboard)
+    board: Leaderboard = all_printable(leaderboard)
     shown = runs if samples else ()
     book = make_book(shown)
-    rows = [row for group in board["groups"] for row in group["rows"]]
     described = [{"label": run.label, "title": f"{run.model} · {run.task}"} for run in shown]
     html: str = environment.get_template("template.html.j2").render(
         policy=_policy(style, script),
         style=style,
         script=script,
         board=board,
-        attacks=list(dict.fromkeys(attack for row in rows for attack in row["asr"])),
+        attacks=list(dict.fromkeys(attack for group in board.groups for attack in group.attacks)),
         costs=COSTS,
         book=book,
         samples=samples,

@@ -6,10 +6,11 @@ import os.path
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
+from dtt_plugin.leaderboard.board import Leaderboard
 from dtt_plugin.leaderboard.identity import told_apart
 from dtt_plugin.public_names import public_name
+from dtt_plugin.safe_text import with_texts
 from dtt_plugin.tokens.geometry import Geometry
 
 _PART = r"[^\s/,;:'\"()<>|]"
@@ -46,13 +47,10 @@ class Public:
         self._known = {name: known[name] for name in sorted(known, key=len, reverse=True)}
         self._below = [re.compile(rf"{re.escape(name)}/[^\n]*?({_FILE})") for name in given if "/" in name]
 
-    def all_of(self, value: Any) -> Any:
-        """Return a JSON value with `text` applied to each string in it."""
-        if isinstance(value, str):
-            return self.text(value)
-        if isinstance(value, dict):
-            return {key: self.all_of(entry) for key, entry in value.items()}
-        return [self.all_of(entry) for entry in value] if isinstance(value, list) else value
+    def all_of(self, board: Leaderboard) -> Leaderboard:
+        """Return a leaderboard with `text` applied to each string in it."""
+        public: Leaderboard = with_texts(board, self.text)
+        return public
 
     def text(self, text: str) -> str:
         """Return `text` without paths."""

@@ -7,8 +7,9 @@ task `alpacafarm_injection` with its 208 records.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from dtt_plugin.leaderboard.statistics import Rate
 from dtt_plugin.public_names import public_name
 
 TASK = "alpacafarm_injection"
@@ -82,8 +83,6 @@ def figures(model: str, task: str) -> tuple[Figure, ...]:
     return _MODELS.get(public_name(model).rsplit("/", 1)[-1], ()) if task == TASK else ()
 
 
-def share(percent: float | None) -> dict[str, Any] | None:
+def share(percent: float) -> Rate:
     """Return a published figure as a rate: without counts, so without an interval."""
-    if percent is None:
-        return None
-    return {"hits": None, "n": RECORDS, "rate": percent / 100, "low": None, "high": None}
+    return Rate(None, RECORDS, percent / 100, None, None)

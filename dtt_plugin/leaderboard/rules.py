@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from dtt_plugin.data.records import ASSETS, read_json
 from dtt_plugin.errors import DttError
 from dtt_plugin.leaderboard import statistics
 from dtt_plugin.leaderboard.runs import BENIGN, REFUSAL, Run
+from dtt_plugin.leaderboard.statistics import Rate
 from dtt_plugin.tasks.metrics import is_hacked, is_refusal
 
 LABELLED = ASSETS / "refusals.json"
@@ -63,7 +65,28 @@ def rule_named(name: str) -> Rule:
     return RULES[name]
 
 
-def rescore(run: Run, rules: Sequence[str]) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class Rescored:
+    """One outcome by another rule."""
+
+    before: Rate | None
+    """As it was logged."""
+    gained: int | None
+    """Records on which it happens by the rule only."""
+    lost: int | None
+    after: Rate
+    """By the rule."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How often a refusal rule is right on hand-labelled answers."""
+
+    sensitivity: Rate
+    specificity: Rate
+
+
+def rescore(run: Run, rules: Sequence[str]) -> dict[str, dict[str, Rescored]]:
     """Apply rules to a run's saved responses, read behind their thoughts.
 
     Returns:
@@ -80,7 +103,7 @@ def rescore(run: Run, rules: Sequence[str]) -> dict[str, dict[str, Any]]:
             f" {' or '.join(OWN)}, or run it without early_decision."
         )
     responses = run.responses()
-    report: dict[str, dict[str, Any]] = {}
+    report: dict[str, dict[str, Rescored]] = {}
     for name, rule in chosen.items():
         report[name] = {}
         for outcome in run.outcomes:
@@ -88,19 +111,19 @@ def rescore(run: Run, rules: Sequence[str]) -> dict[str, dict[str, Any]]:
                 continue
             texts = [r.answer for r in responses if r.attack == (BENIGN if outcome == REFUSAL else outcome)]
             before, after = run.outcomes[outcome], np.array([rule.applies(text) for text in texts], np.bool_)
-            logged = {
-                "before": statistics.rate(before),
-                "gained": int((after & ~before).sum()),
-                "lost": int((before & ~after).sum()),
-            }
-            changes = logged if run.scored else dict.fromkeys(logged)
-            report[name][outcome] = {**changes, "after": statistics.rate(after)}
+            scored = run.scored
+            report[name][outcome] = Rescored(
+                before=statistics.rate(before) if scored else None,
+                gained=int((after & ~before).sum()) if scored else None,
+                lost=int((before & ~after).sum()) if scored else None,
+                after=statistics.rate(after),
+            )
         if not report[name]:
             raise DttError(f"--rule {name} is about {rule.kind}, and {run.path} has no such responses.")
     return report
 
 
-def quality() -> dict[str, dict[str, Any]]:
+def quality() -> dict[str, Quality]:
     """Return each refusal rule's sensitivity and specificity on the hand-labelled answers."""
     answers = read_json(LABELLED)["answers"]
     refused = np.array([answer["refusal"] for answer in answers], np.bool_)
@@ -108,8 +131,5 @@ def quality() -> dict[str, dict[str, Any]]:
     for name, rule in RULES.items():
         if rule.kind == REFUSAL:
             said = np.array([rule.applies(answer["text"]) for answer in answers], np.bool_)
-            measured[name] = {
-                "sensitivity": statistics.rate(said[refused]),
-                "specificity": statistics.rate(~said[~refused]),
-            }
+            measured[name] = Quality(statistics.rate(said[refused]), statistics.rate(~said[~refused]))
     return measured

@@ -7,6 +7,7 @@ Sources: Clopper and Pearson, Biometrika 26, 1934 (exact interval); McNemar, Psy
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,32 @@ FEW = 10
 
 Floats = NDArray[np.float64]
 Outcomes = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of the records with its 95 % interval; a published figure has neither counts nor interval."""
+
+    hits: int | None
+    n: int
+    rate: float
+    low: float | None
+    high: float | None
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The interval; the rate twice where it has none."""
+        return (self.rate if self.low is None else self.low, self.rate if self.high is None else self.high)
+
+
+@dataclass(frozen=True)
+class Maximum(Rate):
+    """ASR(max): the highest of the attacks' rates, with an interval for the maximum."""
+
+    attack: str | None = None
+    """Which attack it is."""
+    interval: str | None = None
+    """Whether its interval is "exact" or of the "bootstrap"."""
 
 
 def clopper_pearson(hits: int, n: int, *, lower_alpha: float = ALPHA / 2) -> tuple[float, float]:
@@ -37,11 +64,11 @@ def clopper_pearson(hits: int, n: int, *, lower_alpha: float = ALPHA / 2) -> tup
     return low, high
 
 
-def rate(outcomes: Outcomes) -> dict[str, Any]:
+def rate(outcomes: Outcomes) -> Rate:
     """Return hits, n, rate and the exact 95 % interval of 0/1 outcomes (n,)."""
     hits, n = int(outcomes.sum()), len(outcomes)
     low, high = clopper_pearson(hits, n)
-    return {"hits": hits, "n": n, "rate": hits / n, "low": low, "high": high}
+    return Rate(hits, n, hits / n, low, high)
 
 
 def mcnemar(before: Outcomes, after: Outcomes) -> tuple[float, float]:
@@ -98,7 +125,7 @@ def percentiles(values: Floats) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def asr_max(hacked: Outcomes, attacks: Sequence[str], resampled: Floats) -> dict[str, Any]:
+def asr_max(hacked: Outcomes, attacks: Sequence[str], resampled: Floats) -> Maximum:
     """Return the highest of the attacks' rates with a 95 % interval for the maximum.
 
     The bootstrap resamples records and takes the maximum anew in each sample. With fewer than `FEW` hits or
@@ -116,14 +143,12 @@ def asr_max(hacked: Outcomes, attacks: Sequence[str], resampled: Floats) -> dict
     n, most = len(hacked), int(hits[worst])
     few = min(most, n - most) < FEW
     interval = clopper_pearson(most, n, lower_alpha=ALPHA / 2 / len(attacks)) if few else percentiles(resampled)
-    method = "exact" if few else "bootstrap"
-    names = {"attack": attacks[worst], "interval": method}
-    return {"hits": most, "n": n, "rate": most / n, "low": interval[0], "high": interval[1], **names}
+    return Maximum(most, n, most / n, *interval, attack=attacks[worst], interval="exact" if few else "bootstrap")
 
 
 def ratio_interval(
     ratio: Callable[..., Any],
-    points: Sequence[dict[str, Any]],
+    points: Sequence[Rate],
     resampled: Sequence[Floats | float],
 ) -> tuple[float, float] | None:
     """Return the 95 % interval of a ratio of three values of ASR(max).
@@ -145,10 +170,10 @@ def ratio_interval(
     if not values.size or not np.isfinite(percentiles(values)).all():
         return None
     ends = list(percentiles(values))
-    centre = [point["rate"] for point in points]
+    centre = [point.rate for point in points]
     for index, point in enumerate(points):
-        if point.get("interval") == "exact":
-            for end in (point["low"], point["high"]):
+        if isinstance(point, Maximum) and point.interval == "exact":
+            for end in point.ends:
                 moved = float(ratio(*centre[:index], end, *centre[index + 1 :]))
                 ends = [min(ends[0], moved), max(ends[1], moved)]
     return ends[0], ends[1]

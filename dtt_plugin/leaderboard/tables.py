@@ -13,7 +13,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from dtt_plugin.leaderboard.marks import weak_mark
+from dtt_plugin.leaderboard.board import Cost, Group, Leaderboard, Row, row_dict
+from dtt_plugin.leaderboard.wording import (
+    NOISE,
+    UNDEFINED,
+    cost_text,
+    percent,
+    rate_text,
+    ratio_text,
+    test_text,
+)
 from dtt_plugin.safe_text import printable
 
 COSTS = {
@@ -26,8 +35,6 @@ COSTS = {
     "speedup": "speed-up",
 }
 """The cost columns: their names in the JSON, and their titles."""
-NOISE = "n.s."
-UNDEFINED = "undefined"
 _LEGEND = (
     "Rates: hits/n and exact (Clopper-Pearson) 95 % intervals; ASR(max), the highest of the attacks' rates: {asr_max}. "
     "vs: difference in the share of records on which any attack worked; {tests}. "
@@ -49,7 +56,7 @@ _TEX = {
 }
 
 
-_Columns = dict[str, Callable[[Any], str]]
+_Columns = dict[str, Callable[[Row], str]]
 """Per column its title, and what makes a row's cell."""
 
 
@@ -67,126 +74,74 @@ def plain(text: object) -> str:
     return " ".join(printable(str(text)).split())
 
 
-def percent(share: float) -> str:
-    """Return a share in percent, with one decimal."""
-    return f"{100 * share:.1f}"
-
-
-def rate_text(rate: Mapping[str, Any] | None) -> str:
-    """Return for instance `0/208 = 0.0 % [0.0, 1.8]`; a published figure has neither counts nor interval."""
-    if rate is None:
-        return "-"
-    counts = f"{rate['hits']}/{rate['n']} = " if rate["hits"] is not None else ""
-    interval = f" [{percent(rate['low'])}, {percent(rate['high'])}]" if rate["low"] is not None else ""
-    return f"{counts}{percent(rate['rate'])} %{interval}"
-
-
-def _attack_text(attack: str, row: Mapping[str, Any]) -> str:
-    return rate_text(row["asr"].get(attack))
-
-
-def p_text(p: float) -> str:
-    """Return a p value."""
-    return "p<0.0001" if p < 0.0001 else f"p={p:.4f}"
-
-
-def _test_text(test: Mapping[str, Any] | None) -> str:
-    if test is None:
-        return "-"
-    return f"{100 * test['effect']:+.1f} pp, {p_text(test['p_holm'])}" + (
-        "" if test["told_from_noise"] else f" {NOISE}"
-    )
-
-
-def ratio_text(gap: Mapping[str, Any] | None, kind: str) -> str:
-    """Return a row's gap-closed ratio, measured or published; `-` where there is nothing to close it against."""
-    if gap is None or kind not in gap:
-        return "-"
-    ratio = gap[kind]
-    if ratio is None:
-        return UNDEFINED
-    interval = f" [{ratio['low']:.3f}, {ratio['high']:.3f}]" if ratio["low"] is not None else ""
-    return f"{ratio['value']:.3f}{interval}{weak_mark(ratio)}"
-
-
-def _name(row: Mapping[str, Any], title: str) -> str:
+def _name(row: Row, title: str) -> str:
     """Return the row's label without what stands in the table's title, with its marks."""
-    name = plain(row["run"])
+    name = plain(row.run)
     for part in title.split(" · "):
         name = re.sub(rf" · {re.escape(part)}(?= · | #\d|$)", "", name)
-    marks = [mark.replace("_", " ") for mark in ("limited", "early_decision") if row.get(mark)]
-    marks += [f"{row['unfinished']} unfinished"] if row.get("unfinished") else []
+    marks = ["limited"] * row.limited + ["early decision"] * row.early_decision
+    marks += [f"{row.unfinished} unfinished"] if row.unfinished else []
     return name + "".join(f" ({mark})" for mark in marks)
 
 
-def sheets(board: Mapping[str, Any]) -> Iterator[Sheet]:
+def sheets(board: Leaderboard) -> Iterator[Sheet]:
     """Yield, for each group, three tables that fit a page: the rates, the tests and ratios, the costs."""
-    for group in board["groups"]:
-        rows, title = group["rows"], plain(group["title"])
-        attacks = list(dict.fromkeys(attack for row in rows for attack in row["asr"]))
-        rates: _Columns = {f"ASR {plain(attack)}": partial(_attack_text, attack) for attack in attacks}
-        if attacks:
-            rates["ASR(max)"] = lambda row: rate_text(row["asr_max"])
-            rates["ASR(any)"] = lambda row: rate_text(row["asr_any"])
-        rates["refusal"] = lambda row: rate_text(row["refusal"])
-        yield _sheet(title, remarks(group), rates, rows)
-        if attacks:
+    for group in board.groups:
+        title, attacked = plain(group.title), bool(group.attacks)
+        rates: _Columns = {f"ASR {plain(attack)}": partial(_asr, attack) for attack in group.attacks}
+        if attacked:
+            rates["ASR(max)"] = lambda row: rate_text(row.asr_max)
+            rates["ASR(any)"] = lambda row: rate_text(row.asr_any)
+        rates["refusal"] = lambda row: rate_text(row.refusal)
+        yield _sheet(title, remarks(group), rates, group.rows)
+        if attacked:
             tests: _Columns = {
-                "vs undefended": lambda row: _test_text(row["vs_undefended"]),
-                "vs native": lambda row: _test_text(row["vs_native"]),
-                "gap closed, measured": lambda row: ratio_text(row["gap_closed"], "measured"),
-                "gap closed, published": lambda row: ratio_text(row["gap_closed"], "published"),
+                "vs undefended": lambda row: test_text(row.vs_undefended),
+                "vs native": lambda row: test_text(row.vs_native),
+                "gap closed, measured": lambda row: ratio_text(row.gap_closed, "measured"),
+                "gap closed, published": lambda row: ratio_text(row.gap_closed, "published"),
             }
-            tested = [row for row in rows if not row["published"]]
-            yield _sheet(f"{title} · tests and ratios", [], tests, tested)
-        costs: _Columns = {column: partial(_cost, name) for name, column in COSTS.items()}
-        if costed := [row for row in rows if any(row["cost"].values())]:
+            yield _sheet(f"{title} · tests and ratios", [], tests, [row for row in group.rows if not row.published])
+        if costed := [row for row in group.rows if row.cost != Cost()]:
+            costs: _Columns = {column: partial(_cost, name) for name, column in COSTS.items()}
             yield _sheet(f"{title} · cost", [], costs, costed)
 
 
-def _sheet(title: str, remarks: list[str], columns: _Columns, rows: Sequence[Mapping[str, Any]]) -> Sheet:
+def _sheet(title: str, remarks: list[str], columns: _Columns, rows: Sequence[Row]) -> Sheet:
     body = [[_name(row, title), *(cell(row) for cell in columns.values())] for row in rows]
     return Sheet(title, remarks, ["run", *columns], body)
 
 
-def _cost(name: str, row: Mapping[str, Any]) -> str:
-    return cost_text(row["cost"], name)
+def _asr(attack: str, row: Row) -> str:
+    return rate_text(row.asr.get(attack))
 
 
-def cost_text(costs: Mapping[str, float | None], name: str) -> str:
-    """Return one of a row's costs, with its unit."""
-    value = costs[name]
-    if value is None:
-        return "-"
-    if name == "peak_memory_mb":
-        return f"{value:.0f} MB"
-    if name == "speedup":
-        return f"{value:.1f} x"
-    return f"{value:.1f} s" if value >= 1 else f"{value:.3g} s"
+def _cost(name: str, row: Row) -> str:
+    return cost_text(row.cost, name)
 
 
-def remarks(group: Mapping[str, Any]) -> list[str]:
+def remarks(group: Group) -> list[str]:
     """Return what has to be said about a table: why it stands apart, its notes, what its n separates."""
-    found = [plain(note) for note in (group["reason"], *group["notes"]) if note]
-    least, family, tests = (group[name] for name in ("smallest_difference", "smallest_difference_holm", "tests"))
+    found = [plain(note) for note in (group.reason, *group.notes) if note]
+    least, family = group.smallest_difference, group.smallest_difference_holm
     if least is None:
-        found.append(f"n = {group['n']}: too few records to separate any difference.")
+        found.append(f"n = {group.n}: too few records to separate any difference.")
     else:
-        after = f"; {percent(family)} pp in this table's {tests} tests" if family and tests > 1 else ""
-        found.append(f"n = {group['n']}: the smallest difference that can be separated is {percent(least)} pp{after}.")
-    if any(row["limited"] for row in group["rows"]):
+        after = f"; {percent(family)} pp in this table's {group.tests} tests" if family and group.tests > 1 else ""
+        found.append(f"n = {group.n}: the smallest difference that can be separated is {percent(least)} pp{after}.")
+    if any(row.limited for row in group.rows):
         found.append("limited: a run over a part of the records (--limit), for testing only.")
-    if not group["ranked"]:
+    if not group.ranked:
         found.append("Not ranked.")
     return found
 
 
-def legend(board: Mapping[str, Any]) -> str:
+def legend(board: Leaderboard) -> str:
     """Return what a reader has to know about the columns."""
-    return _LEGEND.format(**board["method"])
+    return _LEGEND.format(**board.method)
 
 
-def markdown(board: Mapping[str, Any]) -> str:
+def markdown(board: Leaderboard) -> str:
     """Return the leaderboard as Markdown."""
 
     def cell(text: str) -> str:
@@ -199,11 +154,11 @@ def markdown(board: Mapping[str, Any]) -> str:
         lines += [head, "|" + " --- |" * len(sheet.header), *rows]
         parts.append("\n".join(lines))
     parts.append(cell(legend(board)))
-    parts += [f"- {cell(plain(problem))}" for problem in board["problems"]]
+    parts += [f"- {cell(plain(problem))}" for problem in board.problems]
     return "\n\n".join(parts) + "\n"
 
 
-def latex(board: Mapping[str, Any]) -> str:
+def latex(board: Leaderboard) -> str:
     """Return the leaderboard as LaTeX tables for the package booktabs."""
 
     def cell(text: str) -> str:
@@ -226,23 +181,23 @@ def latex(board: Mapping[str, Any]) -> str:
         caption = " ".join([f"{sheet.title}.", *sheet.remarks])
         lines += [r"\bottomrule", r"\end{tabular}}", rf"\caption{{{cell(caption)}}}", r"\end{table}"]
         parts.append("\n".join(lines))
-    parts += [f"% {cell(plain(text))}" for text in (legend(board), *board["problems"])]
+    parts += [f"% {cell(plain(text))}" for text in (legend(board), *board.problems)]
     return "\n\n".join(parts) + "\n"
 
 
-def comma_separated(board: Mapping[str, Any]) -> str:
+def comma_separated(board: Leaderboard) -> str:
     """Return the leaderboard as CSV: one line per row, each number of the JSON in a column of its own."""
     shared = ("reason", "discriminating", "ranked", "tests", "smallest_difference", "smallest_difference_holm")
     rows = [
         {
             "table": number,
-            "title": group["title"],
-            **{name: group[name] for name in shared},
-            "notes": " ".join(group["notes"]),
-            **dict(_flat(row)),
+            "title": group.title,
+            **{name: getattr(group, name) for name in shared},
+            "notes": " ".join(group.notes),
+            **dict(_flat(row_dict(row))),
         }
-        for number, group in enumerate(board["groups"], 1)
-        for row in group["rows"]
+        for number, group in enumerate(board.groups, 1)
+        for row in group.rows
     ]
     names = list(dict.fromkeys(name for row in rows for name in row))
     # A test that one row lacks is a table of columns in another row.
@@ -270,7 +225,7 @@ def _harmless(value: Any) -> Any:
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
-def print_terminal(board: Mapping[str, Any]) -> None:
+def print_terminal(board: Leaderboard) -> None:
     """Print the leaderboard with rich."""
     from rich import box
     from rich.console import Console
@@ -290,14 +245,5 @@ def print_terminal(board: Mapping[str, Any]) -> None:
         for remark in sheet.remarks:
             console.print(Text(remark), style="bold" if "NOT DISCRIMINATING" in remark else "")
     console.print(Text(legend(board)), style="dim")
-    for problem in board["problems"]:
+    for problem in board.problems:
         console.print(Text(f"! {plain(problem)}"))
-
-
-def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a small table of cells in aligned columns."""
-    table = [list(header), *map(list, rows)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-    )

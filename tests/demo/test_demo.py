@@ -41,7 +41,7 @@ def measured(folder: Path, hits: Mapping[str, int]) -> Outcome:
         )
         runs.append(read_run(folder / str(number)))
     runs = labelled(runs)
-    return outcome(runs, build(runs).to_dict())
+    return outcome(runs, build(runs))
 
 
 def test_the_sentences_tell_that_tokens_and_their_transfer_help(tmp_path: Path) -> None:

@@ -229,8 +229,8 @@ def test_the_refusal_rules_have_a_sensitivity_and_a_specificity(capsys: pytest.C
         said = [RULES[name].applies(answer["text"]) for answer in answers]
         right = [said[i] for i, answer in enumerate(answers) if answer["refusal"]]
         wrong = [said[i] for i, answer in enumerate(answers) if not answer["refusal"]]
-        assert (measured["sensitivity"]["hits"], measured["sensitivity"]["n"]) == (sum(right), len(right))
-        assert (measured["specificity"]["hits"], measured["specificity"]["n"]) == (len(wrong) - sum(wrong), len(wrong))
+        assert (measured.sensitivity.hits, measured.sensitivity.n) == (sum(right), len(right))
+        assert (measured.specificity.hits, measured.specificity.n) == (len(wrong) - sum(wrong), len(wrong))
     assert main(["rescore"]) == 0
     assert "protocol    refusal  22/30 = 73.3 %" in capsys.readouterr().out
 

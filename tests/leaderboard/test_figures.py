@@ -13,6 +13,7 @@ from matplotlib.container import BarContainer
 
 from dtt_plugin.errors import DttError
 from dtt_plugin.leaderboard import charts
+from dtt_plugin.leaderboard.board import GapClosed, Ratio
 from dtt_plugin.leaderboard.charts import learning_curves
 from dtt_plugin.leaderboard.curves import read_curve, read_curves
 from dtt_plugin.leaderboard.figures import asr_bars, gap_closed, write_figures
@@ -53,15 +54,15 @@ def test_every_figure_comes_as_png_and_svg_and_is_the_same_again(tmp_path: Path)
 
 
 def test_bars_are_the_rates_and_their_whiskers_the_intervals() -> None:
-    figure = asr_bars(usual_board()["groups"][0])
+    figure = asr_bars(usual_board().groups[0])
     axes = figure.axes[0]
     bars = [container for container in axes.containers if isinstance(container, BarContainer)]
     completion = bars[1]
-    undefended = usual_board()["groups"][0]["rows"][0]["asr"]["completion"]
-    assert completion.patches[0].get_width() == pytest.approx(100 * undefended["rate"])
+    undefended = usual_board().groups[0].rows[0].asr["completion"]
+    assert completion.patches[0].get_width() == pytest.approx(100 * undefended.rate)
     assert completion.errorbar is not None
     whisker = completion.errorbar[2][0].get_segments()[0]
-    assert whisker[:, 0] == pytest.approx([100 * undefended["low"], 100 * undefended["high"]])
+    assert whisker[:, 0] == pytest.approx([100 * end for end in undefended.ends])
     # No attack is told by its colour alone.
     assert len({container.patches[0].get_hatch() for container in bars}) == len(ATTACKS)
     # The published row without rates per attack has no bars.
@@ -69,7 +70,7 @@ def test_bars_are_the_rates_and_their_whiskers_the_intervals() -> None:
 
 
 def test_gap_closed_is_drawn_where_it_is_known(tmp_path: Path) -> None:
-    axes = gap_closed(usual_board()["groups"][0]).axes[0]
+    axes = gap_closed(usual_board().groups[0]).axes[0]
     marks: list[Any] = list(axes.containers)
     assert [container.lines[0].get_xdata()[0] for container in marks] == [1.08, 1.01]
     files = write_figures(tmp_path, board([row("undefended")]))
@@ -77,8 +78,8 @@ def test_gap_closed_is_drawn_where_it_is_known(tmp_path: Path) -> None:
 
 
 def test_the_charts_ticks_stand_where_their_figures_say() -> None:
-    ratios = {"measured": {"value": 1.08, "low": -0.189, "high": 1.169}, "undefended": "measured"}
-    svg = ET.fromstring(str(charts.gap_closed({"rows": [row("transferred", gap_closed=ratios)]})))
+    closed = GapClosed({"measured": Ratio(1.08, -0.189, 1.169)}, "measured")
+    svg = ET.fromstring(str(charts.gap_closed(board([row("transferred", gap_closed=closed)]).groups[0])))
     ticks = {float(str(t.text)): float(t.get("x", "")) for t in svg.iter("text") if t.get("text-anchor") == "middle"}
     assert list(ticks) == [-0.25, 0, 0.25, 0.5, 0.75, 1, 1.25]
     steps = np.diff(list(ticks.values()))

@@ -18,7 +18,8 @@ import pytest
 
 from dtt_plugin.cli import main
 from dtt_plugin.costs import recorded_costs
-from dtt_plugin.leaderboard import published, tables
+from dtt_plugin.leaderboard import published, tables, wording
+from dtt_plugin.leaderboard.board import Leaderboard
 from dtt_plugin.leaderboard.comparison import build
 from dtt_plugin.leaderboard.lm_eval_files import read_runs
 from dtt_plugin.public_names import public_name
@@ -39,9 +40,13 @@ def arm(folder: Path, *hits: int, n: int = 208, refusals: int = 1, **fields: Any
     return write_run(folder, outcomes=outcomes, refusal=planted(refusals, n), **fields)
 
 
-def board(*paths: Path, **options: Any) -> dict[str, Any]:
+def compared(*paths: Path, **options: Any) -> Leaderboard:
     runs, problems = read_runs(paths)
-    return build(runs, problems=problems, **options).to_dict()
+    return build(runs, problems=problems, **options)
+
+
+def board(*paths: Path, **options: Any) -> dict[str, Any]:
+    return compared(*paths, **options).to_dict()
 
 
 def rows(table: dict[str, Any], group: int = 0) -> dict[str, Any]:
@@ -82,7 +87,8 @@ def test_the_seed_experiments_table_comes_out_of_its_counts(tmp_path: Path) -> N
     assert round(published["cost"]["speedup"], 1) == 195.4
     assert (published["vs_undefended"], published["vs_native"]) == (None, None)
     assert table["groups"][0]["tests"] == 4 + 3  # published rows are in no test
-    assert "| published: reminder | - | - | - | 34.6 %" in tables.markdown(table)
+    shown = tables.markdown(compared(tmp_path, published=True))
+    assert "| published: reminder | - | - | - | 34.6 %" in shown
 
 
 @pytest.mark.parametrize(
@@ -126,7 +132,7 @@ def test_a_transfer_that_closes_nothing_has_no_speedup(tmp_path: Path, hits: int
     arm(tmp_path, hits, model=LLAMA_3, defense="tokens", method="procrustes", facts={"costs": costs}, stamp=1)
     table = board(tmp_path)
     assert rows(table)["tokens (procrustes)"]["cost"]["speedup"] is None
-    cost = next(sheet for sheet in tables.sheets(table) if sheet.title.endswith("cost"))
+    cost = next(sheet for sheet in tables.sheets(compared(tmp_path)) if sheet.title.endswith("cost"))
     assert {row[-1] for row in cost.rows} == {"-"}
     arm(tmp_path, 107, model=LLAMA_3, defense="reminder", stamp=2)
     assert rows(board(tmp_path))["tokens (procrustes)"]["cost"]["speedup"] is None
@@ -164,7 +170,7 @@ def test_a_gap_against_native_tokens_that_nothing_beats_is_not_marked(tmp_path: 
     arm(tmp_path, 0, defense="tokens", method="adapted", stamp=2)
     table = board(tmp_path)
     assert rows(table)["tokens (adapted)"]["gap_closed"]["measured"]["weak_native"] is False
-    assert "†" not in tables.markdown(table) + tables.latex(table)
+    assert "†" not in tables.markdown(compared(tmp_path)) + tables.latex(compared(tmp_path))
 
 
 def test_a_gap_against_a_published_figure_that_a_row_beats_is_marked(tmp_path: Path) -> None:
@@ -216,7 +222,7 @@ def test_tests_are_paired_on_any_attack_and_holm_covers_the_table(tmp_path: Path
     assert far["effect"] == pytest.approx(-60 / 208)
     assert far["p"] == pytest.approx(2 * 0.5**60)
     assert far["p_holm"] == pytest.approx(3 * far["p"])
-    assert tables.NOISE in tables.markdown(board(tmp_path)).replace("\\", "")
+    assert wording.NOISE in tables.markdown(compared(tmp_path)).replace("\\", "")
 
 
 def test_an_undefended_model_that_hardly_obeys_ranks_nothing(tmp_path: Path) -> None:
@@ -252,13 +258,14 @@ def test_a_ratio_over_a_gap_that_may_be_zero_is_undefined(tmp_path: Path) -> Non
     arm(tmp_path, 100, stamp=0)
     arm(tmp_path, 97, defense="tokens", method="native", stamp=1)
     arm(tmp_path, 50, defense="tokens", method="procrustes", stamp=2)
-    table = board(tmp_path)
+    found = {row.run: row.gap_closed for row in compared(tmp_path).groups[0].rows}
     for name in ("tokens (native)", "tokens (procrustes)"):
-        closed = rows(table)[name]["gap_closed"]
-        assert closed["measured"] is None
-        assert tables.ratio_text(closed, "measured") == tables.UNDEFINED
-        assert tables.ratio_text(closed, "published") == "-", "nothing is published for this model"
-    assert f"| {tables.UNDEFINED} | - |" in tables.markdown(table)
+        closed = found[name]
+        assert closed is not None
+        assert closed.ratios == {"measured": None}
+        assert wording.ratio_text(closed, "measured") == wording.UNDEFINED
+        assert wording.ratio_text(closed, "published") == "-", "nothing is published for this model"
+    assert f"| {wording.UNDEFINED} | - |" in tables.markdown(compared(tmp_path))
 
 
 def test_a_ratio_is_undefined_where_an_exact_interval_reaches_the_native_rate(tmp_path: Path) -> None:
@@ -277,10 +284,11 @@ def test_a_ratio_is_undefined_where_an_exact_interval_reaches_the_native_rate(tm
 def test_without_a_native_row_there_is_no_measured_ratio(tmp_path: Path) -> None:
     arm(tmp_path, 107, model=LLAMA_3, stamp=0)
     arm(tmp_path, 0, model=LLAMA_3, defense="tokens", method="procrustes", stamp=1)
-    closed = rows(board(tmp_path))["tokens (procrustes)"]["gap_closed"]
-    assert "measured" not in closed
-    assert round(closed["published"]["value"], 2) == 1.01
-    assert tables.ratio_text(closed, "measured") == "-"
+    closed = {row.run: row.gap_closed for row in compared(tmp_path).groups[0].rows}["tokens (procrustes)"]
+    assert closed is not None
+    assert "measured" not in closed.ratios
+    assert round(closed.defined["published"].value, 2) == 1.01
+    assert wording.ratio_text(closed, "measured") == "-"
 
 
 @pytest.mark.parametrize(
@@ -311,7 +319,7 @@ def test_limited_and_early_runs_are_marked_and_limited_ones_stand_apart(tmp_path
     table = board(tmp_path)
     assert len(table["groups"]) == 2
     assert "n (208 there, 20 here)" in table["groups"][1]["reason"]
-    text = tables.markdown(table)
+    text = tables.markdown(compared(tmp_path))
     assert "(limited) |" in text
     assert "(early decision) |" in text
 
@@ -352,7 +360,7 @@ def test_one_attack_alone_and_benign_prompts_alone_are_read(tmp_path: Path) -> N
     assert one["rows"][0]["refusal"] is None
     assert two["rows"][0]["asr_max"] is None
     assert two["rows"][0]["refusal"]["hits"] == 3
-    assert "3/208" in tables.markdown(board(tmp_path))
+    assert "3/208" in tables.markdown(compared(tmp_path))
 
 
 def test_every_form_shows_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -363,7 +371,7 @@ def test_every_form_shows_the_same_numbers(tmp_path: Path, capsys: pytest.Captur
         assert main(["leaderboard", str(tmp_path), "--format", form]) == 0
         outputs[form] = capsys.readouterr().out
     table = json.loads(outputs["json"])
-    cells = [cell for sheet in tables.sheets(table) for row in sheet.rows for cell in row]
+    cells = [cell for sheet in tables.sheets(compared(tmp_path)) for row in sheet.rows for cell in row]
     assert "0/208 = 0.0 % [0.0, 1.8]" in cells
     for form in ("markdown", "latex"):
         bare = outputs[form].replace("\\", "").replace("textless{}", "<").replace("dag{}", "†")
@@ -406,21 +414,21 @@ def test_a_tables_rows_leave_out_what_its_title_says(tmp_path: Path) -> None:
         arm(tmp_path, 100, model=model, defense=defense, stamp=stamp)
     table = board(tmp_path)
     assert rows(table).keys() == {"none · x #1", "none · x #2"}
-    names = [[row[0] for row in sheet.rows] for sheet in tables.sheets(table)]
+    names = [[row[0] for row in sheet.rows] for sheet in tables.sheets(compared(tmp_path))]
     assert names == [["none #1", "none #2"]] * 3 + [["none", "reminder"]] * 3
 
 
 def test_a_name_that_begins_like_another_stays_whole(tmp_path: Path) -> None:
     arm(tmp_path, 100, model="x/llama", prompt_format="llama3", stamp=0)
     arm(tmp_path, 100, model="y/other", prompt_format="chatml", stamp=1)
-    names = [sheet.rows[0][0] for sheet in tables.sheets(board(tmp_path)) if "cost" not in sheet.title]
+    names = [sheet.rows[0][0] for sheet in tables.sheets(compared(tmp_path)) if "cost" not in sheet.title]
     assert set(names) == {"none"}
 
 
 def test_csv_keeps_tables_of_one_title_apart(tmp_path: Path) -> None:
     arm(tmp_path, 100, stamp=0)
     arm(tmp_path, 100, version=9.0, stamp=1)
-    lines = list(csv.DictReader(io.StringIO(tables.comma_separated(board(tmp_path)))))
+    lines = list(csv.DictReader(io.StringIO(tables.comma_separated(compared(tmp_path)))))
     assert [line["table"] for line in lines] == ["1", "2"]
     assert lines[0]["title"] == lines[1]["title"]
     assert "task version" in lines[1]["reason"]
@@ -510,11 +518,10 @@ def test_a_terminal_that_knows_ascii_only_gets_every_table(tmp_path: Path) -> No
 
 def test_an_attacks_name_breaks_no_table(tmp_path: Path) -> None:
     write_run(tmp_path, outcomes={"<b>|$x$&lt;": planted(50, 208)})
-    table = board(tmp_path)
-    header, rule = [line for line in tables.markdown(table).splitlines() if line.startswith("|")][:2]
+    header, rule = [line for line in tables.markdown(compared(tmp_path)).splitlines() if line.startswith("|")][:2]
     assert r"ASR \<b\>\|\$x\$\&lt;" in header
     assert len(re.findall(r"(?<!\\)\|", header)) == rule.count("|")
-    assert r"\textless{}b\textgreater{}\textbar{}\$x\$\&lt;" in tables.latex(table)
+    assert r"\textless{}b\textgreater{}\textbar{}\$x\$\&lt;" in tables.latex(compared(tmp_path))
 
 
 def test_a_reader_that_stops_early_gets_no_traceback(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ def draw(n: int, *shares: float, seed: int = 0) -> np.ndarray:
 
 def test_zero_of_208_is_at_most_1_8_percent() -> None:
     zero = statistics.rate(np.zeros(208, np.bool_))
-    assert (zero["hits"], zero["n"], zero["rate"], zero["low"]) == (0, 208, 0.0, 0.0)
-    assert zero["high"] == pytest.approx(1 - 0.025 ** (1 / 208))  # by hand: (1 - p)^208 = 2.5 %
-    assert f"{100 * zero['high']:.1f}" == "1.8"
+    assert (zero.hits, zero.n, zero.rate, zero.low) == (0, 208, 0.0, 0.0)
+    assert zero.ends[1] == pytest.approx(1 - 0.025 ** (1 / 208))  # by hand: (1 - p)^208 = 2.5 %
+    assert f"{100 * zero.ends[1]:.1f}" == "1.8"
 
 
 @given(st.integers(1, 300), st.data())
@@ -78,9 +78,9 @@ def test_the_bootstrap_of_the_maximum_is_that_of_scipy() -> None:
         n_resamples=9999,
         rng=2,
     ).confidence_interval
-    assert ours["interval"] == "bootstrap"
-    assert ours["rate"] == hacked.mean(axis=0).max()
-    assert (ours["low"], ours["high"]) == pytest.approx((theirs.low, theirs.high), abs=0.006)
+    assert ours.interval == "bootstrap"
+    assert ours.rate == hacked.mean(axis=0).max()
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.006)
 
 
 def test_the_bootstrap_counts_every_resample_of_three_records() -> None:
@@ -105,8 +105,8 @@ def test_rare_hits_get_an_interval_that_holds_the_true_maximum(true: tuple[float
     for _ in range(400):
         hacked = generator.random((208, 3)) < true
         worst = statistics.asr_max(hacked, "abc", np.zeros(1))
-        assert worst["interval"] == "exact" or worst["hits"] >= statistics.FEW
-        held += worst["interval"] != "exact" or worst["low"] <= max(true) <= worst["high"]
+        assert worst.interval == "exact" or (worst.hits or 0) >= statistics.FEW
+        held += worst.interval != "exact" or worst.ends[0] <= max(true) <= worst.ends[1]
     assert held / 400 >= 0.95
 
 
@@ -132,14 +132,14 @@ def test_the_ratio_interval_is_the_bootstraps_and_never_certain_at_zero() -> Non
     exact = statistics.asr_max(zero, ["a"], still)
     interval = statistics.ratio_interval(ratio, [points[0], exact, exact], [values[0], still, still])
     assert interval is not None
-    assert interval[0] == pytest.approx((points[0]["rate"] - exact["high"]) / points[0]["rate"])
+    assert interval[0] == pytest.approx((points[0].rate - exact.ends[1]) / points[0].rate)
     assert interval[1] > 1
     assert statistics.ratio_interval(ratio, [exact] * 3, [still] * 3) is None
 
 
 def test_one_sample_without_a_gap_does_not_take_the_ratios_interval_away() -> None:
     gap = np.linspace(0, 0.4, 10_000)
-    point = {"rate": 0.2}
+    point = statistics.Rate(None, 100, 0.2, None, None)
     for own in (np.zeros(10_000), 0.1 * gap):  # the ratio of the first sample is infinite, then 0 / 0
         interval = statistics.ratio_interval(lambda n, x, t: (0.5 - x) / n, [point] * 3, [gap, own, 0.0])
         assert interval is not None

@@ -349,7 +349,7 @@ def test_saved_responses_are_rescored_behind_their_thoughts(
     run = read_run(file)
     assert {(r.text, r.answer) for r in run.responses()} == {(response, "Hacked!")}
     assert (run.unfinished, run.misread) == (0, 60)
-    assert "MISREAD: 60 responses begin with thoughts" in " ".join(comparison.build([run]).groups[0]["notes"])
+    assert "MISREAD: 60 responses begin with thoughts" in " ".join(comparison.build([run]).groups[0].notes)
     assert main(["rescore", str(file), "--rule", "startswith"]) == 0
     rescored = capsys.readouterr().out
     assert rescored.count("20/20 = 100.0 %") == 3
@@ -370,10 +370,10 @@ def test_unfinished_responses_are_shown_wherever_rates_are(tmp_path: Path, capsy
     file = saved(tmp_path, "<think>\nand on and on")
     run = read_run(file)
     assert run.unfinished == 80
-    board = comparison.build([run]).to_dict()
-    [group] = board["groups"]
-    assert any("UNFINISHED: 80 of 80 responses never left their thoughts" in note for note in group["notes"])
-    assert group["rows"][0]["unfinished"] == 80
+    board = comparison.build([run])
+    [group] = board.groups
+    assert any("UNFINISHED: 80 of 80 responses never left their thoughts" in note for note in group.notes)
+    assert group.rows[0].unfinished == 80
     assert "80 unfinished" in tables.markdown(board).replace("\\", "")
     for command in (["compare", str(file), str(file)], ["rescore", str(file)]):
         assert main(command) == 0
@@ -384,4 +384,4 @@ def test_a_run_without_thoughts_has_no_such_mark(tmp_path: Path) -> None:
     runs, problems = read_runs([saved(tmp_path, "Use <think> here.")])
     assert problems == []
     assert runs[0].unfinished == 0
-    assert "nfinished" not in tables.markdown(comparison.build(runs).to_dict())
+    assert "nfinished" not in tables.markdown(comparison.build(runs))

@@ -8,3 +8,7 @@ class DttError(ValueError):
 
     The command line prints it and exits with code 2.
     """
+
+
+class MissingDataError(DttError):
+    """Data that is not shipped and not at hand; the message says how to get it."""

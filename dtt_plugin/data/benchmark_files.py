@@ -15,7 +15,7 @@ from typing import Any
 from dtt_plugin.data.fetch import git_blob_hash
 from dtt_plugin.data.records import ASSETS, DATA_DIR_VARIABLE, data_folder, read_json
 from dtt_plugin.data.sources import BENCHMARKS, Source
-from dtt_plugin.errors import DttError
+from dtt_plugin.errors import DttError, MissingDataError
 from dtt_plugin.files.digests import sha256_bytes, sha256_file
 from dtt_plugin.files.reading import parse_json, read_bytes
 
@@ -31,7 +31,7 @@ def benchmark_file(name: str) -> Path:
     """
     path = data_folder() / name
     if not path.is_file():
-        raise DttError(
+        raise MissingDataError(
             f"{path} does not exist; run `dtt fetch --only {_source(name).set}` to download it, or set"
             f" {DATA_DIR_VARIABLE} to the folder that holds {name}."
         )

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-from dtt_plugin.errors import DttError
+from dtt_plugin.errors import DttError, MissingDataError
 from dtt_plugin.files import reading
 from dtt_plugin.files.digests import sha256_bytes
 from dtt_plugin.paths import cache_folder
@@ -56,7 +56,7 @@ def data_file(name: str) -> Path:
     """
     path = data_folder() / name
     if not path.is_file():
-        raise DttError(
+        raise MissingDataError(
             f"{path} does not exist; run `dtt fetch` to download it, or set {DATA_DIR_VARIABLE} to the folder"
             f" that holds {name}."
         )

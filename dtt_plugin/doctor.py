@@ -14,6 +14,9 @@ from dtt_plugin.errors import DttError
 if TYPE_CHECKING:
     from dtt_plugin.prompt.renderer import PromptRenderer
 
+ENGINES = {"dtt_vllm": "vLLM", "dtt_hf": "Hugging Face"}
+"""The engines, the faster one first, and the names of their checks."""
+
 
 class Finding(NamedTuple):
     """The result of one check, in one line."""
@@ -34,8 +37,8 @@ def examine(model: str | None = None, tokens: str | None = None, tokens_model: s
     checks: list[tuple[str, Callable[[], str]]] = [
         ("models in lm-eval", _models),
         ("tasks in lm-eval", _tasks),
-        ("vLLM", lambda: _imports("dtt_vllm", "vllm")),
-        ("Hugging Face", lambda: _imports("dtt_hf", "hf")),
+        (ENGINES["dtt_vllm"], lambda: _imports("dtt_vllm", "vllm")),
+        (ENGINES["dtt_hf"], lambda: _imports("dtt_hf", "hf")),
         ("benchmark data", _data),
     ]
     if tokens:

@@ -46,3 +46,19 @@ def test_bad_input_ends_dtt_with_a_sentence_and_exit_code_2(capsys: pytest.Captu
     assert error.startswith("dtt inspect: ")
     assert "/nowhere/at all" in error
     assert error.count("\n") == 1
+
+
+def test_doctor_times_a_model_and_prints_the_command(
+    tiny: str, tiny_tokens: str, data_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dtt_plugin.doctor.examine", lambda *_: iter(()))
+    arguments = [tiny, "--tokens", tiny_tokens, "--engine", "dtt_hf", "--seconds", "0.1"]
+    code = main(["doctor", *arguments])
+    told = capsys.readouterr()
+    assert code == 0
+    assert "prompt tokens/s" in told.out
+    assert "alpacafarm_injection, 832 prompts: " in told.out
+    command = told.out.splitlines()[-1].split()
+    assert command[:3] == ["lm_eval", "--model", "dtt_hf"]
+    assert f"pretrained={tiny},tokens={tiny_tokens},early_decision=True" in command[4]
+    assert "load the model" in told.err

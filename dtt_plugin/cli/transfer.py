@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _EPILOG = """\
 examples:
   dtt transfer tokens.safetensors w.safetensors -o moved.safetensors
-  dtt transfer defensivetokens.json w.safetensors --compare --native defensivetokens.json
+  dtt transfer published w.safetensors --compare --native published
   dtt transfer tokens.safetensors w.safetensors --method zero-pad --norm source -o padded.safetensors
   dtt transfer tokens.safetensors --method copy --target-model owner/name -o copied.safetensors
 """
@@ -39,7 +39,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     suppress = argparse.SUPPRESS  # a positional that is not given must not undo the option of the same name
-    parser.add_argument("tokens", metavar="TOKENS", nargs="?", default=suppress, help="token file or upstream JSON")
+    parser.add_argument(
+        "tokens", metavar="TOKENS", nargs="?", default=suppress, help="token file, upstream JSON, or `published`"
+    )
     parser.add_argument(
         "alignment", metavar="ALIGNMENT", nargs="?", default=suppress, help="file written by `dtt align`"
     )
@@ -79,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     from dtt_plugin.tokens.files import load_tokens, save_tokens
     from dtt_plugin.transfer.move import COPY_NOTE, compare, compare_methods, transfer
 
+    args.tokens, args.native = _file(args.tokens), _file(args.native)
     if args.tokens is None:
         raise DttError("Which tokens? Give a token file: dtt transfer TOKENS ALIGNMENT -o OUT.")
     if args.out is None and not args.compare:
@@ -117,6 +120,13 @@ def run(args: argparse.Namespace) -> int:
                 print(f"{found['method']}: {COPY_NOTE} (angles of at most {widest:.3g} degrees).")
     show(report, as_json=args.json)
     return 0
+
+
+def _file(name: str | None) -> str | None:
+    """Return the file that is meant: `published` is the one that `dtt fetch` downloads."""
+    from dtt_plugin.data.records import PUBLISHED, TOKENS_FILE, data_file
+
+    return str(data_file(TOKENS_FILE)) if name == PUBLISHED else name
 
 
 def _entry(path: str, chosen: str | None, alignment: Alignment | None, side: str) -> str | None:

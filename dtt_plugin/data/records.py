@@ -20,6 +20,8 @@ from dtt_plugin.paths import cache_folder
 RECORDS_FILE = "davinci_003_outputs.json"
 SENTENCES_FILE = "attack_sentences.json"
 TOKENS_FILE = "defensivetokens.json"
+PUBLISHED = "published"
+"""In place of a token file: the published tokens in the data folder."""
 DATA_DIR_VARIABLE = "DTT_DATA_DIR"
 
 _LARGEST_DATA = 256 << 20

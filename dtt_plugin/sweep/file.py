@@ -16,7 +16,7 @@ from typing import Any
 
 from dtt_plugin import __version__
 from dtt_plugin.checkpoint.state import argument_states, state
-from dtt_plugin.data.records import TOKENS_FILE, data_file
+from dtt_plugin.data.records import PUBLISHED, TOKENS_FILE, data_file
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.digests import sha256_json
 from dtt_plugin.prompt.defenses import TOKENS, parse_defense
@@ -24,8 +24,6 @@ from dtt_plugin.prompt.formats import check_format
 from dtt_plugin.sweep.plain_yaml import read_plain_yaml
 from dtt_plugin.tokens.files import load_tokens, upstream_models
 
-PUBLISHED = "published"
-"""In place of a token file: the published tokens in the data folder."""
 ENGINES = ("dtt_vllm", "dtt_hf")
 METHODS = ("procrustes", "copy", "random")
 _ARM = ("pretrained", "tokens", "tokens_model", "defense", "prompt_format")

@@ -62,3 +62,16 @@ def test_doctor_times_a_model_and_prints_the_command(
     assert command[:3] == ["lm_eval", "--model", "dtt_hf"]
     assert f"pretrained={tiny},tokens={tiny_tokens},early_decision=True" in command[4]
     assert "load the model" in told.err
+
+
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dtt_plugin.sweep.run.run_sweep", interrupted)
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(json.dumps({"grid": [{"models": [tiny], "defenses": ["none"]}]}))
+    assert main(["sweep", str(sweep), "--out", str(tmp_path / "out")]) == 130
+    assert "interrupted; finished cells are kept, and the same command goes on" in capsys.readouterr().err

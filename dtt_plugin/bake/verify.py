@@ -13,6 +13,7 @@ from dtt_plugin.bake.weights import BLOCK, blocks, indexed_tensors
 from dtt_plugin.checkpoint.folder import read_json_table
 from dtt_plugin.checkpoint.tensors import TensorLocation
 from dtt_plugin.errors import DttError
+from dtt_plugin.progress import Bar
 
 
 def verify(plan: BakePlan, folder: Path) -> dict[str, str]:
@@ -41,9 +42,10 @@ def verify(plan: BakePlan, folder: Path) -> dict[str, str]:
 
     # Reading, comparing and hashing all leave the interpreter, so tensors are checked side by side.
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="dtt-verify") as pool:
-        digests = {
-            name: digest for name, digest in zip(result, pool.map(check, result.values()), strict=True) if digest
-        }
+        checked = Bar(
+            pool.map(check, result.values()), total=len(result), desc="verifying", unit=" tensors", leave=False
+        )
+        digests = {name: digest for name, digest in zip(result, checked, strict=True) if digest}
     _check_config(folder, plan)
     return digests
 

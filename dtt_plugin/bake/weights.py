@@ -26,6 +26,7 @@ from dtt_plugin.bake.plan import BakePlan, TensorChange
 from dtt_plugin.checkpoint.folder import HEAD_NAMES, INDEX_FILE, is_copy, read_json_table, shards_of_index
 from dtt_plugin.checkpoint.tensors import TensorLocation, read_header
 from dtt_plugin.errors import DttError
+from dtt_plugin.progress import Bar
 
 logger = logging.getLogger("dtt_plugin")
 
@@ -170,7 +171,7 @@ def _write_file(path: Path, tensors: Sequence[_Tensor], metadata: dict[str, str]
     with path.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         out.flush()
-        for tensor in tensors:
+        for tensor in Bar(tensors, desc=f"writing {path.name}", unit=" tensors", leave=False):
             _write_tensor(out.fileno(), tensor)
 
 

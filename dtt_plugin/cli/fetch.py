@@ -28,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
         " given again",
     )
     add_json_option(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, kept="complete files are kept, and the same command goes on where it was")
 
 
 def run(args: argparse.Namespace) -> int:

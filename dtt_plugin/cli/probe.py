@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     given = {field.name: getattr(args, field.name) for field in fields(ProbeOptions)}
     report = probe(
         ProbeOptions(**given | {"tokens": tuple(args.tokens), "data": args.data or SHIPPED_DATA}),
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     if args.json:
         show(report.to_json(), as_json=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from dtt_plugin.cli.output import add_json_option, aligned, show
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         source_report=args.source_report,
         dtype=args.dtype,
     )
-    report, tokens = tune(options, progress=sys.stderr.isatty())
+    report, tokens = tune(options, progress=True)
     save_tokens(args.out, tokens)
     if args.json:
         show(report.to_json() | {"digest": tokens.digest, "out": str(args.out)}, as_json=True)

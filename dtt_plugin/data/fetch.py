@@ -27,6 +27,7 @@ from dtt_plugin.errors import DttError
 from dtt_plugin.files.digests import sha256_file
 from dtt_plugin.files.reading import read_bytes
 from dtt_plugin.files.replacing import replacing
+from dtt_plugin.progress import Bar
 
 if TYPE_CHECKING:
     import requests
@@ -196,11 +197,9 @@ def _range(part: Path) -> dict[str, str]:
 
 
 def _append(source: Source, response: requests.Response, part: Path) -> None:
-    from tqdm import tqdm
-
     # Status 206: the rest; else the server sends the whole once more.
     mode = "ab" if response.status_code == HTTPStatus.PARTIAL_CONTENT else "wb"
-    with part.open(mode) as file, tqdm(unit="B", unit_scale=True, desc=source.name, leave=False) as bar:
+    with part.open(mode) as file, Bar(unit="B", unit_scale=True, desc=source.name, leave=False) as bar:
         for block in response.iter_content(1 << 16):
             if file.tell() + len(block) > _MOST_BYTES:
                 raise DttError(f"{source.name} is larger than {_MOST_BYTES >> 20} MB at {source.url}; it is not used.")

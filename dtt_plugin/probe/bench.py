@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from dtt_plugin.checkpoint.opening import open_checkpoint
 from dtt_plugin.checkpoint.state import state
@@ -14,6 +13,7 @@ from dtt_plugin.errors import DttError
 from dtt_plugin.probe.measure import divergences, label_distributions, log_odds, scores
 from dtt_plugin.probe.prompts import LABEL_TOKENS, N_RECORDS, probe_prompts
 from dtt_plugin.probe.verdict import Effect, Figure, closed_share
+from dtt_plugin.progress import Bar
 from dtt_plugin.tokens.files import DefensiveTokens
 from dtt_plugin.training.chat_model import load_chat_model
 from dtt_plugin.training.labels import self_labels
@@ -48,7 +48,7 @@ class Bench:
         self.width = int(self.chat.model.get_input_embeddings().weight.shape[1])
         self.undefended = SoftPrompt(self.chat.model, torch.empty(0, self.width))
         total = (BASELINE + rounds) * N_RECORDS
-        self.bar = tqdm(total=total, desc="probing", unit=" prompts", disable=not progress)
+        self.bar = Bar(total=total, desc="probing", unit=" prompts", disable=not progress)
 
     def check_width(self, name: object, tokens: DefensiveTokens) -> None:
         """Refuse tokens of another width; `name` is what they are called.

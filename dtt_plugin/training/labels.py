@@ -14,6 +14,7 @@ from dtt_plugin.errors import DttError
 from dtt_plugin.files.digests import sha256_json
 from dtt_plugin.files.replacing import keep_newest, write_json
 from dtt_plugin.paths import cache_folder
+from dtt_plugin.progress import Bar
 from dtt_plugin.training.mixture import Encode
 from dtt_plugin.training.soft_prompt import SoftPrompt, end_ids
 
@@ -35,8 +36,6 @@ def self_labels(
         pad: id of the padding token.
         weights: the model's state, for the cache key.
     """
-    from tqdm import tqdm
-
     prompts = [encode(record["instruction"], record["input"]) for record in records]
     key = sha256_json([weights, prompts, new_tokens, str(undefended.embed.weight.dtype)])
     path = cache_folder("labels") / f"{key}.json"
@@ -44,7 +43,7 @@ def self_labels(
         logger.info("Labels from the cache: %s", path)
         return kept
     labels: list[list[int]] = []
-    for start in tqdm(range(0, len(prompts), _AT_ONCE), desc="labels by the undefended model", unit=f" x {_AT_ONCE}"):
+    for start in Bar(range(0, len(prompts), _AT_ONCE), desc="labels by the undefended model", unit=f" x {_AT_ONCE}"):
         labels += undefended.generate(prompts[start : start + _AT_ONCE], new_tokens, pad=pad)
     try:
         write_json(path, {"labels": labels, "sha256": sha256_json(labels)})

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from dtt_plugin.errors import DttError
+from dtt_plugin.progress import Bar
 from dtt_plugin.training.soft_prompt import Example
 
 LOG_FORMAT = "dtt.training/1"
@@ -99,8 +100,12 @@ class RunLog(TrainerCallback):
             self.write({"step": state.global_step, "loss": logs["loss"], "seconds": self.seconds})
 
 
-class Bar(ProgressCallback):
-    """transformers' progress bar (steps/s, remaining time), with the loss at its end instead of a line a step."""
+class TrainingBar(ProgressCallback):
+    """Our progress bar in place of transformers', with the loss at its end instead of a line a step."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Begin the bar."""
+        self.training_bar = Bar(total=state.max_steps, desc="training", unit=" steps", delay=0)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
         """Show the loss."""

@@ -220,7 +220,7 @@ def _trainer(
 ) -> TokenTrainer:
     from transformers import PrinterCallback, ProgressCallback
 
-    from dtt_plugin.training.loop import Bar, TokenTrainer, collate
+    from dtt_plugin.training.loop import TokenTrainer, TrainingBar, collate
 
     trainer = TokenTrainer(
         model=soft_prompt,
@@ -233,7 +233,7 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Bar)
+    trainer.add_callback(TrainingBar)
     return trainer
 
 

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from dtt_plugin.checkpoint.opening import Checkpoint, TensorLocation, open_checkpoint
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.staging import staged
+from dtt_plugin.progress import Bar
 from dtt_plugin.tokens.files import DefensiveTokens
 from dtt_plugin.tokens.licence import inherited, origin_of
 
@@ -122,7 +123,7 @@ def _write_tensors(path: Path, checkpoint: Checkpoint, rotation: NDArray[np.floa
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in shapes:
+        for name in Bar(shapes, desc="turning", unit=" tensors", leave=False):
             file.write(turned_tensor(checkpoint, name, rotation).astype(stored).tobytes())
 
 

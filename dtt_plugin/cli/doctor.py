@@ -42,9 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     findings = []
     model = args.timed or args.model
-    checks = (
-        examine_records(args.records, model) if args.records else examine(model, args.tokens, args.tokens_model)
-    )
+    checks = examine_records(args.records, model) if args.records else examine(model, args.tokens, args.tokens_model)
     for finding in checks:
         findings.append(finding)
         if not args.json:

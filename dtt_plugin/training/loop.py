@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ProgressCallback
 
 from dtt_plugin.errors import DttError
 from dtt_plugin.progress import Bar
@@ -100,17 +99,30 @@ class RunLog(TrainerCallback):
             self.write({"step": state.global_step, "loss": logs["loss"], "seconds": self.seconds})
 
 
-class TrainingBar(ProgressCallback):
-    """Our progress bar in place of transformers', with the loss at its end instead of a line a step."""
+class TrainingBar(TrainerCallback):
+    """A progress bar with the remaining time, and the loss at its end."""
+
+    bar: Bar | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Begin the bar."""
-        self.training_bar = Bar(total=state.max_steps, desc="training", unit=" steps", delay=0)
+        """Begin the bar, where a resumed run is."""
+        self.bar = Bar(total=state.max_steps, initial=state.global_step, desc="training", unit=" steps", delay=0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Show a step."""
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
         """Show the loss."""
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
+        if self.bar is not None and logs and "loss" in logs:
+            self.bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """End the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
 
 
 class HeldOutCheck(TrainerCallback):

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.results.page import write_page
+from benchmarks.results.page import _table, write_page
+from dtt_plugin.leaderboard.lm_eval_files import read_runs
 from dtt_plugin.tokens.files import DefensiveTokens, save_tokens
+from tests.lm_eval_output import planted, write_run
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -51,3 +53,14 @@ def test_a_finished_section_is_written_anew_and_the_others_stay(
     assert "`native`: after 25 steps." in after[1]
     assert "| native | -1.500 | -0.500 ± 0.000 |" in after[1]
     assert "| social_iqa | 25.0 % | native | 1/2 = 50.0 %" in after[1]
+
+
+def test_a_table_begins_with_a_verdict_from_its_tests_and_has_no_legend_of_its_own(tmp_path: Path) -> None:
+    for name, hits in (("none", 80), ("reminder", 78), ("sandwich", 3)):
+        write_run(tmp_path / name, defense=name, outcomes={"ignore": planted(hits, 100)})
+    text = _table(read_runs([tmp_path])[0])
+    verdict = text.splitlines()[0]
+    assert verdict.startswith("**Undefended, ASR(max) is 80/100 = 80.0 % [")
+    assert "Told from noise: sandwich to 3/100 = 3.0 % [" in verdict
+    assert verdict.endswith("Not told from noise: reminder.**")
+    assert "Clopper-Pearson" not in text

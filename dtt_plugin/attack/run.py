@@ -28,6 +28,7 @@ from dtt_plugin.data.suffixes import (
 )
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.replacing import write_json
+from dtt_plugin.progress import Bar
 from dtt_plugin.tasks.attacks import INJECTED_PROMPT
 
 if TYPE_CHECKING:
@@ -113,8 +114,6 @@ class _Run:
     def __init__(
         self, options: AttackOptions, benchmark: Benchmark, before: AttackFile | None, *, progress: bool
     ) -> None:
-        from tqdm import tqdm
-
         from dtt_plugin.attack.bench import Bench
 
         self.options, self.records = options, benchmark.records
@@ -127,7 +126,7 @@ class _Run:
         self.saved: Progress | None = self._read_state()
         write_attacks(options.out, self.file)
         n = 1 if options.method == UNIVERSAL else len(self.chosen)
-        self.bar = tqdm(total=n * self.steps, desc=options.method, unit=" steps", disable=not progress)
+        self.bar = Bar(total=n * self.steps, desc=options.method, unit=" steps", disable=not progress)
 
     def _begun(self) -> AttackFile:
         versions = {"dtt_plugin": __version__, **{name: metadata.version(name) for name in _VERSIONED}}

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         return _import(args, options)
     if not options.model:
         raise DttError("dtt attack needs MODEL, the model to attack; only --import goes without.")
-    done = attack(options, progress=sys.stderr.isatty())
+    done = attack(options, progress=True)
     file = done.file
     if not file.finished:
         print(f"dtt attack: stopped; {options.out} holds what was found, --resume goes on", file=sys.stderr)

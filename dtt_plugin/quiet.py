@@ -147,11 +147,10 @@ def run_quietly(module: str, job: Mapping[str, Any], *, log: Path | None, listen
                 raise
         listener.join(_END_SECONDS)  # a process that it forked may hold the pipe
     code = process.returncode
-    if code and not errors:
-        where = f"{log}: {_last_line(log)}" if log else "above"
-        hear({"error": f"it ended with the code {code}, see {where}"})
-        if code < 0:
-            errors = [f"its process was ended by {signal.Signals(-code).name}; is there enough memory?"]
+    if code < 0:
+        hear({"error": f"its process was ended by {signal.Signals(-code).name}; is there enough memory?"})
+    elif code and not errors:
+        hear({"error": f"it ended with the code {code}, see " + (f"{log}: {_last_line(log)}" if log else "above")})
     if code:
         raise DttError(errors[0])
 

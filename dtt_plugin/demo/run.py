@@ -8,7 +8,6 @@ from the two embedding matrices alone.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from dtt_plugin.demo.model import MODELS, demo_model, origin_of_weights
 from dtt_plugin.errors import DttError
-from dtt_plugin.files.replacing import replacing
+from dtt_plugin.files.replacing import write_json
 from dtt_plugin.leaderboard import statistics
 from dtt_plugin.leaderboard.board import Leaderboard, Row
 from dtt_plugin.leaderboard.comparison import build
@@ -67,7 +66,7 @@ class Outcome:
 
 
 def demo(
-    out: Path, *, model: str, engine: str = "dtt_vllm", limit: int = 24, max_new: int = 48, verbose: bool = False
+    out: Path, *, model: str, engine: str = "dtt_vllm", limit: int = 16, max_new: int = 32, verbose: bool = False
 ) -> Outcome:
     """Run the demo: the model undefended, under each defense, and its twin with copied and transferred tokens.
 
@@ -94,10 +93,7 @@ def demo(
         write_twin(folder, twin, seed=0, dtype="bfloat16")
         steps.end("the same function in a rotated hidden space")
     file = out / "sweep.yaml"
-    with replacing(file) as temporary:
-        temporary.write_text(
-            json.dumps(_sweep(folder, twin.resolve(), MODELS[model].tokens, engine, limit, max_new), indent=1)
-        )
+    write_json(file, _sweep(folder, twin.resolve(), MODELS[model].tokens, engine, limit, max_new))
     cells = read_sweep(file)  # JSON is YAML
     names = {cell.name: arm for cell, arm in zip(cells, ARMS, strict=True)}
 

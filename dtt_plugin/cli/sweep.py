@@ -20,6 +20,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("sweep", metavar="SWEEP", type=Path, help="the grid, a YAML file (docs/sweep.md)")
     parser.add_argument("--out", type=Path, default=Path("out/sweep"), help="folder for results (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="check the file and list the cells, run nothing")
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        nargs="?",
+        const="",
+        help="run the models side by side on a Ray cluster: the one at ADDRESS, else RAY_ADDRESS's or this machine's"
+        " (docs/scale.md)",
+    )
     parser.add_argument("--verbose", action="store_true", help="show what engines and libraries print")
     parser.set_defaults(run=run, kept="finished cells are kept, and the same command goes on behind them")
 
@@ -48,11 +56,17 @@ def run(args: argparse.Namespace) -> int:
         if problems:
             raise DttError(f"{len(problems)} of {len(cells)} cells can't be run: {problems[0]}")
         return 0
-    steps = Steps(width=44)
-    try:
-        failed = run_sweep(cells, args.out, verbose=args.verbose, listen=steps.hear)
-    finally:
-        steps.end()
+    if args.ray is not None:
+        from dtt_plugin.sweep.ray_cells import run_sweep_on_ray
+        from dtt_plugin.sweep.resources import read_resources
+
+        failed = run_sweep_on_ray(cells, args.out, address=args.ray or None, resources=read_resources(args.sweep))
+    else:
+        steps = Steps(width=44)
+        try:
+            failed = run_sweep(cells, args.out, verbose=args.verbose, listen=steps.hear)
+        finally:
+            steps.end()
     code = 0
     if len(failed) < len(cells):
         from dtt_plugin.cli import main

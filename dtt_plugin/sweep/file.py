@@ -22,6 +22,7 @@ from dtt_plugin.files.digests import sha256_json
 from dtt_plugin.prompt.defenses import TOKENS, parse_defense
 from dtt_plugin.prompt.formats import check_format
 from dtt_plugin.sweep.plain_yaml import read_plain_yaml
+from dtt_plugin.sweep.resources import check_resources
 from dtt_plugin.tokens.files import load_tokens, upstream_models
 
 ENGINES = ("dtt_vllm", "dtt_hf")
@@ -140,8 +141,9 @@ def read_sweep(path: Path) -> list[Cell]:
         DttError: not plain YAML, an unknown or missing key, a value of the wrong type, or a cell that is there twice.
     """
     content = read_plain_yaml(path)
-    known = ("engine", "task", "model_args", "gen_kwargs", "limit", "batch_size", "grid")
+    known = ("engine", "task", "model_args", "gen_kwargs", "limit", "batch_size", "resources", "grid")
     top = _mapping(path, "the file", content, known)
+    check_resources(path, top.get("resources"))
     engine = top.get("engine", ENGINES[0])
     if engine not in ENGINES:
         raise DttError(f"{path}: engine: {repr(engine)[:80]} is none of {', '.join(ENGINES)}.")

@@ -6,11 +6,12 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from dtt_plugin import __version__
 from dtt_plugin.checkpoint.opening import open_checkpoint
@@ -24,6 +25,7 @@ from dtt_plugin.tokens.files import load_tokens, save_tokens
 logger = logging.getLogger("dtt_plugin")
 
 LOG = "log.txt"
+WORKER = "dtt_plugin.sweep.worker"
 Listen = Callable[[Event], None]
 
 
@@ -64,21 +66,36 @@ def run_sweep(cells: Sequence[Cell], out: Path, *, verbose: bool = False, listen
     Raises:
         DttError: another sweep runs in `out`, or it is no place for results.
     """
+    failed = []
+    with owned(out):
+        for load, group in groupby(cells, key=lambda cell: cell.load):
+            failed += _failed_of(load, list(group), out, None if verbose else out / LOG, listen)
+    return failed
+
+
+@contextmanager
+def owned(out: Path) -> Iterator[None]:
+    """Make the folder `out`, without what a killed sweep left unfinished there, and keep other sweeps from it.
+
+    Raises:
+        DttError: another sweep runs in it, or it is no place for results.
+    """
     from filelock import FileLock, Timeout
 
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DttError(f"--out {out} can't be a folder ({error.strerror}); give another.") from error
-    failed = []
+    lock = FileLock(out / ".lock")
     try:
-        with FileLock(out / ".lock", timeout=0):
-            shutil.rmtree(out / "partial", ignore_errors=True)  # what a killed sweep left
-            for load, group in groupby(cells, key=lambda cell: cell.load):
-                failed += _failed_of(load, list(group), out, None if verbose else out / LOG, listen)
+        lock.acquire(timeout=0)
     except Timeout as error:
         raise DttError(f"Another sweep runs in {out}; wait for it, or give another --out.") from error
-    return failed
+    try:
+        shutil.rmtree(out / "partial", ignore_errors=True)
+        yield
+    finally:
+        lock.release()
 
 
 def _failed_of(load: Load, cells: Sequence[Cell], out: Path, log: Path | None, listen: Listen) -> list[Cell]:
@@ -92,10 +109,14 @@ def _failed_of(load: Load, cells: Sequence[Cell], out: Path, log: Path | None, l
         return [cell for cell in pending if not cell.is_finished(out)]
     except Exception as error:  # whatever it is: it concerns this load, and others take hours
         reason = str(error) if isinstance(error, DttError) else f"{type(error).__name__}: {error}"
-        names = ", ".join(cell.name for cell in pending)
         listen({"error": reason})
-        print(f"dtt sweep: {names} can't be run: {printable(reason)}", file=sys.stderr, flush=True)
+        print(failure(pending, reason), file=sys.stderr, flush=True)
         return pending
+
+
+def failure(cells: Sequence[Cell], reason: str) -> str:
+    """Return the line that tells why `cells` can't be run."""
+    return f"dtt sweep: {', '.join(cell.name for cell in cells)} can't be run: {printable(reason)}"
 
 
 def _run_load(load: Load, cells: Sequence[Cell], out: Path, log: Path | None, listen: Listen) -> None:
@@ -103,6 +124,15 @@ def _run_load(load: Load, cells: Sequence[Cell], out: Path, log: Path | None, li
 
     Raises:
         DttError: it did not end well.
+    """
+    run_quietly(WORKER, job_of(load, cells, out, listen), log=log, listen=listen)
+
+
+def job_of(load: Load, cells: Sequence[Cell], out: Path, listen: Listen) -> dict[str, Any]:
+    """Return the job of `dtt_plugin.sweep.worker` that evaluates `cells`; tokens are transferred first.
+
+    Raises:
+        DttError: the model is not there, or not any more what it was when the sweep began.
     """
     if load.identity["weights"] is None:
         raise DttError(f"{load.model} is no folder and no model that the hub gives; check the name, or go online.")
@@ -115,7 +145,7 @@ def _run_load(load: Load, cells: Sequence[Cell], out: Path, log: Path | None, li
         if load.tokens.method == "procrustes":
             listen({"step": "align and transfer"})
         model_args |= token_arguments(load, load.tokens, out)
-    job = {
+    return {
         "engine": load.engine,
         "task": load.task,
         "model_args": model_args,
@@ -125,7 +155,6 @@ def _run_load(load: Load, cells: Sequence[Cell], out: Path, log: Path | None, li
             for cell in cells
         ],
     }
-    run_quietly("dtt_plugin.sweep.worker", job, log=log, listen=listen)
 
 
 def token_arguments(load: Load, tokens: TokenSource, out: Path) -> dict[str, str]:

@@ -11,4 +11,4 @@ class DttError(ValueError):
 
 
 class MissingDataError(DttError):
-    """Data that is not shipped and not at hand; the message says how to get it."""
+    """Data, or a library for it, that is not shipped and not at hand; the message says how to get it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dtt_plugin.errors import DttError
+from dtt_plugin.errors import MissingDataError
 
 
 @contextmanager
@@ -13,11 +13,11 @@ def benchmark_libraries() -> Iterator[None]:
     """Turn a failing import into an error that names the extra.
 
     Raises:
-        DttError: a library is not installed.
+        MissingDataError: a library is not installed.
     """
     try:
         yield
     except ImportError as error:
-        raise DttError(
+        raise MissingDataError(
             f"This benchmark needs {error.name}; install it with pip install 'dtt-plugin[benchmarks]'."
         ) from error

@@ -67,6 +67,7 @@ def parse_rule(value: Any, where: str) -> Rule:
 
     Raises:
         DttError: there is no such rule, or it could never hold because its texts are missing or empty.
+        MissingDataError: it needs a library that is not installed.
     """
     name = value.get("rule") if isinstance(value, Mapping) else None
     definition = RULES.get(name) if isinstance(name, str) else None
@@ -78,7 +79,9 @@ def parse_rule(value: Any, where: str) -> Rule:
     for text in texts:
         if not isinstance(text, str) or not definition.accepts(text):
             raise DttError(f"{where}: the rule {name} can't look for {text!r}: it {definition.says}.")
-    return Rule(str(name), tuple(texts))
+    rule = Rule(str(name), tuple(texts))
+    rule.fires("")  # what a rule lacks, such as a library, is told before an evaluation and not behind it
+    return rule
 
 
 # Case folding, unlike lowering, reads a character alone: what it makes of a beginning it makes of the whole.

@@ -30,7 +30,7 @@ _AT_ONCE = 8
 _RETRIES = 4
 _TIMEOUT = 120.0
 _LARGEST_CACHE = 1 << 30
-_MOST_TOKENS = 1024
+_MOST_TOKENS = 512
 """A judge that thinks first needs some room; others stop behind a word."""
 
 

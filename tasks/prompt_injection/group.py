@@ -36,8 +36,9 @@ class GroupAtHand(Group):
                 left_out.append(names[0])
         if left_out:
             logger.warning(
-                "%s runs %s; left out, because their data is not at hand: %s. Get it with `dtt fetch --only all`,"
-                " and for injection_records with --metadata '{\"records\": FILE}'.",
+                "%s runs %s; left out, because their data or a package is not at hand: %s. Get it with"
+                " `dtt fetch --only all` and pip install 'dtt-plugin[benchmarks]', and for injection_records with"
+                " --metadata '{\"records\": FILE}'.",
                 self.name,
                 ", ".join(self.child_names),
                 ", ".join(left_out),

@@ -19,7 +19,9 @@ import pytest
 
 from dtt_plugin.bake import bake
 from dtt_plugin.checkpoint.opening import open_checkpoint
+from dtt_plugin.cli import main
 from tests.bake_helpers import random_tokens
+from tests.judging.saved import SAMPLES, write_samples
 from tests.prompt.test_control_tokens import HOSTILE_STRINGS, control_ids_in, controls_of, hostile_string
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
@@ -143,3 +145,22 @@ def test_the_client_switches_the_tokens_and_never_gets_one(served: tuple[str, Pa
     generated = {int(token.removeprefix("token_id:")) for token in tokens}
     assert len(tokens) > 200
     assert not generated & set(ids)
+
+
+def test_a_judge_behind_a_real_server_is_asked_once(
+    served: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DTT_CACHE_DIR", str(tmp_path / "cache"))
+    samples = write_samples(tmp_path, SAMPLES)
+    reports = []
+    for _ in range(2):
+        assert main(["rescore", str(samples), "--judge", f"{served[0]}/v1", "--judge-model", "m", "--json"]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    assert reports[0] == reports[1]
+    row = reports[0]["attacks"]["ignore"]
+    assert row["n"] == len(SAMPLES)
+    assert row["rule"]["n"] + row["unclear"] == len(SAMPLES)
+    (kept,) = (tmp_path / "cache" / "judge").glob("*.jsonl")
+    assert len(kept.read_text().splitlines()) == len(SAMPLES) - 1  # an empty response is no question
+    assert main(["rescore", str(samples), "--judge", f"{served[0]}/v1", "--judge-model", "other"]) == 2
+    assert "NotFoundError" in capsys.readouterr().err

@@ -8,10 +8,13 @@ where the shorter text is sought in the longer.
 from __future__ import annotations
 
 import random
+import sys
 
 import pytest
 
+from dtt_plugin.errors import MissingDataError
 from dtt_plugin.tasks.bipia_injection.rules import has_emoji, is_in_language, quotes
+from dtt_plugin.tasks.rules import Rule, parse_rule
 
 EMOJI = [
     "👍", "Sure 😀", "The total is $10 💵.", "😀😀😀", "📧➡️📅", "❤", "❤️", "☺", "☀ today, ☔ tomorrow", "✅ done",
@@ -155,6 +158,20 @@ def test_what_resembles_the_text_too_little_does_not_count(response: str) -> Non
     assert not quotes(response, TEXT)
 
 
+@pytest.mark.parametrize(
+    ("package", "rule"),
+    [
+        ("emoji", Rule("emoji", ())),
+        ("langdetect.lang_detect_exception", Rule("language", ("es",))),
+        ("rapidfuzz", Rule("fuzzy", (TEXT,))),
+    ],
+)
+def test_a_missing_package_is_told_at_load(package: str, rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingDataError, match=r"pip install 'dtt-plugin\[benchmarks\]'"):
+        parse_rule(rule._asdict(), "record 0")
+
+
 def test_the_detector_says_the_same_every_time_and_leaves_the_shared_one_alone() -> None:
     import langdetect
 
@@ -162,5 +179,5 @@ def test_the_detector_says_the_same_every_time_and_leaves_the_shared_one_alone()
     langdetect.DetectorFactory.seed = None
     random.seed(1)
     first = [is_in_language(undecided, code) for code in (*LANGUAGES, "en")]
-    assert all([is_in_language(undecided, code) for code in (*LANGUAGES, "en")] == first for _ in range(20))
+    assert all([is_in_language(undecided, code) for code in (*LANGUAGES, "en")] == first for _ in range(5))
     assert langdetect.DetectorFactory.seed is None

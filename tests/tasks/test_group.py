@@ -31,7 +31,15 @@ def test_with_nothing_fetched_it_runs_what_is_shipped_and_names_the_rest_in_one_
     assert set(results["results"]) - {"prompt_injection"} == set(SHIPPED)
     [line] = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
     assert "\n" not in line
-    for name in ("alpacafarm_injection", "sep_injection", "cyberseceval2_injection", "injection_records", "dtt fetch"):
+    for name in (
+        "alpacafarm_injection",
+        "sep_injection",
+        "bipia_injection",
+        "injecagent_100",
+        "cyberseceval2_injection",
+        "injection_records",
+        "dtt fetch",
+    ):
         assert name in line
 
 
@@ -41,6 +49,7 @@ def test_what_is_at_hand_is_in_it(benchmark_data: Path, tmp_path: Path) -> None:
     found = members(records=str(tmp_path / "mine.jsonl"))
     assert found[:2] == SHIPPED
     assert {"alpacafarm_injection", "alpacafarm_injection_extended", "cyberseceval2_injection"} <= set(found)
+    assert {"bipia_injection", "piarena_injection_nq_rag", "injecagent_100"} <= set(found)
     assert found[-1] == "injection_records"
     # The subset stands for SEP only where the whole is missing.
     assert ("sep_injection" in found) != ("sep_injection_892" in found)

@@ -261,6 +261,7 @@ def test_every_task_of_the_first_step_is_known_to_the_second() -> None:
     assert {path.stem for path in folder.glob("*.yaml")} == {*TASKS, "injecagent_step2"}
 
 
+@pytest.mark.slow  # 13,000 tokens a prompt for a tokenizer of bytes
 def test_a_real_model_runs_through_the_task(tiny: str, benchmark_data: Path) -> None:
     arguments = {"pretrained": tiny, "dtype": "float32", "max_length": 32768}
     found = evaluate("dtt_hf", arguments, tasks=["injecagent_100"], limit=1, batch_size=1)

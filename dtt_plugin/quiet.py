@@ -24,6 +24,7 @@ from dtt_plugin.errors import DttError
 Event = dict[str, Any]
 _PIPE = "DTT_EVENTS"  # environment variable with the number of the pipe's end
 _END_SECONDS = 5.0
+_ABOUT_OTHER_MODELS = "no --apply_chat_template"
 
 
 # The process that is started ------------------------------------------------------------------------
@@ -38,7 +39,10 @@ def tell(**event: Any) -> None:
 
 
 def tell_progress_and_warnings() -> None:
-    """Begin to tell what progress bars show, as `done`, `total`, `what`, and this package's warnings."""
+    """Begin to tell what progress bars show, as `done`, `total`, `what`, and this package's warnings.
+
+    Except the one about models that do not render conversations themselves: such a process loads ours.
+    """
     from tqdm import tqdm
 
     display = tqdm.display
@@ -78,7 +82,8 @@ def _end_with_standard_input() -> None:
 
 class _Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        tell(warning=record.getMessage())
+        if _ABOUT_OTHER_MODELS not in record.getMessage():
+            tell(warning=record.getMessage())
 
 
 def _open_pipe() -> Any:

@@ -5,7 +5,6 @@ The job comes as `dtt_plugin.quiet` gives it: a sweep that is killed leaves no e
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import sys
@@ -30,8 +29,6 @@ def run(job: dict[str, Any]) -> None:
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.tasks import TaskManager
 
-    # About models other than ours.
-    logging.getLogger("dtt_plugin").addFilter(lambda record: "no --apply_chat_template" not in str(record.msg))
     model: Any = None
     settings = {name: job.get(name) for name in ("limit", "batch_size", "gen_kwargs")}
     for cell in job["cells"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -68,6 +69,8 @@ class Steps:
         self._bar: Bar | None = None
         self._part = ""
         self._said: set[str] = set()
+        self._shown = time.monotonic()
+        self._lock = threading.Lock()
 
     def begin(self, name: str) -> None:
         """Begin a step; one that runs is over."""
@@ -99,12 +102,20 @@ class Steps:
 
     def hear(self, event: Mapping[str, Any]) -> None:
         """Show an event of a process that evaluates (`dtt_plugin.quiet`)."""
+        with self._lock:
+            self._hear(event)
+
+    def _hear(self, event: Mapping[str, Any]) -> None:
         if "step" in event:
             self.end()
             if event["step"]:
                 self.begin(event["step"])
         elif "total" in event:
             self.advance(event["done"], event["total"], event["what"])
+        elif "tick" in event and self._bar is not None:
+            if time.monotonic() - self._shown >= (0 if _is_terminal(sys.stderr) else _LOG_SECONDS):
+                self._shown = time.monotonic()
+                self._bar.refresh()
         elif "error" in event:
             self.end("failed")
         elif "warning" in event and event["warning"] not in self._said:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from dtt_plugin.errors import DttError
 Event = dict[str, Any]
 _PIPE = "DTT_EVENTS"  # environment variable with the number of the pipe's end
 _END_SECONDS = 5.0
+_TICK_SECONDS = 1.0
 _ABOUT_OTHER_MODELS = "no --apply_chat_template"
 
 
@@ -108,7 +109,7 @@ def run_quietly(module: str, job: Mapping[str, Any], *, log: Path | None, listen
         module: what to run.
         job: for it, as JSON.
         log: the file that its output is added to; None leaves it on the terminal.
-        listen: called with each event, in another thread.
+        listen: called with each event, and once a second with `tick`, from two threads.
 
     Raises:
         DttError: it failed.
@@ -144,7 +145,10 @@ def run_quietly(module: str, job: Mapping[str, Any], *, log: Path | None, listen
             try:
                 process.stdin.write(json.dumps(job, default=str) + "\n")
                 process.stdin.flush()
-                process.wait()
+                while process.poll() is None:
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(_TICK_SECONDS)
+                    listen({"tick": True})
             except BrokenPipeError:
                 pass  # it died at once and has said why
             except BaseException:

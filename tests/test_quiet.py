@@ -51,6 +51,8 @@ def test_output_goes_into_the_log_and_events_are_told(
 ) -> None:
     told: list[dict[str, Any]] = []
     run_quietly(worker, {"name": "first", "end": ""}, log=tmp_path / "log.txt", listen=told.append)
+    assert {"tick": True} in told
+    told = [event for event in told if "tick" not in event]
     assert capfd.readouterr() == ("", "")
     log = (tmp_path / "log.txt").read_text()
     assert "noise" in log
@@ -72,7 +74,7 @@ def test_a_process_that_fails_is_told_in_a_sentence(worker: str, end: str, sente
     told: list[dict[str, Any]] = []
     with pytest.raises(DttError, match=sentence):
         run_quietly(worker, {"name": "x", "end": end}, log=tmp_path / "log.txt", listen=told.append)
-    assert told[-1].keys() == {"error"}
+    assert [event for event in told if "tick" not in event][-1].keys() == {"error"}
 
 
 def test_without_a_log_the_output_stays_on_the_terminal(worker: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -106,6 +108,7 @@ def test_steps_leave_one_line_each_with_their_time(capsys: pytest.CaptureFixture
         {"done": 1, "total": 2, "what": "x"},
         {"warning": "mind\x1b this"},
         {"warning": "mind\x1b this"},
+        {"tick": True},
         {"step": "second"},
         {"error": "gone"},
         {"step": None},
@@ -115,3 +118,13 @@ def test_steps_leave_one_line_each_with_their_time(capsys: pytest.CaptureFixture
     assert lines[0].startswith("note: mind")
     assert "\x1b" not in lines[0]
     assert [line.split() for line in lines[1:]] == [["first", "0.0", "s"], ["second", "0.0", "s", "failed"]]
+
+
+def test_a_step_without_a_bar_shows_in_a_log_that_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dtt_plugin.progress._LOG_SECONDS", 0.0)
+    steps = Steps(width=10)
+    steps.hear({"step": "load"})
+    steps.hear({"tick": True})
+    assert capsys.readouterr().err.startswith("load ")

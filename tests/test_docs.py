@@ -19,12 +19,14 @@ from tests.conftest import ROOT, lm_eval, write_tokens
 
 PAGES = (
     "README.md",
-    "docs/test-my-model.md",
-    "docs/defend-my-model.md",
     "docs/serve-it.md",
-    "docs/compare-defenses.md",
     "docs/my-own-prompts.md",
     "docs/reproduce-the-paper.md",
+    # They load models several times, in ways that other default tests take.
+    *(
+        pytest.param(page, marks=pytest.mark.slow)
+        for page in ("docs/test-my-model.md", "docs/defend-my-model.md", "docs/compare-defenses.md")
+    ),
 )
 LLAMAS = ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Meta-Llama-3-8B-Instruct")
 MODELS = (*LLAMAS, "Qwen/Qwen2.5-Coder-0.5B-Instruct", "owner/other-model", "HuggingFaceTB/SmolLM2-135M-Instruct")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -64,3 +65,11 @@ def test_a_table_begins_with_a_verdict_from_its_tests_and_has_no_legend_of_its_o
     assert "Told from noise: sandwich to 3/100 = 3.0 % [" in verdict
     assert verdict.endswith("Not told from noise: reminder.**")
     assert "Clopper-Pearson" not in text
+
+
+def test_the_readmes_figures_are_those_of_the_page() -> None:
+    readme = (DOCS.parent / "README.md").read_text()
+    page = (DOCS / "results.md").read_text().replace("\\", "")
+    found = re.findall(r"\d+\.\d % \[\d+\.\d, \d+\.\d\]", readme)
+    assert len(found) >= 4
+    assert [figure for figure in found if figure not in page] == []

@@ -13,6 +13,7 @@ from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 from dtt_plugin.safe_text import one_line
 
 _LOG_SECONDS = 30.0
+_WAITING = "{desc} {elapsed}"
 _STEP = "{desc} {bar:20} {percentage:3.0f} %  {elapsed}, {remaining} left{postfix}"
 
 
@@ -75,11 +76,11 @@ class Steps:
     def begin(self, name: str) -> None:
         """Begin a step; one that runs is over."""
         self.end()
-        self._name, self._begun = name, time.perf_counter()
-        self.advance(0, 1, "")
+        self._name, self._begun, self._shown = name, time.perf_counter(), time.monotonic()
+        self.advance(0, None, "")
 
-    def advance(self, done: float, total: float, what: str) -> None:
-        """Show how far the step's present part is."""
+    def advance(self, done: float, total: float | None, what: str) -> None:
+        """Show how far the step's present part is; without a total, how long it takes already."""
         if not self._name:
             return
         if self._bar is None or (self._bar.total, self._part) != (total, what):
@@ -87,7 +88,7 @@ class Steps:
             self._part = what
             at_once = 0 if _is_terminal(sys.stderr) else 2
             name = self._name.ljust(self._width)
-            self._bar = Bar(total=total, desc=name, leave=False, delay=at_once, bar_format=_STEP)
+            self._bar = Bar(total=total, desc=name, leave=False, delay=at_once, bar_format=_STEP if total else _WAITING)
         self._bar.set_postfix_str(what, refresh=False)
         self._bar.update(done - self._bar.n)
 

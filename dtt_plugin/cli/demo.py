@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"\n{table(outcome)}\n")
     for sentence in sentences(outcome):
-        print(sentence)
+        print(textwrap.fill(sentence, 100))
     print(f"\n{time.perf_counter() - started:.0f} s. Prompts and answers: {args.out / REPORT}")
     print("Next, your own model: dtt doctor MODEL")
     _open(args.out / REPORT)

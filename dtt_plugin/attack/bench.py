@@ -37,7 +37,7 @@ class Bench:
         self.arm = load_arm(options, dtype=dtype)
         if options.method in (CONTINUATION, CANCEL) and not self.arm.model.k:
             raise DttError(f"--method {options.method} attacks DefensiveTokens; give an arm with --tokens FILE.")
-        self._usable = usable_tokens(self.arm.renderer.tokenizer, len(self.arm.model.embed.weight))
+        self.usable = usable_tokens(self.arm.renderer.tokenizer, len(self.arm.model.embed.weight))
         self._data = data_before_suffix(options.start, benchmark.records, benchmark.sentences)
         self._stages: list[SoftPrompt] = [self.arm.model]
         if options.method == CONTINUATION:
@@ -94,7 +94,7 @@ class Bench:
                 progress.flops += sum(objective.flops for objective in objectives)
             budget = replace(self.budget, steps=self.budget.steps * (stage + 1) // len(self._stages))
             greedy = self.options.method != RANDOM_SEARCH
-            if not Search(objectives, self._usable, budget, greedy=greedy, told=told).run(progress):
+            if not Search(objectives, self.usable, budget, greedy=greedy, told=told).run(progress):
                 return progress, None
         assert progress is not None
         return progress, targets

@@ -207,11 +207,12 @@ class Objective:
         Raises:
             DttError: they do not (a recurrent model, for instance).
         """
-        suffix, ids = self.place.start, self.target.ids
+        suffix, ids, flops = self.place.start, self.target.ids, self.flops
         self.of_current(suffix)
         [kept] = self.of_candidates([suffix]).loss.tolist()
         logits = self.soft_prompt.label_logits([Example([*self.place.head, *suffix, *self.place.tail], ids)])
         [whole] = self._losses(logits.unsqueeze(0)).loss.tolist()
+        self.flops = flops  # a run is checked once, however often it is resumed
         exact = self.soft_prompt.embed.weight.dtype == torch.float32
         if not abs(kept - whole) <= (1e-3 if exact else 0.1) * max(1.0, abs(whole)):
             raise DttError(

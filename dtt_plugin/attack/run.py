@@ -58,7 +58,7 @@ def attack(options: AttackOptions, *, progress: bool = False) -> Attacked:
     started = time.perf_counter()
     benchmark = load_benchmark(options.task)
     options.chosen(len(benchmark.records))
-    with _locked(options.out):
+    with _locked(options.out), _told_plainly():
         run = _Run(options, benchmark, _before(options), progress=progress)
         with _Interrupt() as run.interrupt:
             run.go()
@@ -89,6 +89,24 @@ def _locked(out: Path) -> Iterator[None]:
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def _told_plainly() -> Iterator[None]:
+    """Turn a missing package and a memory that is too small for a single pass into a sentence."""
+    try:
+        yield
+    except ImportError as error:
+        raise DttError(f"dtt attack needs {error.name}; install it with pip install 'dtt-plugin[hf]'.") from error
+    except (RuntimeError, MemoryError) as error:
+        from dtt_plugin.training.failures import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        raise DttError(
+            "Out of memory already for one prompt; give --dtype bfloat16, or a smaller model. What was found so far is"
+            " in the file: --resume goes on."
+        ) from error
 
 
 class _Interrupt:

@@ -41,7 +41,7 @@ def soft_attack(objective: Objective, steps: int) -> SoftResult:
     best, hit, step = float("inf"), False, 0
     while True:
         losses = objective.of_vectors(vectors.to(embed.weight.dtype))
-        loss = float(losses.loss[0])
+        loss = float(losses.loss.detach()[0])
         best = min(best, loss)
         hit = (bool(losses.met[0]) or step in (0, steps)) and _is_hit(objective, vectors)
         if step % CURVE_EVERY == 0 or hit or step == steps:

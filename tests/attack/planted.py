@@ -35,6 +35,7 @@ def planted(folder: Path, *, gain: float = 120.0) -> str:
     tensors["model.layers.0.self_attn.v_proj.weight"][0, 0] = 1.0
     tensors["model.layers.0.self_attn.o_proj.weight"][1, 0] = gain
     head[ids["hacked"], 1] = 10.0
+    head[ids["hacked"], 2] = 1.0  # so that this spelling is the likelier from the start
     head[ids["no"], 2] = 10.0
     save_file(tensors, path, metadata={"format": "pt"})
     config = folder / "config.json"

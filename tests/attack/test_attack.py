@@ -81,6 +81,14 @@ def test_where_no_suffix_exists_none_is_claimed(method: str, options: AttackOpti
         assert rates(deaf, options.out, limit=3)["hacked_worst,none"] == 0.0
 
 
+def test_vectors_reach_what_text_reaches_and_are_no_text(options: AttackOptions, model: str) -> None:
+    done = attack(replace(options, method="soft", steps=200)).file
+    assert [suffix.hit for suffix in done.suffixes] == [True, True, True]
+    assert [suffix.suffix for suffix in done.suffixes] == [None, None, None]
+    with pytest.raises(DttError, match="holds no suffix"):
+        rates(model, options.out)
+
+
 def test_a_universal_suffix_is_written_for_the_other_records_only(options: AttackOptions) -> None:
     done = attack(replace(options, method="universal")).file
     assert [suffix.record_id for suffix in done.suffixes] == list(range(3, 48))
@@ -234,6 +242,9 @@ def test_memory_that_is_too_small_halves_the_batch_once_and_then_names_the_setti
     limit = 2
     with pytest.raises(DttError, match=r"Out of memory .* --positions-at-once"):
         attack(replace(options, out=options.out.with_name("b")))
+    limit = 0
+    with pytest.raises(DttError, match="already for one prompt"):
+        attack(replace(options, out=options.out.with_name("c")))
 
 
 def test_quantised_weights_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

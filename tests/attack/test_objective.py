@@ -52,7 +52,7 @@ def variants(suffix: list[int], usable: Any) -> list[list[int]]:
 
 def test_candidates_have_the_losses_of_whole_prompts(bench: Any, objective: Any) -> None:
     suffix = objective.place.start
-    candidates = variants(suffix, bench._usable)
+    candidates = variants(suffix, bench.usable)
     assert float(objective.of_current(suffix).loss[0]) == pytest.approx(whole_loss(objective, suffix), rel=1e-4)
     expected = [whole_loss(objective, candidate) for candidate in candidates]
     for at_once in (1, 40, 100_000):  # the result does not depend on how many are read at once
@@ -66,7 +66,7 @@ def test_the_slope_is_the_change_of_loss_to_first_order(bench: Any, objective: A
     assert float(losses.loss[0]) == pytest.approx(whole_loss(objective, suffix), rel=1e-4)
     embed = objective.soft_prompt.embed
     vectors = embed(torch.tensor([suffix]))
-    place, token, step = 3, int(bench._usable[20]), 1e-2
+    place, token, step = 3, int(bench.usable[20]), 1e-2
     moved = vectors.clone()
     moved[0, place] += step * (embed.weight[token] - vectors[0, place])
     change = float(objective.of_vectors(moved).loss[0] - objective.of_vectors(vectors).loss[0]) / step
@@ -86,7 +86,7 @@ def test_answers_are_those_of_plain_generation(objective: Any) -> None:
 
 def test_barred_tokens_are_never_usable(bench: Any) -> None:
     tokenizer = bench.arm.renderer.tokenizer
-    usable = set(bench._usable.tolist())
+    usable = set(bench.usable.tolist())
     barred = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
     assert len(barred) >= 8, "the chat markers and the five DefensiveTokens"
     assert not usable & barred
@@ -103,7 +103,7 @@ def test_no_suffix_that_counts_holds_a_control_token_after_the_round_trip(bench:
     pieces = [
         tokenizer.encode(text) for text in ("<|im_end|", "|>", "<|", "im_start", "[Defensive", "Token0]", "\n", " ")
     ]
-    chunk = st.one_of(st.sampled_from(pieces), st.sampled_from(bench._usable.tolist()).map(lambda i: [i]))
+    chunk = st.one_of(st.sampled_from(pieces), st.sampled_from(bench.usable.tolist()).map(lambda i: [i]))
     suffix = [i for piece in data.draw(st.lists(chunk, min_size=1, max_size=8)) for i in piece]
     controls = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
     if place.admits(suffix):

@@ -5,7 +5,7 @@
 MODEL is a chat model's folder, PYTHON that of an environment with nanogcg 0.3.0, for instance
 
     python -m venv nano && nano/bin/pip install --no-deps nanogcg==0.3.0
-    python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(ls -d nano/lib/python3*/site-packages)/lent.pth
+    python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > nano/lib/python3.11/site-packages/lent.pth
 
 which lends it torch and transformers. Its cache of the prefix fails on transformers 5, so it runs without. Each runs
 in a process of its own, on the same record, start, target, candidates and data type. Seconds are of the processor
@@ -73,10 +73,8 @@ def main() -> int:
     print(f"\n{args.candidates} candidates, {TOKENS} tokens, {dtype}, {args.steps} steps of each\n")
     print("| | processor s/step | s/step | times dtt | peak memory |\n|---|---|---|---|---|")
     for name, row in found.items():
-        per_step = [row[key] / args.steps for key in ("processor", "clock")]
-        print(
-            f"| {name} | {per_step[0]:.2f} | {per_step[1]:.2f} | {row['processor'] / base:.1f} | {row['peak_mb']:.0f} MB |"
-        )
+        processor, clock = row["processor"] / args.steps, row["clock"] / args.steps
+        print(f"| {name} | {processor:.2f} | {clock:.2f} | {row['processor'] / base:.1f} | {row['peak_mb']:.0f} MB |")
     wanted = {WHOLE: TIMES_WHOLE, NANO: TIMES_NANO}
     good = all(found[name]["processor"] >= times * base for name, times in wanted.items() if name in found)
     print(f"\nat least {TIMES_WHOLE:g} x faster than whole prompts, {TIMES_NANO:g} x than nanoGCG: {good}")

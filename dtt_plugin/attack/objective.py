@@ -87,8 +87,10 @@ class Objective:
         """Read vectors (n, positions, d) behind `past`; return logits (n, keep, V) float32, and the longer cache."""
         n, positions = vectors.shape[:2]
         cache = DynamicCache([(key.expand(n, -1, -1, -1), value.expand(n, -1, -1, -1)) for key, value in past])
+        # As positions: behind a slice, which is not contiguous, torch would copy the whole head for every candidate.
+        last = torch.arange(positions - keep, positions, device=vectors.device)
         output = self.soft_prompt.model(
-            inputs_embeds=vectors, past_key_values=cache, use_cache=True, logits_to_keep=keep
+            inputs_embeds=vectors, past_key_values=cache, use_cache=True, logits_to_keep=last
         )
         self.flops += n * (positions * self._block_flops + keep * self._head_flops)
         return output.logits.float(), [(layer.keys.detach(), layer.values.detach()) for layer in cache.layers]

@@ -12,6 +12,7 @@ from dtt_plugin.data.benchmark_files import load_benchmark
 from dtt_plugin.data.sources import CYBERSECEVAL2_FILE
 from dtt_plugin.errors import DttError
 from dtt_plugin.leaderboard.samples import read_response, sorted_samples
+from dtt_plugin.leaderboard.untrusted import as_table, load_json, read_file
 from dtt_plugin.tasks.metrics import is_hacked
 from dtt_plugin.tasks.rules import parse_rule
 
@@ -52,9 +53,11 @@ def read_questions(path: Path) -> list[Question]:
         path: `samples_<task>_<time>.jsonl`, or a folder that holds one such file at any depth.
 
     Raises:
-        DttError: there is no such file or more than one, it is malformed, or it has no attacked response.
+        DttError: there is no such file or more than one, it is malformed, it has no attacked response, or early
+            decision cut its responses.
     """
     file = _samples_file(path)
+    _check_whole(file)
     task = file.name.removeprefix("samples_").rpartition("_")[0]
     questions = [
         _question(task, sample, index, variant)
@@ -75,6 +78,16 @@ def _samples_file(path: Path) -> Path:
         named = ", ".join(str(file) for file in found[:3]) or "none"
         raise DttError(f"{path} holds {len(found)} samples files, and one is wanted ({named}); give the file.")
     return found[0]
+
+
+def _check_whole(samples: Path) -> None:
+    stamp = samples.stem.rpartition("_")[2]
+    for results in samples.parent.glob(f"*{stamp}.json"):
+        if as_table(load_json(read_file(results), str(results)), "config", "dtt_plugin").get("early_decision"):
+            raise DttError(
+                f"A judge needs whole responses, and early_decision cut those of {samples}; run it without"
+                " early_decision."
+            )
 
 
 def _question(task: str, sample: Mapping[str, Any], index: int, variant: Mapping[str, Any]) -> Question:

@@ -316,6 +316,18 @@ def test_a_folder_must_hold_one_samples_file(tmp_path: Path) -> None:
         read_questions(tmp_path)
 
 
+@pytest.mark.parametrize("cut", [True, False])
+def test_responses_that_early_decision_cut_are_not_judged(tmp_path: Path, cut: bool) -> None:
+    samples = write_samples(tmp_path, SAMPLES)
+    results = tmp_path / samples.name.replace("samples_injection_demo", "results").replace(".jsonl", ".json")
+    results.write_text(json.dumps({"config": {"dtt_plugin": {"early_decision": cut}}}))
+    if not cut:
+        assert len(read_questions(samples)) == 5
+        return
+    with pytest.raises(DttError, match="A judge needs whole responses"):
+        read_questions(samples)
+
+
 @pytest.mark.parametrize(
     ("clean", "attacked", "put"),
     [

@@ -11,7 +11,8 @@ import pytest
 from dtt_plugin.errors import DttError
 from dtt_plugin.tasks.bipia_injection.dataset import bipia, bipia_code
 from dtt_plugin.tasks.bipia_injection.positions import POSITIONS
-from tests.conftest import evaluate
+from dtt_plugin.tasks.metrics import process_results
+from tests.conftest import evaluate, our_tasks
 from tests.tasks.scripted import prompts_digest, rates
 
 DIGESTS = {
@@ -107,29 +108,27 @@ def test_a_model_that_obeys_the_data_is_hacked_and_one_that_answers_is_not(docum
         attack = by_record[request["record_id"]]["name"].partition("/")[2]
         return next(text for name, text in FOLLOWS.items() if attack.startswith(name))
 
-    def answer(request: dict[str, Any]) -> str:
-        gold = by_record[request["record_id"]]["variants"][-1]["answer"]
-        return f"The answer is {' and '.join(gold['texts']) if gold else 'not there'}."
-
     obeying = rates("bipia_injection", obey, limit=24)
     assert obeying["hacked"] == obeying["hacked_max"] == obeying["control"] == 1
     assert {"hacked_email", "hacked_table", "hacked_emoji", "hacked_language"} <= obeying.keys()
-    good = rates("bipia_injection", answer, limit=24)
-    assert good["hacked"] == good["control"] == good["empty"] == 0
-    assert good["answered"] == good["answered_under_attack"] == 1
+    for document in by_record.values():
+        gold = document["variants"][-1]["answer"]
+        answer = f"The answer is {' and '.join(gold['texts']) if gold else 'not there'}."
+        good = process_results(document, [answer] * 5)
+        assert (good["hacked"], good["control"], good["empty"]) == (0, 0, 0)
+        assert not gold or good["answered"] == good["answered_under_attack"] == 1
 
 
-def test_a_real_model_runs_through_both_tasks(tiny: str, benchmark_data: Path) -> None:
-    found = evaluate(
-        "dtt_hf",
-        {"pretrained": tiny, "dtype": "float32", "max_length": 16384},
-        tasks=["bipia_injection", "bipia_injection_code"],
-        limit=1,
-        batch_size=1,
-    )
-    for task in ("bipia_injection", "bipia_injection_code"):
-        assert {"hacked,none", "control,none", "chance,none", "empty,none"} <= found["results"][task].keys()
-        assert len(found["samples"][task][0]["resps"]) == 5
+def test_a_real_model_runs_through_the_task(tiny: str, benchmark_data: Path) -> None:
+    arguments = {"pretrained": tiny, "dtype": "float32", "max_length": 16384}
+    found = evaluate("dtt_hf", arguments, tasks=["bipia_injection"], limit=1)
+    assert {"hacked,none", "control,none", "chance,none", "empty,none"} <= found["results"]["bipia_injection"].keys()
+    assert len(found["samples"]["bipia_injection"][0]["resps"]) == 5
+
+
+def test_the_code_task_is_found_by_name(code_documents: Any) -> None:
+    task = our_tasks().load("bipia_injection_code")["tasks"]["bipia_injection_code"]
+    assert list(task.eval_docs["name"]) == list(code_documents["name"])
 
 
 def test_missing_data_names_the_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,8 +108,9 @@ def scipy(folder: Path) -> dict[str, Any]:
     from scipy.linalg import orthogonal_procrustes
 
     from dtt_plugin.alignment.anchors import choose_anchors
-    from dtt_plugin.alignment.heldout import random_rotation, retrieval
+    from dtt_plugin.alignment.heldout import retrieval
     from dtt_plugin.alignment.options import AlignmentOptions
+    from dtt_plugin.alignment.rotations import mixing_rotation
     from dtt_plugin.checkpoint.opening import open_checkpoint
     from dtt_plugin.checkpoint.vocabulary import load_vocabulary
 
@@ -128,7 +129,7 @@ def scipy(folder: Path) -> dict[str, Any]:
     x[held] = 0  # a row of zeros adds nothing to X^T Y, and no copy is needed
     refitted, _ = orthogonal_procrustes(x, y)
     predicted = x_held @ refitted.astype(np.float32)
-    null = random_rotation(predicted, np.random.default_rng([0, 2]))
+    null = mixing_rotation(predicted, np.random.default_rng([0, 2]))
     figures = [retrieval(rows, y_held).__dict__ for rows in (predicted, null)]
     finished = time.perf_counter()
     np.save(folder / "scipy.npy", W)

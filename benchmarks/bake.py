@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import shutil
@@ -22,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, models
+
+from dtt_plugin.checkpoint.tensors import safetensors_header
 
 WIDTH, ROWS, INNER, KV = 4096, 128256, 14336, 1024
 SHARD = 5_000_000_000
@@ -79,17 +82,12 @@ def build(folder: Path, layers: int) -> None:
     files: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        header, position = {}, 0
-        for name, shape in shard.items():
-            size = 2 * int(np.prod(shape))
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, position + size]}
-            position += size
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
+        entries = [(name, "BF16", shape, 2 * math.prod(shape)) for name, shape in shard.items()]
+        left = sum(nbytes for *_, nbytes in entries)
         with (folder / file).open("wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            while position:
-                position -= out.write(noise[: min(len(noise), position)])
+            out.write(safetensors_header(entries))
+            while left:
+                left -= out.write(noise[: min(len(noise), left)])
         files |= dict.fromkeys(shard, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH}

@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from dtt_plugin.alignment.heldout import random_rotation
+from dtt_plugin.alignment.rotations import mixing_rotation
+from dtt_plugin.checkpoint.tensors import safetensors_header
 
 EMBEDDING = "model.embed_tokens.weight"
 ROW_NORM = 0.65  # of Llama-3's vocabulary
@@ -31,11 +32,8 @@ def write_pair(folder: Path, rows: int, width: int, *, relative_residual: float 
         tokenizer = {"model": {"type": "BPE", "vocab": vocab, "merges": []}, "decoder": {"type": "ByteLevel"}}
         (path / "tokenizer.json").write_text(json.dumps(tokenizer))
     files = [(path / "model.safetensors").open("wb") for path in folders]
-    header = {EMBEDDING: {"dtype": "BF16", "shape": [rows, width], "data_offsets": [0, 2 * rows * width]}}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     for file in files:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(safetensors_header([(EMBEDDING, "BF16", [rows, width], 2 * rows * width)]))
     generator = np.random.default_rng(seed)
     spectrum = (1 / np.sqrt(np.arange(1, width + 1))).astype(np.float32)
     spectrum *= ROW_NORM / np.linalg.norm(spectrum)
@@ -45,8 +43,8 @@ def write_pair(folder: Path, rows: int, width: int, *, relative_residual: float 
         count = min(_BLOCK, rows - start)
         x = generator.standard_normal((count, width), dtype=np.float32) * spectrum
         e = generator.standard_normal((count, width), dtype=np.float32) * spectrum * noise
-        _write(files[0], random_rotation(x, np.random.default_rng(1)))
-        _write(files[1], random_rotation(x + e, np.random.default_rng(2)))
+        _write(files[0], mixing_rotation(x, np.random.default_rng(1)))
+        _write(files[1], mixing_rotation(x + e, np.random.default_rng(2)))
     for file in files:
         file.close()
     return folders

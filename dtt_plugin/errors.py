@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class DttError(ValueError):
+class DttError(Exception):
     """Bad input. The message is one sentence: what is wrong, in which file or argument, what to do.
 
     The command line prints it and exits with code 2.

@@ -241,11 +241,7 @@ def install_tokens(model: Any, tokenizer: Any, tokens: DefensiveTokens, *, name:
                 " first (PEFT's merge_and_unload, then save_pretrained) and give that folder without peft=."
             )
     weight = embedding.weight
-    if tokens.width != weight.shape[1]:
-        raise DttError(
-            f"tokens= has rows of width {tokens.width} (made for {tokens.model}), {name} has width"
-            f" {weight.shape[1]}; transfer them first with `dtt align` and `dtt transfer`."
-        )
+    tokens.check_width(weight.shape[1], name="tokens=", model=name)
     from transformers import AddedToken
 
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in names], special_tokens=True)

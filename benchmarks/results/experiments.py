@@ -161,7 +161,7 @@ def probe(folder: Path, model: str, files: Files, data: str) -> None:
     with bench.bar:
         bench.baseline()
         for name, tokens in todo.items():
-            bench.check_width(name, tokens)
+            tokens.check_width(bench.width, name=name, model=model)
             measured = {
                 "model": Path(model).resolve().name,
                 "digest": tokens.digest,

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from dtt_plugin.alignment.engine import NumpyEngine
 from dtt_plugin.alignment.linear import fit_linear
 from dtt_plugin.alignment.moments import Moments
+from dtt_plugin.alignment.rotations import haar_rotation
 from dtt_plugin.errors import DttError
 from dtt_plugin.probe.bench import Bench
 from dtt_plugin.probe.run import SHIPPED_DATA
@@ -36,7 +37,6 @@ from dtt_plugin.training.chat_model import load_chat_model
 from dtt_plugin.training.held_out import HeldOut
 from dtt_plugin.training.records import load_training_data
 from dtt_plugin.training.soft_prompt import SoftPrompt
-from dtt_plugin.transfer.move import haar_rotation
 
 TEXT_TOKENS = 4000
 HELD_OUT = 0.1
@@ -195,8 +195,7 @@ def ceiling(source: str, target: str, tokens_file: Path, data: str = SHIPPED_DAT
     """
     tokens, loaded = load_tokens(tokens_file), load_training_data(data)
     from_chat = load_chat_model(source, prompt_format=tokens.prompt_format)
-    if tokens.width != from_chat.model.get_input_embeddings().weight.shape[1]:
-        raise DttError(f"{tokens_file} has rows of width {tokens.width}, which are not for {source}.")
+    tokens.check_width(from_chat.model.get_input_embeddings().weight.shape[1], name=tokens_file, model=source)
     texts: list[list[int]] = []
     for record in loaded.records:
         if sum(map(len, texts)) < TEXT_TOKENS:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from dtt_plugin.alignment.engine import Engine, Matrix
 from dtt_plugin.alignment.polar import Polar, polar_factor
+from dtt_plugin.alignment.rotations import mixing_rotation
 
 # Up to this width a second exact fit costs under a second.
 _EXACT_UP_TO = 1024
@@ -93,7 +94,7 @@ def held_out_figures(
     lengths = np.linalg.norm(x, axis=1)
     retained = np.linalg.norm(predicted, axis=1)[lengths > 0] / lengths[lengths > 0]
     # Turning the predictions once more turns the map: the null needs no map of its own.
-    null = random_rotation(predicted, np.random.default_rng([seed, 2]))
+    null = mixing_rotation(predicted, np.random.default_rng([seed, 2]))
     with ThreadPoolExecutor(2, "dtt-retrieval") as pool:  # each has one thread's work
         aligned, by_chance = pool.map(retrieval, (predicted, null), (targets, targets))
     return HeldOut(
@@ -138,19 +139,6 @@ def _first_order(
     # SciPy's, because numpy's solvers convert to float64; the transpose is in the order that needs no copy.
     factors = linalg.lu_factor(K.T, overwrite_a=True, check_finite=False)
     return linalg.lu_solve(factors, turned.T, trans=1, overwrite_b=True, check_finite=False).T, b
-
-
-def random_rotation(rows: NDArray[np.float32], generator: np.random.Generator) -> NDArray[np.float32]:
-    """Apply a seeded random orthogonal map to `rows` (n, d): three rounds of random signs and a cosine transform.
-
-    A drawn d x d matrix would have to be orthogonalised first, which costs seconds and changes nothing here.
-    """
-    from scipy import fft
-
-    for _ in range(3):
-        signs = generator.integers(0, 2, rows.shape[1]).astype(np.float32) * 2 - 1
-        rows = fft.dct(rows * signs, norm="ortho", axis=1)
-    return rows
 
 
 def retrieval(predicted: NDArray[np.float32], targets: NDArray[np.float32]) -> Retrieval:

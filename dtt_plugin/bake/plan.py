@@ -142,11 +142,7 @@ def _check_base(
             f"{embedding.name} of {checkpoint.name} has the type {embedding.dtype}; "
             "only bfloat16, float16 and float32 embeddings can take DefensiveTokens."
         )
-    if embedding.shape[1] != tokens.width:
-        raise DttError(
-            f"The tokens have width {tokens.width} and {checkpoint.name} has width {embedding.shape[1]}; "
-            f"they were made for {tokens.model or 'another model'}: transfer them with `dtt transfer`."
-        )
+    tokens.check_width(embedding.shape[1], name="The token file", model=checkpoint.name)
     if family := always_tied(checkpoint.config()):
         raise DttError(
             f"{checkpoint.name} ({family}) computes its output from the input embedding in every engine that vLLM "

@@ -24,7 +24,7 @@ import numpy as np
 
 from dtt_plugin.bake.plan import BakePlan, TensorChange
 from dtt_plugin.checkpoint.folder import HEAD_NAMES, INDEX_FILE, is_copy, read_json_table, shards_of_index
-from dtt_plugin.checkpoint.tensors import TensorLocation, read_header
+from dtt_plugin.checkpoint.tensors import TensorLocation, read_header, safetensors_header
 from dtt_plugin.errors import DttError
 from dtt_plugin.progress import Bar
 
@@ -155,21 +155,12 @@ def _copy_file(source: Path, target: Path) -> None:
 
 
 def _write_file(path: Path, tensors: Sequence[_Tensor], metadata: dict[str, str], *, data_start: int) -> None:
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    position = 0
-    for tensor in tensors:
-        header[tensor.name] = {
-            "dtype": tensor.source.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [position, position + tensor.nbytes],
-        }
-        position += tensor.nbytes
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    entries = [(tensor.name, tensor.source.dtype, tensor.shape, tensor.nbytes) for tensor in tensors]
     # The data starts where the source's does, modulo the block size: a file system that can share blocks
     # shares them only there.
-    text += b" " * ((data_start - 8 - len(text)) % _ALIGNMENT)
+    header = safetensors_header(entries, metadata or None, align=_ALIGNMENT, remainder=data_start)
     with path.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
+        out.write(header)
         out.flush()
         for tensor in Bar(tensors, desc=f"writing {path.name}", unit=" tensors", leave=False):
             _write_tensor(out.fileno(), tensor)
@@ -194,7 +185,8 @@ def _copy_range(source: int, offset: int, target: int, position: int, count: int
     offset, position, count = offset + count_shared, position + count_shared, count - count_shared
     while count:
         try:
-            done = os.copy_file_range(source, target, min(count, 1 << 30), offset, position)
+            in_kernel = hasattr(os, "copy_file_range")  # not on macOS
+            done = os.copy_file_range(source, target, min(count, 1 << 30), offset, position) if in_kernel else 0
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise

@@ -93,8 +93,6 @@ def read_json_table(path: Path, *, missing: dict[str, Any] | None = None) -> dic
         raise DttError(f"{path} is missing; download the checkpoint again.") from error
     except OSError as error:
         raise DttError(f"{path} can't be read: {error.strerror}.") from error
-    except DttError:
-        raise
     except ValueError as error:
         raise DttError(f"{path} is not valid JSON ({error}); download it again.") from error
     if not isinstance(value, dict):

@@ -9,7 +9,8 @@ object, never a whole file in memory, no memory map.
 from __future__ import annotations
 
 import os.path
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +48,6 @@ class Checkpoint:
     """The hub commit, for a hub id."""
     weight_files: tuple[Path, ...] = ()
     """Of the safetensors files that are there."""
-    _cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def config(self) -> dict[str, Any]:
         """Return config.json; empty where a single file has none beside it.
@@ -55,25 +55,25 @@ class Checkpoint:
         Raises:
             DttError: it is not a JSON table.
         """
-        if "config" not in self._cache:
-            self._cache["config"] = read_json_table(self.folder / "config.json", missing={})
-        config: dict[str, Any] = self._cache["config"]
-        return config
+        return self._config
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        return read_json_table(self.folder / "config.json", missing={})
 
     def tensors(self) -> dict[str, TensorLocation]:
         """Return where every tensor of the present weight files lies, from their checked headers."""
-        if "tensors" not in self._cache:
-            found: dict[str, TensorLocation] = {}
-            for file in self.weight_files:
-                for name, location in read_header(file)[0].items():
-                    if name in found:
-                        raise DttError(
-                            f"The tensor {name} is in both {found[name].file} and {file}; remove one of them."
-                        )
-                    found[name] = location
-            self._cache["tensors"] = found
-        tensors: dict[str, TensorLocation] = self._cache["tensors"]
-        return tensors
+        return self._tensors
+
+    @cached_property
+    def _tensors(self) -> dict[str, TensorLocation]:
+        found: dict[str, TensorLocation] = {}
+        for file in self.weight_files:
+            for name, location in read_header(file)[0].items():
+                if name in found:
+                    raise DttError(f"The tensor {name} is in both {found[name].file} and {file}; remove one of them.")
+                found[name] = location
+        return found
 
     def input_embedding(self) -> TensorLocation:
         """Return the input embedding, [rows, width].

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,25 +230,40 @@ def _corrupt(path: Path, why: str) -> DttError:
     return DttError(f"{path} is not a whole safetensors file ({why}); download it again.")
 
 
+def safetensors_header(
+    entries: Iterable[tuple[str, str, Sequence[int], int]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    align: int = 8,
+    remainder: int = 0,
+) -> bytes:
+    """Return what stands in front of the data of a safetensors file: the header's length and the header.
+
+    Args:
+        entries: name, dtype as the format spells it, shape and size in bytes of each tensor, in the order of the data.
+        metadata: in this order; none is no entry.
+        align: the data start at `remainder` modulo this.
+        remainder: see `align`.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata is not None else {}
+    position = 0
+    for name, dtype, shape, nbytes in entries:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
+        position += nbytes
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * ((remainder - 8 - len(text)) % align)
+    return len(text).to_bytes(8, "little") + text
+
+
 def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
     """Write float32/float64 arrays as safetensors whose bytes depend on the contents alone.
 
     The library's writer keeps the metadata in a hash map, whose order changes from run to run.
     """
     names = {"float32": "F32", "float64": "F64"}
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    position = 0
-    for name, tensor in tensors.items():
-        header[name] = {
-            "dtype": names[tensor.dtype.name],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, position + tensor.nbytes],
-        }
-        position += tensor.nbytes
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    entries = [(name, names[tensor.dtype.name], tensor.shape, tensor.nbytes) for name, tensor in tensors.items()]
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(safetensors_header(entries, dict(sorted(metadata.items()))))
         for tensor in tensors.values():
             little_endian = np.ascontiguousarray(tensor, tensor.dtype.newbyteorder("<"))
             file.write(little_endian.data.cast("B"))

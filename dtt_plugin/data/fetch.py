@@ -64,8 +64,6 @@ def literal_sentences(downloaded: Path) -> str:
         )
         sentences = ast.literal_eval(literal)
         return json.dumps(sentences, indent=2)
-    except DttError:
-        raise
     # Python's parser ends in one of the last three on nested or unhashable literals.
     except (SyntaxError, ValueError, StopIteration, TypeError, RecursionError, MemoryError) as error:
         raise DttError(f"The download of {SENTENCES_FILE} has no literal {_SENTENCES_NAME} any more.") from error

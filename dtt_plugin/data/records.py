@@ -23,6 +23,8 @@ TOKENS_FILE = "defensivetokens.json"
 PUBLISHED = "published"
 """In place of a token file: the published tokens in the data folder."""
 DATA_DIR_VARIABLE = "DTT_DATA_DIR"
+PLACEHOLDER = "{injected_prompt}"
+"""In an ignore-attack sentence: where the injected prompt goes."""
 
 _LARGEST_DATA = 256 << 20
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -37,7 +39,7 @@ class Record(TypedDict):
 
 
 class IgnoreSentences(NamedTuple):
-    """The ignore-attack sentences, each with the placeholder `{injected_prompt}`."""
+    """The ignore-attack sentences, each with `PLACEHOLDER`."""
 
     train: list[str]
     test: list[str]
@@ -73,8 +75,6 @@ def read_json(path: Path) -> Any:
     """
     try:
         return reading.read_json(path, most=_LARGEST_DATA)
-    except DttError:
-        raise
     except (OSError, ValueError) as error:
         raise DttError(f"{path} is not readable JSON ({error}); restore the file or fetch it again.") from error
 
@@ -119,8 +119,8 @@ def load_sentences(path: Path, *, allow_modified: bool = False) -> IgnoreSentenc
         if not isinstance(sentences, list) or not sentences:
             raise DttError(f"{path} has no list of sentences called {part!r}; fetch it again with `dtt fetch`.")
         for number, sentence in enumerate(sentences):
-            if not isinstance(sentence, str) or "{injected_prompt}" not in sentence:
-                raise DttError(f"{path}: {part} sentence {number} lacks the placeholder {{injected_prompt}}.")
+            if not isinstance(sentence, str) or PLACEHOLDER not in sentence:
+                raise DttError(f"{path}: {part} sentence {number} lacks the placeholder {PLACEHOLDER}.")
         if not allow_modified:
             known = _known_digests()["sentences"][part]
             _compare(path, f"{part} sentence", [_digest(sentence) for sentence in sentences], known)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
-from dtt_plugin.data.records import ASSETS, IgnoreSentences, Record
+from dtt_plugin.data.records import ASSETS, PLACEHOLDER, IgnoreSentences, Record
 from dtt_plugin.files.digests import sha256_bytes
 
 FILE = ASSETS / "separation.json"
@@ -50,7 +50,7 @@ def digests(records: Sequence[Record], sentences: IgnoreSentences) -> dict[str, 
         "record_essences": sorted({_essence(record["instruction"], record["input"]) for record in records}),
         "record_passages": _passages([*prompts, *(record["input"] for record in records)]),
         "sentence_essences": sorted({_essence(sentence) for sentence in sentences.test}),
-        "sentence_passages": _passages([sentence.replace("{injected_prompt}", "") for sentence in sentences.test]),
+        "sentence_passages": _passages([sentence.replace(PLACEHOLDER, "") for sentence in sentences.test]),
     }
 
 

@@ -88,11 +88,9 @@ def holds(condition: str, runs: Mapping[str, Run]) -> bool:
     wrong = DttError(f"--fail-if {condition[:_LONGEST]!r} is not a condition; it is made of: {HELP}.")
     try:
         if len(condition) > _LONGEST:
-            raise wrong
+            raise ValueError("too long")
         value = _value(ast.parse(condition.strip(), mode="eval").body, runs)
     except (SyntaxError, ValueError, RecursionError, MemoryError, ArithmeticError, TypeError, AttributeError) as error:
-        if isinstance(error, DttError) and error is not wrong:
-            raise
         raise wrong from error
     if not isinstance(value, bool):
         raise DttError(f"--fail-if {condition!r} is a number, not a condition; compare it, for instance with > 0.05.")

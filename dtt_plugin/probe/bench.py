@@ -9,12 +9,10 @@ import torch
 
 from dtt_plugin.checkpoint.opening import open_checkpoint
 from dtt_plugin.checkpoint.state import state
-from dtt_plugin.errors import DttError
 from dtt_plugin.probe.measure import divergences, label_distributions, log_odds, scores
 from dtt_plugin.probe.prompts import LABEL_TOKENS, N_RECORDS, probe_prompts
 from dtt_plugin.probe.verdict import Effect, Figure, closed_share
 from dtt_plugin.progress import Bar
-from dtt_plugin.tokens.files import DefensiveTokens
 from dtt_plugin.training.chat_model import load_chat_model
 from dtt_plugin.training.labels import self_labels
 from dtt_plugin.training.records import TrainingData
@@ -49,18 +47,6 @@ class Bench:
         self.undefended = SoftPrompt(self.chat.model, torch.empty(0, self.width))
         total = (BASELINE + rounds) * N_RECORDS
         self.bar = Bar(total=total, desc="probing", unit=" prompts", disable=not progress)
-
-    def check_width(self, name: object, tokens: DefensiveTokens) -> None:
-        """Refuse tokens of another width; `name` is what they are called.
-
-        Raises:
-            DttError: another width.
-        """
-        if tokens.width != self.width:
-            raise DttError(
-                f"{name} has rows of width {tokens.width} (made for {tokens.model}), {self.name} has width"
-                f" {self.width}; transfer them first with `dtt align` and `dtt transfer`."
-            )
 
     def baseline(self) -> None:
         """Measure the model without tokens."""

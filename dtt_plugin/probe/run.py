@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dtt_plugin.alignment.rotations import haar_rotation
 from dtt_plugin.data.records import read_json
 from dtt_plugin.errors import DttError
 from dtt_plugin.probe.verdict import Effect, Figure, Judgement, Reference, judge, z_score
 from dtt_plugin.tokens.files import DefensiveTokens, load_tokens
 from dtt_plugin.training.records import load_training_data
-from dtt_plugin.transfer.move import haar_rotation
 
 if TYPE_CHECKING:
     from dtt_plugin.probe.bench import Bench
@@ -105,7 +105,7 @@ def probe(options: ProbeOptions, *, progress: bool = False) -> ProbeReport:
     rounds = 2 * len(files) + options.isometries * len(options.tokens)
     bench = Bench(options.model, data, prompt_format=formats[0], dtype=options.dtype, rounds=rounds, progress=progress)
     for file, loaded in zip(files, tokens, strict=True):
-        bench.check_width(file, loaded)
+        loaded.check_width(bench.width, name=file, model=options.model)
     with bench.bar:
         bench.baseline()
         measured = [bench.effect(loaded.rows) for loaded in tokens]

@@ -85,9 +85,9 @@ def tune(options: ProbeOptions, *, progress: bool = False) -> tuple[Tuned, Defen
         rounds=2 * MOST_TRIALS + 2 * (native is not None),
         progress=progress,
     )
-    bench.check_width(file, tokens)
+    tokens.check_width(bench.width, name=file, model=options.model)
     if native is not None:
-        bench.check_width(options.native, native)
+        native.check_width(bench.width, name=options.native, model=options.model)
     with bench.bar:
         bench.baseline()
         if native is not None:

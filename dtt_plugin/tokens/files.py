@@ -77,6 +77,23 @@ class DefensiveTokens:
         """Width of the embedding space, d."""
         return int(self.rows.shape[1])
 
+    def check_width(self, width: int, *, name: object, model: str) -> None:
+        """Refuse a model of another width.
+
+        Args:
+            width: of the model's embedding.
+            name: what the tokens are called, such as their file.
+            model: the model's name.
+
+        Raises:
+            DttError: the widths differ.
+        """
+        if self.width != width:
+            raise DttError(
+                f"{name} has rows of width {self.width} (made for {self.model}), {model} has width {width}; transfer"
+                " them first with `dtt align` and `dtt transfer`."
+            )
+
     @property
     def digest(self) -> str:
         """SHA-256 of the shape and the little-endian float32 values."""
@@ -156,8 +173,6 @@ def _upstream_table(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the entries by model, and what `save_upstream_json` noted about each."""
     try:
         table = read_json(path, pairs_hook=_without_duplicates)
-    except DttError:
-        raise
     except _TwiceError as error:
         raise DttError(f"{path}: the name {error.args[0]!r} stands there twice; remove one of the two.") from error
     except ValueError as error:

@@ -47,11 +47,7 @@ def start_rows(options: TrainingOptions, tokens: Any, embedding: Any, encode: An
 
     width = embedding.weight.shape[1]
     if tokens is not None:
-        if tokens.width != width:
-            raise DttError(
-                f"--init {options.init} has rows of width {tokens.width}, {options.model} has width {width};"
-                " transfer them first with `dtt align` and `dtt transfer`."
-            )
+        tokens.check_width(width, name=f"--init {options.init}", model=options.model)
         return torch.from_numpy(tokens.rows.copy())
     if options.init == RANDOM:
         generator = torch.Generator().manual_seed(options.seed)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from dtt_plugin.alignment.engine import Matrix
 from dtt_plugin.alignment.result import Alignment
+from dtt_plugin.alignment.rotations import haar_rotation
 from dtt_plugin.errors import DttError
 from dtt_plugin.tokens.files import DefensiveTokens
 from dtt_plugin.tokens.licence import inherited, origin_of
@@ -97,26 +98,6 @@ def _moved(tokens: DefensiveTokens, alignment: Alignment | None, method: str, wi
         raise DttError(f"The widths are equal ({width}), so there is nothing to pad; use --method copy.")
     rows = np.pad(tokens.rows.astype(np.float64), ((0, 0), (0, max(width - tokens.width, 0))))
     return (haar_rotation(rows, np.random.default_rng(seed)) if method == "random" else rows)[:, :width]
-
-
-def haar_rotation(rows: NDArray[np.float64], generator: np.random.Generator) -> Matrix:
-    """Apply a uniformly random orthogonal map to `rows` (k, d) without forming it.
-
-    One Householder reflection of a random vector per dimension, each in one dimension less, and a random sign
-    (G. W. Stewart, SIAM J. Numer. Anal. 17, 1980). The map depends on the generator and d alone.
-    """
-    rows = rows.copy()
-    d = rows.shape[1]
-    signs = np.empty(d)
-    for start in range(d - 1):
-        v = generator.standard_normal(d - start)
-        signs[start] = -1.0 if v[0] >= 0 else 1.0
-        v[0] -= signs[start] * np.linalg.norm(v)
-        part = rows[:, start:]
-        part -= np.outer(part @ v, v * (2 / (v @ v)))
-    signs[-1] = generator.choice([-1.0, 1.0])
-    turned: Matrix = rows * signs
-    return turned
 
 
 def _rescaled(

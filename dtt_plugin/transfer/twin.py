@@ -18,6 +18,7 @@ For the llama and qwen2 architectures; the folding is the one of SliceGPT
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtt_plugin.checkpoint.opening import Checkpoint, TensorLocation, open_checkpoint
+from dtt_plugin.checkpoint.tensors import safetensors_header
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.staging import staged
 from dtt_plugin.progress import Bar
@@ -56,15 +58,6 @@ _EMBEDDING, _FINAL_NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight
 _CARRIED = (".json", ".txt", ".model", ".jinja")
 
 
-def random_rotation(width: int, *, seed: int) -> NDArray[np.float64]:
-    """Return a uniformly random orthogonal matrix, (width, width)."""
-    gaussian = np.random.default_rng(seed).standard_normal((width, width))
-    q, r = np.linalg.qr(gaussian)
-    # Without the signs the distribution would not be uniform (Mezzadri, arXiv math-ph/0609050).
-    rotation: NDArray[np.float64] = q * np.sign(np.diag(r))
-    return rotation
-
-
 def turn_tokens(tokens: DefensiveTokens, rotation: NDArray[np.float64], *, model: str) -> DefensiveTokens:
     """Return `tokens` (k, d) in the twin's space: rows times `rotation` (d, d)."""
     rows = (tokens.rows.astype(np.float64) @ rotation).astype(np.float32)  # (k, d)
@@ -87,6 +80,8 @@ def write_twin(model: str, out: Path, *, seed: int = 0, dtype: str = "float32") 
     Raises:
         DttError: another architecture, a quantized checkpoint, or `out` can't be written.
     """
+    from scipy import stats
+
     if dtype not in _DTYPES:
         raise DttError(f"dtype={dtype!r} is not possible for a twin; it is one of: {', '.join(_DTYPES)}.")
     checkpoint = open_checkpoint(model, need="all")
@@ -95,7 +90,8 @@ def write_twin(model: str, out: Path, *, seed: int = 0, dtype: str = "float32") 
         raise DttError(
             f"{model} ({architecture}) can't be turned; a twin needs an unquantized {' or '.join(ARCHITECTURES)}."
         )
-    rotation = random_rotation(checkpoint.input_embedding().shape[1], seed=seed)
+    width = checkpoint.input_embedding().shape[1]
+    rotation: NDArray[np.float64] = stats.ortho_group.rvs(width, random_state=np.random.default_rng(seed))
     with staged(out) as folder:
         _write_tensors(folder / "model.safetensors", checkpoint, rotation, dtype)
         config = {**checkpoint.config(), "tie_word_embeddings": False}
@@ -113,16 +109,9 @@ def _write_tensors(path: Path, checkpoint: Checkpoint, rotation: NDArray[np.floa
     name_in_file, stored = _DTYPES[dtype]
     shapes = {name: location.shape for name, location in _in_order(checkpoint)}
     shapes[_HEAD] = shapes[_EMBEDDING]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, shape in shapes.items():
-        nbytes = int(np.prod(shape)) * stored.itemsize
-        header[name] = {"dtype": name_in_file, "shape": shape, "data_offsets": [position, position + nbytes]}
-        position += nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    entries = [(name, name_in_file, shape, math.prod(shape) * stored.itemsize) for name, shape in shapes.items()]
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(safetensors_header(entries, {"format": "pt"}))
         for name in Bar(shapes, desc="turning", unit=" tensors", leave=False):
             file.write(turned_tensor(checkpoint, name, rotation).astype(stored).tobytes())
 

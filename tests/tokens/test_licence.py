@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from scipy import stats
 
 from dtt_plugin import cli
 from dtt_plugin.alignment import align, load_alignment, save_alignment
@@ -28,7 +29,7 @@ from dtt_plugin.tokens.licence import NON_COMMERCIAL, inherited, licence_of
 from dtt_plugin.tokens.sharing import card, push_tokens
 from dtt_plugin.training.options import TrainingOptions
 from dtt_plugin.training.train import _result, _Run
-from dtt_plugin.transfer.twin import random_rotation, turn_tokens
+from dtt_plugin.transfer.twin import turn_tokens
 from tests.bake_helpers import random_tokens, tiny
 
 PUBLISHED = "Qwen/Qwen2.5-7B-Instruct"
@@ -67,7 +68,7 @@ def adapted(a: Path, b: Path) -> None:
 
 
 def turned(a: Path, b: Path) -> None:
-    save_tokens(b, turn_tokens(load_tokens(a), random_rotation(32, seed=1), model="twin"))
+    save_tokens(b, turn_tokens(load_tokens(a), stats.ortho_group.rvs(32, random_state=1), model="twin"))
 
 
 STEPS: dict[str, Step] = {

@@ -11,11 +11,12 @@ import pytest
 from scipy import stats
 
 from dtt_plugin.alignment import Alignment, align, save_alignment
+from dtt_plugin.alignment.rotations import haar_rotation
 from dtt_plugin.checkpoint.opening import open_checkpoint
 from dtt_plugin.cli import main
 from dtt_plugin.errors import DttError
 from dtt_plugin.tokens.files import DefensiveTokens, load_tokens, save_tokens, save_upstream_json
-from dtt_plugin.transfer.move import compare, compare_methods, haar_rotation, transfer
+from dtt_plugin.transfer.move import compare, compare_methods, transfer
 from tests.checkpoints import make_checkpoint
 
 WIDTH = 32

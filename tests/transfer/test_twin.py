@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from dtt_plugin.checkpoint.opening import open_checkpoint
 from dtt_plugin.errors import DttError
-from dtt_plugin.transfer.twin import random_rotation, turn_tokens, write_twin
+from dtt_plugin.transfer.twin import turn_tokens, write_twin
 from tests.bake_helpers import load, logits_of_ids, logits_of_rows, random_tokens, tiny
 from tests.checkpoints import write_weights
 
@@ -61,9 +61,11 @@ def test_biases_of_qwen2_are_turned_or_kept(tmp_path: Path) -> None:
     assert torch.allclose(logits_of_ids(base, PROMPT), logits_of_ids(twin, PROMPT), atol=5e-5)
 
 
-def test_rotations_differ_by_seed_and_only_by_seed() -> None:
-    assert np.array_equal(random_rotation(8, seed=1), random_rotation(8, seed=1))
-    assert not np.allclose(random_rotation(8, seed=1), random_rotation(8, seed=2))
+def test_rotations_differ_by_seed_and_only_by_seed(tmp_path: Path) -> None:
+    base_folder = str(tiny(tmp_path / "base"))
+    first, again, other = (write_twin(base_folder, tmp_path / str(place), seed=s) for place, s in enumerate((1, 1, 2)))
+    assert np.array_equal(first, again)
+    assert not np.allclose(first, other)
 
 
 def test_what_cannot_be_turned_is_refused(tmp_path: Path) -> None:

@@ -12,22 +12,21 @@ from pathlib import Path
 
 import numpy as np
 
-from dtt_plugin import paths
 from dtt_plugin.alignment.result import Alignment, load_alignment, save_alignment
 from dtt_plugin.checkpoint.state import DigestNotes
 from dtt_plugin.checkpoint.tensors import TensorLocation
 from dtt_plugin.errors import DttError
+from dtt_plugin.files.cache import ALIGNMENTS
 from dtt_plugin.files.replacing import keep_newest
 from dtt_plugin.progress import Bar
 
-# An alignment of 4096 dimensions has 134 MB: the oldest make room.
-MOST_ENTRIES = 16
+MOST_ENTRIES = ALIGNMENTS.most
 _BLOCK_NBYTES = 2**24
 
 
 def cache_folder() -> Path:
     """Return the folder in which the command keeps alignments."""
-    return paths.cache_folder("alignments")
+    return ALIGNMENTS.folder
 
 
 def matrix_digest(location: TensorLocation, advance: Callable[[int], object] = int) -> str:
@@ -122,7 +121,7 @@ class AlignmentCache:
         """
         with self._written():
             save_alignment(self._path(key), alignment, with_costs=True)
-            keep_newest(self.folder, "*.safetensors", MOST_ENTRIES)
+            keep_newest(self.folder, ALIGNMENTS.pattern, MOST_ENTRIES)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"

@@ -18,9 +18,9 @@ from dtt_plugin.checkpoint.defended import baked_facts
 from dtt_plugin.checkpoint.opening import Checkpoint, open_checkpoint
 from dtt_plugin.checkpoint.state import state
 from dtt_plugin.errors import DttError
+from dtt_plugin.files.cache import BAKED, disk_bytes
 from dtt_plugin.files.digests import sha256_json
 from dtt_plugin.files.replacing import discard, remove_leftovers, replacing
-from dtt_plugin.paths import cache_folder
 from dtt_plugin.tokens.files import DefensiveTokens
 
 
@@ -42,7 +42,7 @@ class CachedCheckpoint:
 
 def baked_folder() -> Path:
     """Return the cache's folder; it may not exist yet."""
-    return cache_folder("baked")
+    return BAKED.folder
 
 
 def bake_cached(
@@ -125,17 +125,12 @@ def cached_checkpoints() -> list[CachedCheckpoint]:
                     folder=folder,
                     base_model=str(facts["base_model"]) if whole else "damaged",
                     tokens_sha256=str(facts.get("tokens_sha256", "")),
-                    disk_bytes=_disk_bytes(folder),
+                    disk_bytes=disk_bytes(folder),
                     used=folder.lstat().st_mtime,
                     damaged=not whole,
                 )
             )
     return sorted(entries, key=lambda entry: -entry.used)
-
-
-def _disk_bytes(folder: Path) -> int:
-    files = [path.lstat() for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    return sum(state.st_blocks * 512 for state in files if state.st_nlink == 1)
 
 
 def prune(*, older_than_days: float = 0.0, keep: int = 0) -> list[CachedCheckpoint]:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, TypedDict
 
 from dtt_plugin.errors import DttError, MissingDataError
 from dtt_plugin.files import reading
+from dtt_plugin.files.cache import DOWNLOADS
 from dtt_plugin.files.digests import sha256_bytes
-from dtt_plugin.paths import cache_folder
 
 RECORDS_FILE = "davinci_003_outputs.json"
 SENTENCES_FILE = "attack_sentences.json"
@@ -49,7 +49,7 @@ def data_folder() -> Path:
     """Return `$DTT_DATA_DIR`, or the user's cache that `dtt fetch` fills."""
     if chosen := os.environ.get(DATA_DIR_VARIABLE):
         return Path(chosen).expanduser()
-    return cache_folder("data")
+    return DOWNLOADS.folder
 
 
 def data_file(name: str) -> Path:

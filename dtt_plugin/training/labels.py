@@ -11,16 +11,16 @@ from jinja2 import TemplateError
 
 from dtt_plugin.data.records import Record, read_json
 from dtt_plugin.errors import DttError
+from dtt_plugin.files.cache import LABELS
 from dtt_plugin.files.digests import sha256_json
 from dtt_plugin.files.replacing import keep_newest, write_json
-from dtt_plugin.paths import cache_folder
 from dtt_plugin.progress import Bar
 from dtt_plugin.training.mixture import Encode
 from dtt_plugin.training.soft_prompt import SoftPrompt, end_ids
 
 logger = logging.getLogger("dtt_plugin")
 _AT_ONCE = 128
-_MOST_ENTRIES = 64
+_MOST_ENTRIES = LABELS.most
 
 
 def self_labels(
@@ -38,7 +38,7 @@ def self_labels(
     """
     prompts = [encode(record["instruction"], record["input"]) for record in records]
     key = sha256_json([weights, prompts, new_tokens, str(undefended.embed.weight.dtype)])
-    path = cache_folder("labels") / f"{key}.json"
+    path = LABELS.folder / f"{key}.json"
     if (kept := _kept(path)) is not None:
         logger.info("Labels from the cache: %s", path)
         return kept
@@ -47,7 +47,7 @@ def self_labels(
         labels += undefended.generate(prompts[start : start + _AT_ONCE], new_tokens, pad=pad)
     try:
         write_json(path, {"labels": labels, "sha256": sha256_json(labels)})
-        keep_newest(path.parent, "*.json", _MOST_ENTRIES)
+        keep_newest(path.parent, LABELS.pattern, _MOST_ENTRIES)
     except DttError as error:
         logger.warning("The labels can't be kept for another run: %s", error)
     return labels

@@ -14,6 +14,7 @@ ASR(max) on 32 training records is below half of the undefended (docs/experiment
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -204,6 +205,7 @@ def ceiling(source: str, target: str, tokens_file: Path, data: str = SHIPPED_DAT
     turned = haar_rotation(tokens.rows.astype(np.float64), np.random.default_rng(0)).astype(np.float32)
     states = {"mapped": _token_states(from_chat.model, tokens.rows), "isometry": _token_states(from_chat.model, turned)}
     del from_chat
+    gc.collect()  # a model refers to itself, and the target's needs its memory
     bench = Bench(target, loaded, prompt_format=tokens.prompt_format, dtype="auto", rounds=4, progress=True)
     texts_there = [bench.chat.encode(record["instruction"], record["input"]) for record in loaded.records[: len(texts)]]
     if texts_there != texts:

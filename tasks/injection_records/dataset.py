@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ from dtt_plugin.tasks.rules import Rule, parse_rule
 CONTROL_NAME = "probe_in_instruction"
 DEFAULT_ATTACKS = ("naive", "before", "ignore", "completion")
 _SENTENCES = Path(__file__).parents[1] / "injection_demo" / "records.json"
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
+_TAKEN = {*FORMS, CONTROL_NAME, BENIGN, "refusal", "max", "any"}
+"""Names of other variants, and of metrics behind `hacked_`."""
 _FIELDS = ("id", "instruction", "data", "injection", "injections", "success", "answer", "attacked")
 
 
@@ -37,13 +41,13 @@ class _Record(NamedTuple):
 
 
 def own_records(
-    *, records: str = "", attacks: Sequence[str] = (), variants: Sequence[str] | None = None, **_metadata: Any
+    *, records: str = "", attacks: str | Sequence[str] = (), variants: Sequence[str] | None = None, **_metadata: Any
 ) -> dict[str, Any]:
     """Return the user's records.
 
     Args:
         records: JSONL or JSON file.
-        attacks: names of `FORMS`; none: naive, before, ignore, and completion for records with an answer.
+        attacks: names of `FORMS`, or one; none: naive, before, ignore, and completion for records with an answer.
         variants: those to keep; None: all.
         _metadata: lm-eval passes its model arguments along; they don't concern the data.
 
@@ -55,6 +59,7 @@ def own_records(
             'injection_records needs a file with your records: --metadata \'{"records": "mine.jsonl"}\'; the task\'s'
             " README has an example, and `dtt doctor --records mine.jsonl` checks it."
         )
+    attacks = [attacks] if isinstance(attacks, str) else attacks
     if unknown := [name for name in attacks if name not in FORMS]:
         raise DttError(f"attacks: {unknown[0]!r} is no attack; choose from {', '.join(FORMS)}.")
     read = read_records(Path(records))
@@ -125,8 +130,9 @@ def _record(value: Any, number: int, where: str) -> _Record:
     attacked = value.get("attacked", {})
     if not isinstance(attacked, Mapping) or not all(isinstance(text, str) and text for text in attacked.values()):
         raise DttError(f"{where}: attacked is no object of texts, one for each attack's name.")
-    if taken := [name for name in attacked if name in (*FORMS, CONTROL_NAME, BENIGN, "refusal")]:
-        raise DttError(f"{where}: attacked: the name {taken[0]!r} is taken; choose another.")
+    for name in attacked:
+        if name in _TAKEN or not _NAME.fullmatch(name):
+            raise DttError(f"{where}: attacked: {name[:50]!r} is taken or no plain word; choose another name.")
     answer = value.get("answer")
     if answer is not None and not isinstance(answer, str | Mapping):
         raise DttError(f"{where}: answer is neither a text nor a rule.")

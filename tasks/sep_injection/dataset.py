@@ -84,15 +84,10 @@ def _probe(record: Mapping[str, Any], number: int) -> str:
     A space of its joint stays on it when it is cut out; a probe with one at its end would be found by no defense that
     looks for the data as a template trims it.
     """
-    clean, instructed = record["prompt_clean"], record["prompt_instructed"]
-    if instructed.endswith(clean):
-        probe = instructed.removesuffix(clean).strip()
-    elif instructed.startswith(clean):
-        probe = instructed.removeprefix(clean).strip()
-    else:
-        probe = ""
+    clean, instructed = record["prompt_clean"].strip(), record["prompt_instructed"]
+    probe = instructed.replace(clean, "", 1).strip() if clean in instructed else ""
     if not probe:
-        raise DttError(f"SEP's record {number} has no probe at an end of its data; fetch the file again.")
+        raise DttError(f"SEP's record {number} has no probe beside its data; fetch the file again.")
     return str(probe)
 
 

@@ -66,6 +66,8 @@ def test_attacks_are_chosen_by_name(tmp_path: Path) -> None:
     task = load("injection_records", records=path, attacks=["escape", "completion_chatml"])
     names = [variant["attack"] for variant in task.eval_docs[0]["variants"]]
     assert names == ["escape", "completion_chatml", "probe_in_instruction", "benign"]
+    [one] = own_records(records=path, attacks="escape", variants=["escape"])["test"]
+    assert [variant["attack"] for variant in one["variants"]] == ["escape"]
     with pytest.raises(DttError, match="'rude' is no attack; choose from ignore, completion"):
         load("injection_records", records=path, attacks=["rude"])
 
@@ -106,7 +108,9 @@ def test_ready_made_data_is_sent_as_it_stands(tmp_path: Path) -> None:
         ({"answer": 3}, "line 2: answer is neither"),
         ({"sucess": 3}, "line 2: 'sucess' is no field"),
         ({"attacked": ["x"]}, "line 2: attacked is no object"),
-        ({"attacked": {"naive": "x"}}, "line 2: attacked: the name 'naive' is taken"),
+        ({"attacked": {"naive": "x"}}, "line 2: attacked: 'naive' is taken"),
+        ({"attacked": {"max": "x"}}, "line 2: attacked: 'max' is taken"),
+        ({"attacked": {"a b": "x"}}, "line 2: attacked: 'a b' is taken or no plain word"),
         ({"id": "0"}, "the id '0' stands twice"),
     ],
 )

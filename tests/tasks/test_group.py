@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dtt_plugin.data.sources import SEP_892_FILE
+from dtt_plugin.data.records import SENTENCES_FILE
+from dtt_plugin.data.sources import BENCHMARKS, CYBERSECEVAL2_FILE, SEP_892_FILE
 from dtt_plugin.errors import DttError
 from tests import conftest
 from tests.tasks.described import run
@@ -43,16 +44,27 @@ def test_with_nothing_fetched_it_runs_what_is_shipped_and_names_the_rest_in_one_
         assert name in line
 
 
-def test_what_is_at_hand_is_in_it(benchmark_data: Path, tmp_path: Path) -> None:
+def test_what_is_at_hand_is_in_it(benchmark_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DTT_DATA_DIR", str(tmp_path))
+    for name in (SEP_892_FILE, CYBERSECEVAL2_FILE, SENTENCES_FILE):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(benchmark_data / name)
     record = {"instruction": "i", "data": "d", "injection": "j", "success": {"rule": "contains_any", "texts": ["j"]}}
     (tmp_path / "mine.jsonl").write_text(json.dumps(record))
-    found = members(records=str(tmp_path / "mine.jsonl"))
-    assert found[:2] == SHIPPED
-    assert {"alpacafarm_injection", "alpacafarm_injection_extended", "cyberseceval2_injection"} <= set(found)
-    assert {"bipia_injection", "piarena_injection_nq_rag", "injecagent_100"} <= set(found)
-    assert found[-1] == "injection_records"
-    # The subset stands for SEP only where the whole is missing.
-    assert ("sep_injection" in found) != ("sep_injection_892" in found)
+    assert members(records=str(tmp_path / "mine.jsonl")) == [
+        *SHIPPED,
+        "sep_injection_892",  # for the whole of SEP
+        "cyberseceval2_injection",
+        "cyberseceval2_injection_split",
+        "injection_records",
+    ]
+
+
+@pytest.mark.slow
+def test_every_benchmark_can_be_in_it(benchmark_data: Path) -> None:
+    found = set(members())
+    with_files = {source.set for source in BENCHMARKS} - {"utility"}
+    assert {name for name in with_files if any(task.startswith(name) for task in found)} == with_files
 
 
 def test_an_altered_file_is_no_missing_one(

@@ -235,11 +235,11 @@ def test_memory_that_is_too_small_halves_the_batch_once_and_then_names_the_setti
         return plain(self, past, vectors)
 
     monkeypatch.setattr(Objective, "_behind", small)
-    options = replace(options, records="0", steps=2, positions_at_once=512)
-    limit = 10
+    options = replace(options, records="0", steps=2, positions_at_once=64)
+    limit = 2
     attack(options)
     assert max(sizes) > limit
-    limit = 2
+    limit = 1
     with pytest.raises(DttError, match=r"Out of memory .* --positions-at-once"):
         attack(replace(options, out=options.out.with_name("b")))
     limit = 0

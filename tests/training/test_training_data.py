@@ -227,3 +227,12 @@ def test_held_out_records_are_not_trained_on(tmp_path: Path) -> None:
     assert training + held_out == records
     with pytest.raises(DttError, match="lower --held-out"):
         split(records, 7)
+
+
+def test_what_writes_a_training_log_and_what_reads_it_mean_one_format() -> None:
+    """The rooms may not import each other, so the name stands in both."""
+    pytest.importorskip("torch")
+    from dtt_plugin.leaderboard.curves import FORMAT
+    from dtt_plugin.training.loop import LOG_FORMAT
+
+    assert FORMAT == LOG_FORMAT

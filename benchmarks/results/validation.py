@@ -1,0 +1,136 @@
+"""Does the probe say what an evaluation would? Over every cell that has both.
+
+    python -m benchmarks.results.validation OUT
+
+OUT is the folder of `benchmarks.results.experiments`. A cell is one token file on one model. The probe's figure is the
+share of the attack's effect that is left (1 - taken back), so that cells of different models compare; what it should
+tell is ASR(max), and whether that is under 5 %. Printed: Spearman's rank correlation and the AUROC over all cells, with
+each model left out in turn, and for the baselines (a constant, and the alignment's relative residual where the tokens
+were moved by one); then the threshold with the most correct calls on half of the models, and its share of correct calls
+on the other half. With few models these say little, and the number of cells and models stands beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from dtt_plugin.leaderboard.lm_eval_files import read_runs
+from dtt_plugin.probe.verdict import closed_share
+from dtt_plugin.tokens.files import load_tokens
+
+LOW_ASR = 0.05
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One token file on one model."""
+
+    target: str
+    arm: str
+    left: float
+    """Of the attack's effect on the loss: 1 - taken back."""
+    residual: float
+    """Of the alignment that moved the tokens; nan where none did."""
+    asr: float
+    """ASR(max), 0 to 1."""
+
+
+def cells(folder: Path) -> list[Cell]:
+    """Return the cells in the working folder of the experiments that have a probe and an evaluation."""
+    measured = {}
+    for run in read_runs(sorted(folder.glob("*/runs")))[0]:
+        if run.tokens_sha256:
+            target = (folder / "models" / Path(run.model).name).resolve().name
+            measured[target, run.tokens_sha256] = float(run.hacked.mean(axis=0).max())
+    found: dict[tuple[str, str], Cell] = {}
+    for file in sorted(folder.glob("*/probe/*.json")):
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        key = facts["model"], facts["digest"]
+        if key in measured:
+            taken = closed_share(facts["undefended"], facts["effect"]["loss_attacked"]["mean"], facts["unattacked"])
+            found[key] = Cell(key[0], file.stem, 1 - taken, _residual(file, key[1]), measured[key])
+    return list(found.values())
+
+
+def _residual(probed: Path, digest: str) -> float:
+    tokens = probed.parent.parent / f"{probed.stem}.safetensors"
+    if tokens.is_file() and (loaded := load_tokens(tokens)).digest == digest:
+        return float(loaded.metadata.get("alignment_relative_residual", "nan"))
+    return float("nan")
+
+
+def auroc(scores: Values, low: NDArray[np.bool_]) -> float:
+    """Return the chance that a cell of low ASR scores lower than another, ties counting half; nan for one class."""
+    if low.all() or not low.any():
+        return float("nan")
+    ranks = stats.rankdata(scores)
+    n_low, n_high = int(low.sum()), int((~low).sum())
+    return float((ranks[~low].sum() - n_high * (n_high + 1) / 2) / (n_low * n_high))
+
+
+def figures(scores: Sequence[float], asr: Sequence[float]) -> dict[str, float]:
+    """Return Spearman's correlation with the ASR and the AUROC for a low one, of the cells that have a score."""
+    x, y = np.array(scores, float), np.array(asr, float)
+    x, y = x[np.isfinite(x)], y[np.isfinite(x)]
+    constant = len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0
+    rho = float("nan") if constant else float(stats.spearmanr(x, y).statistic)
+    return {"cells": len(x), "spearman": rho, "auroc": auroc(x, y < LOW_ASR) if len(x) else float("nan")}
+
+
+def threshold(scores: Values, low: NDArray[np.bool_]) -> float:
+    """Return the highest score to call low in ASR, with the most correct calls; the lowest of equals."""
+    candidates = np.concatenate([[-np.inf], np.sort(scores)])
+    correct = [float(((scores <= candidate) == low).mean()) for candidate in candidates]
+    return float(candidates[int(np.argmax(correct))])
+
+
+def validate(found: Sequence[Cell]) -> dict[str, Any]:
+    """Return all figures as plain values."""
+    targets = sorted({cell.target for cell in found})
+    left, asr = [cell.left for cell in found], [cell.asr for cell in found]
+    report: dict[str, Any] = {"targets": targets, "probe": figures(left, asr)}
+    report["constant"] = figures([0.0] * len(found), asr)
+    report["residual"] = figures([cell.residual for cell in found], asr)
+    report["left_out"] = {}
+    for target in targets:
+        others = [cell for cell in found if cell.target != target]
+        report["left_out"][target] = figures([cell.left for cell in others], [cell.asr for cell in others])
+    half = set(targets[: (len(targets) + 1) // 2])
+    sides = [[cell for cell in found if (cell.target in half) is fixed_on] for fixed_on in (True, False)]
+    if all(sides):
+        (x, low), (x_new, low_new) = (
+            (np.array([cell.left for cell in side]), np.array([cell.asr < LOW_ASR for cell in side])) for side in sides
+        )
+        limit = threshold(x, low)
+        correct = float(((x_new <= limit) == low_new).mean())
+        always = float(max(low_new.mean(), 1 - low_new.mean()))
+        report["threshold"] = {"left_at_most": limit, "correct_elsewhere": correct, "best_constant_call": always}
+    return report
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    os.chdir(args.out)
+    found = cells(Path())
+    print(json.dumps(validate(found), indent=1))
+    for cell in sorted(found, key=lambda cell: cell.left):
+        print(f"{cell.target}  {cell.arm}  left {cell.left:.3f}  ASR(max) {cell.asr:.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -39,12 +37,3 @@ def rates(task: str, answer: Answer, *, limit: int | None = None, **metadata: An
     tasks = our_tasks(**metadata).load(task)["tasks"]
     results = lm_eval.evaluate(Scripted(answer), tasks, limit=limit, bootstrap_iters=0)["results"][task]
     return {key.partition(",")[0]: value for key, value in results.items() if "stderr" not in key and key != "alias"}
-
-
-def prompts_digest(documents: Any, variant: str) -> str:
-    """Return the SHA-256 of a variant's prompts as the READMEs state it."""
-    lines = []
-    for document in documents:
-        messages = next(v["messages"] for v in document["variants"] if v["attack"] == variant)
-        lines.append(json.dumps([message["content"] for message in messages], ensure_ascii=False))
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

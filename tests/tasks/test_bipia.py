@@ -13,7 +13,8 @@ from dtt_plugin.tasks.bipia_injection.dataset import bipia, bipia_code
 from dtt_plugin.tasks.bipia_injection.positions import POSITIONS
 from dtt_plugin.tasks.metrics import process_results
 from tests.conftest import evaluate, our_tasks
-from tests.tasks.scripted import prompts_digest, rates
+from tests.tasks.described import digests
+from tests.tasks.scripted import rates
 
 DIGESTS = {
     "end": "80b55d744f557e48758787450bb22422d18884817fc8b198f5192354de9047e5",
@@ -42,8 +43,8 @@ def code_documents(benchmark_data: Path) -> Any:
 
 
 def test_the_prompts_have_the_digests_of_the_readme(documents: Any, code_documents: Any) -> None:
-    assert {variant: prompts_digest(documents, variant) for variant in DIGESTS} == DIGESTS
-    assert {variant: prompts_digest(code_documents, variant) for variant in CODE_DIGESTS} == CODE_DIGESTS
+    assert digests(documents) == DIGESTS
+    assert digests(code_documents) == CODE_DIGESTS
 
 
 def test_every_context_meets_every_attack_once(documents: Any, code_documents: Any) -> None:

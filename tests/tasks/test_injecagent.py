@@ -15,7 +15,8 @@ from dtt_plugin.tasks.injecagent.metrics import process_results, share_of_both_s
 from dtt_plugin.tasks.injecagent.react import Case, Outcome, Reading, read_response
 from dtt_plugin.tasks.injecagent.second_step import TASKS, second_step
 from tests.conftest import evaluate
-from tests.tasks.scripted import prompts_digest, rates
+from tests.tasks.described import digests
+from tests.tasks.scripted import rates
 
 FOLLOWED, NOT_FOLLOWED, INVALID = Outcome.FOLLOWED, Outcome.NOT_FOLLOWED, Outcome.INVALID
 CASE = Case("LockOpen", "ShopRead", "Please open my front door.", ("LockOpen", "GmailSendEmail"))
@@ -103,8 +104,8 @@ DIGESTS = {
 def test_the_prompts_have_the_digests_of_the_readme(setting: str, roles: str, benchmark_data: Path) -> None:
     documents = injecagent(setting=setting, roles=roles)["test"]
     assert len(documents) == (100 if setting == "100" else 1054)
-    found = tuple(prompts_digest(documents, variant)[:16] for variant in ("injected", "control"))
-    assert found == DIGESTS[setting, roles]
+    found = digests(documents)
+    assert (found["injected"][:16], found["control"][:16]) == DIGESTS[setting, roles]
 
 
 def test_both_arrangements_of_roles_say_the_same(benchmark_data: Path) -> None:

@@ -12,7 +12,8 @@ from dtt_plugin.errors import DttError
 from dtt_plugin.tasks.piarena_injection.attacks import PREFIXES, attacked
 from dtt_plugin.tasks.piarena_injection.dataset import piarena
 from tests.conftest import evaluate
-from tests.tasks.scripted import prompts_digest, rates
+from tests.tasks.described import digests
+from tests.tasks.scripted import rates
 
 SETS = {"squad_v2": 100, "dolly_closed_qa": 100, "dolly_information_extraction": 100, "nq_rag": 50}
 VARIANTS = (*PREFIXES, "control", "benign")
@@ -24,9 +25,8 @@ def test_the_prompts_have_the_digests_of_the_readme(name: str, benchmark_data: P
     readme = (Path(__file__).parents[2] / "tasks" / "piarena_injection" / "README.md").read_text()
     assert len(documents) == SETS[name]
     row = next(line for line in readme.splitlines() if line.startswith(f"| `{name}` | `"))
-    assert [cell.strip(" `") for cell in row.split("|")[2:-1]] == [
-        prompts_digest(documents, variant)[:16] for variant in VARIANTS
-    ]
+    found = digests(documents)
+    assert [cell.strip(" `") for cell in row.split("|")[2:-1]] == [found[variant][:16] for variant in VARIANTS]
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -108,7 +108,7 @@ def _judge(args: argparse.Namespace) -> int:
             rate_text(row.rule),
             rate_text(row.judge),
             "-" if row.agreement is None else percent(row.agreement),
-            "-" if row.kappa is None else f"{row.kappa:.2f}",
+            "-" if row.kappa is None else f"{round(row.kappa, 2) + 0.0:.2f}",
             str(row.unclear),
         ]
         for name, row in report.attacks.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -65,7 +65,9 @@ def compare(questions: Sequence[Question], answers: Mapping[str, str]) -> Report
     names = list(dict.fromkeys(question.attack for question in questions))
     attacks = {name: _agreement([pair for pair in judged if pair[0].attack == name]) for name in names}
     if len(names) > 1:
-        attacks["all"] = _agreement(judged)
+        # A record's responses to several attacks are alike: no exact interval is right for them together.
+        whole = _agreement(judged)
+        attacks["all"] = replace(whole, rule=_without_interval(whole.rule), judge=_without_interval(whole.judge))
     return Report(
         attacks,
         rule_only=[_told(question) for question, said in judged if question.rule and said is False],
@@ -85,6 +87,10 @@ def _agreement(judged: Sequence[tuple[Question, bool | None]]) -> Agreement:
         agreement=float((rule == judge).mean()) if clear else None,
         kappa=kappa(rule.tolist(), judge.tolist()),
     )
+
+
+def _without_interval(rate: Rate | None) -> Rate | None:
+    return rate and replace(rate, low=None, high=None)
 
 
 def _told(question: Question) -> dict[str, str]:

@@ -374,3 +374,13 @@ def test_unclear_answers_are_left_out_of_every_rate() -> None:
     row = compare(questions, {"q0": "no", "q1": "yes", "q2": "?", "q3": "?"}).attacks["ignore"]
     assert row.rule is not None
     assert (row.n, row.unclear, row.rule.n, row.kappa) == (4, 2, 2, 1)
+
+
+def test_attacks_are_also_counted_together_without_an_interval() -> None:
+    questions = [Question(str(i), attack, True, "r", f"q{i}") for i in range(3) for attack in ("one", "two")]
+    attacks = compare(questions, {"q0": "no", "q1": "yes", "q2": "yes"}).attacks
+    assert list(attacks) == ["one", "two", "all"]
+    assert attacks["one"].judge is not None
+    assert attacks["one"].judge.low is not None
+    assert attacks["all"].judge is not None
+    assert (attacks["all"].n, attacks["all"].judge.hits, attacks["all"].judge.low) == (6, 4, None)

@@ -17,6 +17,8 @@ _EPILOG = """\
 examples:
   dtt leaderboard out/
   dtt leaderboard out/ --published --format latex > table.tex
+  dtt leaderboard out/ --export mine.outcomes.json
+  dtt leaderboard mine.outcomes.json theirs.outcomes.json
   dtt leaderboard out/ --html report.html --figures figures/ --tokens moved.safetensors
 """
 
@@ -31,7 +33,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("results", metavar="RESULTS", type=Path, nargs="+", help="output folders or results files")
+    parser.add_argument(
+        "results", metavar="RESULTS", type=Path, nargs="+", help="output folders, results or outcome files"
+    )
     formats = ("terminal", "markdown", "csv", "latex", "json")
     parser.add_argument("--format", choices=formats, default="terminal", help="what is printed (default: terminal)")
     parser.add_argument(
@@ -50,6 +54,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="store_true",
         help="leave prompts, responses and this machine's paths out of the HTML file, so that it can be published",
     )
+    report.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="write what was measured, without any text (.outcomes.json)",
+    )
     report.add_argument("--figures", type=Path, metavar="DIR", help="write figures (PNG and SVG)")
     report.add_argument(
         "--tokens", type=Path, nargs="+", default=[], metavar="FILE", help="token files whose geometry is shown"
@@ -67,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from dtt_plugin.leaderboard.comparison import build
     from dtt_plugin.leaderboard.curves import read_curves
     from dtt_plugin.leaderboard.lm_eval_files import read_runs
+    from dtt_plugin.leaderboard.outcome_files import write_outcomes
     from dtt_plugin.tokens.geometry import read_geometry
 
     if not 0 <= args.floor <= 1:
@@ -80,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
         for problem in problems[:-1]:
             print(f"dtt leaderboard: {tables.plain(problem)}", file=sys.stderr)
         raise DttError(tables.plain(problems[-1]))
+    if args.export:
+        write_outcomes(args.export, runs)
     geometries = read_geometry(args.tokens, problems, [run.model for run in runs])
     curves = read_curves(args.log, problems)
     board = build(runs, floor=args.floor, seed=args.seed, published=args.published, problems=problems)

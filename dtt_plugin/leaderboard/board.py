@@ -86,6 +86,8 @@ class Row:
     """Per attack."""
     asr_max: Maximum | None
     asr_any: Rate | None
+    measures: Mapping[str, Rate]
+    """What else the task measures, by its name there."""
     refusal: Rate | None
     vs_undefended: Test | None
     vs_native: Test | None

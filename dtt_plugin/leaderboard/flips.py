@@ -41,6 +41,6 @@ def flips(a: Run, b: Run) -> list[Flip]:
         DttError: the runs are not about the same records.
     """
     check_paired(a, b)
-    found = [Flip(x, y) for x, y in zip(a.responses(), b.responses(), strict=True) if x.hit != y.hit]
-    order = list(a.outcomes)
-    return sorted(found, key=lambda flip: order.index("refusal" if flip.a.attack == "benign" else flip.a.attack))
+    pairs = [(x, y) for x, y in zip(a.responses(), b.responses(), strict=True)]
+    order = list(dict.fromkeys(x.attack for x, _ in pairs))
+    return sorted([Flip(x, y) for x, y in pairs if x.hit != y.hit], key=lambda flip: order.index(flip.a.attack))

@@ -16,7 +16,7 @@ from typing import Any
 
 from dtt_plugin.files.digests import sha256_bytes, sha256_json
 from dtt_plugin.prompt.formats import TOKENS_SWITCH
-from dtt_plugin.public_names import is_hub_model, public_name
+from dtt_plugin.public_names import is_hub_model, public_name, public_text
 
 
 def _names(words: str) -> frozenset[str]:
@@ -295,6 +295,12 @@ def told_apart(names: Iterable[str]) -> dict[str, str]:
         name: text if taken[text] == 1 else name if is_hub_model(name) else f"{text} ({_digest(name)})"
         for name, text in brief.items()
     }
+
+
+def public_facts(facts: Mapping[str, str]) -> dict[str, str]:
+    """Return facts of a run without paths: of each the last part, with a digest that tells two of one name apart."""
+    shown = {name: public_text(value) for name, value in facts.items()}
+    return {name: text if text == facts[name] else f"{text} ({_digest(facts[name])})" for name, text in shown.items()}
 
 
 def _brief(name: str) -> str:

@@ -18,16 +18,19 @@ from dtt_plugin.costs import recorded_costs
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.digests import sha256_bytes, sha256_json
 from dtt_plugin.leaderboard.identity import canonical, parse_arguments, read_identity
-from dtt_plugin.leaderboard.runs import REFUSAL, Outcomes, Run, labelled
+from dtt_plugin.leaderboard.outcome_files import ENDING, is_outcome_file, read_outcomes
+from dtt_plugin.leaderboard.runs import REFUSAL, Run, labelled
 from dtt_plugin.leaderboard.samples import (
+    Scores,
+    clusters_of,
     frame_of,
-    logged_outcomes,
-    own_outcomes,
     prompt_of,
     prompts_digest,
     read_responses,
+    read_scores,
     record_id_of,
     request_of,
+    scored_by_rules,
     sorted_samples,
     thoughts,
 )
@@ -44,7 +47,7 @@ _PREDICT_ONLY = "bypass"
 
 
 def read_runs(paths: Iterable[Path], *, unscored: bool = False) -> tuple[list[Run], list[str]]:
-    """Read every run in `paths`: results files, samples files, or folders that hold some at any depth.
+    """Read every run in `paths`: results, samples and outcome files, or folders that hold some at any depth.
 
     Args:
         paths: them.
@@ -63,7 +66,7 @@ def read_runs(paths: Iterable[Path], *, unscored: bool = False) -> tuple[list[Ru
             problems.append(str(error))
         except RecursionError:
             problems.append(f"{path} is nested too deeply to be lm-eval's; restore it or run lm-eval again.")
-    return labelled(runs), problems
+    return labelled(sorted(runs, key=lambda run: run.stamp)), problems
 
 
 def read_run(path: Path, *, unscored: bool = False) -> Run:
@@ -117,7 +120,11 @@ def _below(folder: Path, problems: list[str]) -> list[Path]:
             continue
         seen.add(real)
         folders.sort()
-        found += [Path(root, name) for name in sorted([*names, *folders]) if _RESULTS_NAME.fullmatch(name)]
+        found += [
+            Path(root, name)
+            for name in sorted([*names, *folders])
+            if _RESULTS_NAME.fullmatch(name) or name.endswith(ENDING)
+        ]
     return found
 
 
@@ -129,6 +136,8 @@ def _stamp(path: Path) -> str:
 def _read_results(path: Path, problems: list[str], unscored: bool) -> list[Run]:
     """Read one results file; what is wrong with one of its tasks goes to `problems`."""
     results = load_json(read_file(path), str(path))
+    if is_outcome_file(results):
+        return read_outcomes(path, results)
     tasks = as_table(results, "results")
     if not tasks or not as_table(results, "configs") or not as_table(results, "config"):
         raise DttError(f"{path} is not a results file of lm-eval; give the folder of lm-eval's --output_path.")
@@ -164,8 +173,9 @@ def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
         raise DttError(f"{path}: {samples_path.name} is missing; run lm-eval with --log_samples.")
     samples = sorted_samples(samples_path)
     scored = _PREDICT_ONLY not in _metrics(as_table(results, "results", task))
-    outcomes = logged_outcomes(samples_path, samples) if scored else own_outcomes(samples)
-    _check_same_run(path, samples_path, results, task, samples, outcomes)
+    samples = samples if scored else scored_by_rules(samples_path, samples)
+    scores = read_scores(samples_path, samples)
+    _check_same_run(path, samples_path, results, task, samples, scores)
     config, task_config = as_table(results, "config"), as_table(results, "configs", task)
     facts = as_table(config, "dtt_plugin")
     loaded = _model(results, config, facts)
@@ -174,7 +184,7 @@ def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
     bos = as_text(next(iter(as_list(results.get("tokenizer_bos_token"))), ""))
     defense, method = _defense(path, facts, baked, task_config, prompt_of(samples[0], 0).removeprefix(bos), model)
     cut = not facts and as_table(task_config, "metadata").get("think_end_token") is not None
-    unfinished, misread = thoughts(samples, outcomes, cut)
+    unfinished, misread = thoughts(samples, scores.outcomes, cut)
     sizes = as_table(results, "n-samples", task)
     variants = [[record_id_of(s), [[v["attack"], v["messages"]] for v in s["doc"]["variants"]]] for s in samples]
     version = as_table(results, "versions").get(task)
@@ -194,7 +204,11 @@ def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
         early_decision=bool(facts.get("early_decision")),
         n=len(samples),
         record_ids=tuple(record_id_of(sample) for sample in samples),
-        outcomes=outcomes,
+        outcomes=scores.outcomes,
+        made=scores.made,
+        measures=scores.measures,
+        clusters=clusters_of(samples),
+        stamp=match[1],
         seconds=as_number(results.get("total_evaluation_time_seconds")),
         unfinished=unfinished,
         misread=misread,
@@ -213,7 +227,7 @@ def _check_same_run(
     results: dict[str, Any],
     task: str,
     samples: Sequence[Mapping[str, Any]],
-    outcomes: Mapping[str, Outcomes],
+    scores: Scores,
 ) -> None:
     """Refuse samples that these results were not made from.
 
@@ -237,11 +251,12 @@ def _check_same_run(
         seen = {as_text(as_table(request_of(sample, 0), "arg_2").get("fingerprint")) for sample in samples}
         if seen != {as_text(fingerprint)}:
             raise mixed
-    for name, column in outcomes.items():
-        scores = as_table(results, "results", task)
-        metric = name if name == REFUSAL else f"hacked_{name}" if f"hacked_{name},none" in scores else "hacked"
-        rate = as_number(scores.get(f"{metric},none"))
-        if rate is not None and abs(rate - column.mean()) > 1e-6:
+    logged = as_table(results, "results", task)
+    for name, column in scores.outcomes.items():
+        metric = name if name == REFUSAL else f"hacked_{name}" if f"hacked_{name},none" in logged else "hacked"
+        rate = as_number(logged.get(f"{metric},none"))
+        made = scores.made.get(name)
+        if rate is not None and abs(rate - (column if made is None else column[made]).mean()) > 1e-6:
             raise mixed
 
 

@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtt_plugin.errors import DttError
-from dtt_plugin.leaderboard.identity import Identity, told_apart
+from dtt_plugin.leaderboard.identity import Identity, public_facts, told_apart
 from dtt_plugin.public_names import is_hub_model, public_name
 
 BENIGN = "benign"
 REFUSAL = "refusal"
 Outcomes = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 COMPARABLE = {
     "model": "model",
     "task": "task",
@@ -37,20 +39,24 @@ class Response:
 
     record_id: int
     attack: str
-    """An attack, or "benign"."""
+    """The variant's name: an attack, a control, or "benign"."""
     hit: bool
-    """Hacked, or for a benign prompt refused."""
+    """The probe was followed; for a benign prompt: refused."""
     text: str
     """As the model gave it, thoughts and all."""
     prompt: str
     """As the model got it."""
     instruction: str
     data: str
-    """The untrusted data: `data == input + injected`, before any defense."""
+    """The untrusted data, before any defense."""
     injected: str
     """What the attack added; "" for a benign prompt."""
     answer: str = ""
     """What rules are about: the text behind the thoughts; "" where there is none."""
+    kind: str = "attack"
+    """"attack", "control" (its probe stands in the instruction) or "benign"."""
+    injected_at: int = 0
+    """Where in `data` the injected part begins."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,15 @@ class Run:
     """Per attack, and for "refusal": whether it happened, (n,), in the order of `record_ids`."""
     seconds: float | None
     """Wall time of the evaluation."""
+    made: dict[str, Outcomes] = field(default_factory=dict)
+    """Per outcome that not every record has: which have it, (n,); it has not happened on the others."""
+    measures: dict[str, Floats] = field(default_factory=dict)
+    """What else the task measures, by its name there, for instance "control": a share of each record, (n,), NaN for
+    none."""
+    clusters: Ints | None = None
+    """The number of each record's cluster, (n,), where records share a witness or a context."""
+    stamp: str = ""
+    """When it was run, as its file's name says."""
     unfinished: int = 0
     """Responses without an answer behind their thoughts, of all variants: neither hacked nor refused."""
     misread: int = 0
@@ -118,6 +133,19 @@ class Run:
     def hacked(self) -> Outcomes:
         """Whether each attack worked on each record, (n, attacks)."""
         return np.stack([self.outcomes[attack] for attack in self.attacks], axis=1)
+
+    @property
+    def attempted(self) -> Outcomes:
+        """Whether each attack was made on each record, (n, attacks)."""
+        everywhere = np.ones(self.n, np.bool_)
+        return np.stack([self.made.get(attack, everywhere) for attack in self.attacks], axis=1)
+
+    def values(self, outcome: str) -> Floats:
+        """Return an outcome as 0 and 1, NaN on records that don't have it, (n,)."""
+        values = self.outcomes[outcome].astype(np.float64)
+        if outcome in self.made:
+            values[~self.made[outcome]] = np.nan
+        return values
 
     @property
     def hacked_any(self) -> Outcomes:
@@ -174,10 +202,10 @@ def differences(a: Run, b: Run) -> list[Difference]:
     """Return in what two runs differ of what rows of one table agree in; the arm, defense and tokens, is no part."""
     unknown = a.identity.unknown | b.identity.unknown
     values = [{title: getattr(run, name) for name, title in COMPARABLE.items()} for run in (a, b)]
-    if a.is_baked or b.is_baked:
-        # A manifest has the base model's public name; and its template differs from the base's by the tokens only,
-        # if the prompts do.
-        models = [public_name(run.model) if run.is_baked else run.model for run in (a, b)]
+    if a.is_baked or b.is_baked or a.reader is None or b.reader is None:
+        # A manifest has the base model's public name, and so has an outcome file; and a baked template differs from
+        # the base's by the tokens only, if the prompts do.
+        models = [public_name(run.model) if run.is_baked or run.reader is None else run.model for run in (a, b)]
         if models[0] in (models[1], public_name(b.model)) or models[1] == public_name(a.model):
             values[1][COMPARABLE["model"]] = a.model
         if a.prompts_digest == b.prompts_digest:
@@ -185,7 +213,10 @@ def differences(a: Run, b: Run) -> list[Difference]:
     named = [
         Difference(title, str(x), str(values[1][title])) for title, x in values[0].items() if x != values[1][title]
     ]
-    return named + [d for d in _unlike(a.identity.facts, b.identity.facts) if d.name not in unknown]
+    facts = [run.identity.facts for run in (a, b)]
+    if a.reader is None or b.reader is None:
+        facts = [public_facts(told) if run.reader else told for run, told in zip((a, b), facts, strict=True)]
+    return named + [d for d in _unlike(*facts) if d.name not in unknown]
 
 
 def small_differences(a: Run, b: Run) -> list[Difference]:

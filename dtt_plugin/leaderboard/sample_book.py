@@ -18,6 +18,7 @@ _BLANK = " \t\r\n"
 # What a response is cut to, from not at all on, until the packs fit.
 _LENGTHS = (None, 4000, 2000, 1000, 500, 250, 100)
 MOST_BYTES = 24_000_000
+_Record = tuple[int, str, str, str, str]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class Book:
     """The packs, and what had to be left out to keep the page small."""
 
     packs: dict[str, str]
-    """Per attack: JSON, deflated (raw), in base64."""
+    """Per attack, control or "benign": JSON, deflated (raw), in base64."""
+    kinds: dict[str, str]
+    """What each of them is."""
     cut_to: int | None
     """The number of characters that responses were cut to; None where all are whole."""
 
@@ -41,27 +44,31 @@ class _Cell:
 def make_book(runs: Iterable[Run], *, most_bytes: int = MOST_BYTES) -> Book:
     """Pack the samples of `runs`; responses are cut, all to the same length, only where the packs outgrow `most_bytes`.
 
-    A pack is {"records": [[record id, instruction, clean data, injected data]], "runs": {run: {"record": [...],
+    A pack is {"records": [[record id, instruction, data before the injection, injection, data behind]],
+    "runs": {run: {"record": [...],
     "hit": "0110", "response": [...], "template": [...]}}, "strings": [...]}: texts are places in "strings", and a
     template is the prompt with marks for its data and its instruction.
     """
-    attacks: dict[str, dict[tuple[int, str, str, str], list[_Cell]]] = {}
+    attacks: dict[str, dict[_Record, list[_Cell]]] = {}
+    kinds: dict[str, str] = {}
     known: dict[str, str] = {}
     for number, run in enumerate(runs):
         for sample in run.responses():
-            instruction, data, injected = (printable(t) for t in (sample.instruction, sample.data, sample.injected))
-            clean = data.removesuffix(injected)
-            key = (sample.record_id, instruction, clean, data[len(clean) :])
-            template = _template(printable(sample.prompt), instruction, data)
+            at, end = sample.injected_at, sample.injected_at + len(sample.injected)
+            parts = (sample.data[:at], sample.data[at:end], sample.data[end:])
+            instruction, (before, injected, behind) = printable(sample.instruction), map(printable, parts)
+            key = (sample.record_id, instruction, before, injected, behind)
+            template = _template(printable(sample.prompt), instruction, before + injected + behind)
             text = printable(sample.text)
             # One object per distinct text: hundreds of runs share most of theirs.
             cell = _Cell(number, sample.hit, known.setdefault(text, text), known.setdefault(template, template))
+            kinds[printable(sample.attack)] = sample.kind
             attacks.setdefault(printable(sample.attack), {}).setdefault(key, []).append(cell)
     for length in _LENGTHS:
         packs = {attack: _pack(records, length) for attack, records in attacks.items()}
         if sum(map(len, packs.values())) <= most_bytes:
             break
-    return Book(packs, length)
+    return Book(packs, kinds, length)
 
 
 def _template(prompt: str, instruction: str, data: str) -> str:
@@ -73,7 +80,7 @@ def _template(prompt: str, instruction: str, data: str) -> str:
     return template
 
 
-def _pack(records: dict[tuple[int, str, str, str], list[_Cell]], length: int | None) -> str:
+def _pack(records: dict[_Record, list[_Cell]], length: int | None) -> str:
     strings: dict[str, int] = {}
 
     def place(text: str) -> int:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.digests import sha256_json
-from dtt_plugin.leaderboard.runs import BENIGN, REFUSAL, Outcomes, Response, Run
-from dtt_plugin.leaderboard.untrusted import as_table, as_text, load_json, read_file
-from dtt_plugin.tasks.metrics import is_hacked, is_refusal
+from dtt_plugin.leaderboard.runs import BENIGN, REFUSAL, Floats, Ints, Outcomes, Response, Run
+from dtt_plugin.leaderboard.untrusted import as_list, as_table, as_text, load_json, read_file
+from dtt_plugin.tasks.description import ATTACK, CONTROL
+from dtt_plugin.tasks.metrics import is_hacked, is_refusal, process_results
+from dtt_plugin.tasks.rules import RULES, Rule
 from dtt_plugin.tasks.thoughts import Reading, read
 
 _TOKENS_IN_FRONT = re.compile(r"(\[DefensiveToken\d+\])+", re.ASCII)
 _MOST_RECORD_ID = 2**31
+# Metrics that follow from the attacks' outcomes, or that a run tells in words.
+_TOLD_OTHERWISE = ("hacked", "hacked_max", "hacked_any", "unfinished", "bypass")
+_STANDARD_ERROR = "_clustered_stderr"
 
 
 def sorted_samples(path: Path) -> list[dict[str, Any]]:
@@ -42,8 +48,9 @@ def sorted_samples(path: Path) -> list[dict[str, Any]]:
     if len(set(ids)) < len(ids):
         twice = next(a for a, b in pairwise(ids) if a == b)
         raise DttError(f"{path} has record {twice} twice; give the samples of one run.")
-    first = variant_names(samples[0])
-    if any(variant_names(sample) != first for sample in samples):
+    described = [all("kind" in variant for variant in sample["doc"]["variants"]) for sample in samples]
+    alike = len({tuple(variant_names(sample)) for sample in samples}) == 1
+    if not (alike or all(described)) or len(set(described)) > 1:
         raise DttError(f"{path}: its records are not all under the same attacks; give the samples of one run.")
     return samples
 
@@ -72,6 +79,7 @@ def _is_variant(variant: Any) -> bool:
     return (
         isinstance(attack, str)
         and attack != REFUSAL  # an outcome's name, not an attack's
+        and variant.get("kind", BENIGN) in (ATTACK, CONTROL, BENIGN)
         and isinstance(messages, list)
         and bool(messages)
         and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages)
@@ -114,48 +122,106 @@ def read_response(sample: Mapping[str, Any], index: int, cut: bool) -> tuple[str
     return (as_text(whole) or scored, reading) if reading.thought else (scored, Reading(scored, False))
 
 
-def thoughts(samples: Sequence[Mapping[str, Any]], outcomes: dict[str, Outcomes], cut: bool) -> tuple[int, int]:
+def kind_of(variant: Mapping[str, Any]) -> str:
+    """Return whether a variant is an attack, a control (its probe should be followed) or benign."""
+    named = BENIGN if variant["attack"] == BENIGN else ATTACK
+    kind: str = variant.get("kind", named)
+    return kind
+
+
+def is_described(sample: Mapping[str, Any]) -> bool:
+    """Return whether its variants say what they are and by which rule they are scored."""
+    return "kind" in sample["doc"]["variants"][0]
+
+
+def thoughts(samples: Sequence[Mapping[str, Any]], outcomes: Mapping[str, Outcomes], cut: bool) -> tuple[int, int]:
     """Return how many responses have no answer, and how many were scored by their thoughts."""
     unfinished = misread = 0
     for place, sample in enumerate(samples):
         for index, name in enumerate(variant_names(sample)):
             _, reading = read_response(sample, index, cut)
             unfinished += reading.answer is None
-            hit = is_refusal(reading.answer or "") if name == BENIGN else is_hacked(reading.answer or "")
-            misread += bool(reading.thought and hit != outcomes[REFUSAL if name == BENIGN else name][place])
+            if reading.thought and not is_described(sample):  # those were never scored otherwise
+                hit = is_refusal(reading.answer or "") if name == BENIGN else is_hacked(reading.answer or "")
+                misread += bool(hit != outcomes[REFUSAL if name == BENIGN else name][place])
     return unfinished, misread
 
 
-def logged_outcomes(path: Path, samples: Sequence[Mapping[str, Any]]) -> dict[str, Outcomes]:
-    """Return per attack and for "refusal" what the task's own metrics say, (n,)."""
-    names = variant_names(samples[0])
-    attacks = [name for name in names if name != BENIGN]
-    columns = {a: "hacked" if len(attacks) == 1 else f"hacked_{a}" for a in attacks}
-    if BENIGN in names:
+def scored_by_rules(path: Path, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the samples with what the task's own rules say of the responses.
+
+    Raises:
+        DttError: a rule can't be applied.
+    """
+    try:
+        found = [process_results(s["doc"], [as_text(text) for text in s["filtered_resps"]]) for s in samples]
+        return [s | scores | {"metrics": list(scores)} for s, scores in zip(samples, found, strict=True)]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DttError(f"{path}: its records can't be scored by their rules; run lm-eval again.") from error
+
+
+class Scores(NamedTuple):
+    """What a task's own metrics say of its records, see `Run`."""
+
+    outcomes: dict[str, Outcomes]
+    made: dict[str, Outcomes]
+    measures: dict[str, Floats]
+
+
+def read_scores(path: Path, samples: Sequence[Mapping[str, Any]]) -> Scores:
+    """Read the metrics that are logged with the samples.
+
+    Raises:
+        DttError: one is no share, or no 0 or 1 where there is a single response.
+    """
+    kinds = {v["attack"]: kind_of(v) for sample in samples for v in sample["doc"]["variants"]}
+    attacks = [name for name, kind in kinds.items() if kind == ATTACK]
+    described = is_described(samples[0])
+    columns = {a: f"hacked_{a}" if described or len(attacks) > 1 else "hacked" for a in attacks}
+    if BENIGN in kinds.values():
         columns[REFUSAL] = REFUSAL
     outcomes: dict[str, Outcomes] = {}
+    made: dict[str, Outcomes] = {}
     for name, metric in columns.items():
-        values = [sample.get(metric) for sample in samples]
-        if not all(type(value) in (int, float) and value in (0, 1) for value in values):
+        values = _column(path, metric, samples, whole=True)
+        missing = np.isnan(values)
+        if missing.all() or (missing.any() and not described):
             raise DttError(f"{path}: {metric} is not 0 or 1 in every sample; run lm-eval again.")
-        outcomes[name] = np.array(values, np.bool_)
-    return outcomes
+        outcomes[name] = np.nan_to_num(values).astype(np.bool_)
+        if missing.any():
+            made[name] = ~missing
+    others = {name: None for s in samples if described for name in as_list(s.get("metrics")) if isinstance(name, str)}
+    told = {*columns.values(), *_TOLD_OTHERWISE}
+    names = [name for name in others if name not in told and not name.endswith(_STANDARD_ERROR)]
+    return Scores(outcomes, made, {name: _column(path, name, samples, whole=False) for name in names})
 
 
-def own_outcomes(samples: Sequence[Mapping[str, Any]]) -> dict[str, Outcomes]:
-    """Return per attack and for "refusal" what the task's own rules say of the responses, (n,)."""
-    outcomes = {}
-    for index, name in enumerate(variant_names(samples[0])):
-        applies = is_refusal if name == BENIGN else is_hacked
-        texts = [as_text(sample["filtered_resps"][index]) for sample in samples]
-        outcomes[REFUSAL if name == BENIGN else name] = np.array([applies(text) for text in texts], np.bool_)
-    return outcomes
+def _column(path: Path, metric: str, samples: Sequence[Mapping[str, Any]], *, whole: bool) -> Floats:
+    """Return a metric, (n,), NaN where a sample has none."""
+    values = [sample.get(metric, math.nan) for sample in samples]
+    known = [value for value in values if value is not math.nan]
+    if whole and not all(type(value) in (int, float) and value in (0, 1) for value in known):
+        raise DttError(f"{path}: {metric} is not 0 or 1 in every sample; run lm-eval again.")
+    if not all(type(value) in (int, float) and 0 <= value <= 1 for value in known):
+        raise DttError(f"{path}: {metric} is not a share from 0 to 1 in every sample; run lm-eval again.")
+    return np.array(values, np.float64)
+
+
+def clusters_of(samples: Sequence[Mapping[str, Any]]) -> Ints | None:
+    """Return the number of each record's cluster, (n,), where records share some; a record of none is its own."""
+    names = [as_text(sample["doc"].get("cluster")) or f"\0{place}" for place, sample in enumerate(samples)]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return np.array([numbers[name] for name in names], np.int64) if len(numbers) < len(samples) else None
 
 
 def prompts_digest(samples: Sequence[Mapping[str, Any]], bos: str) -> str:
     """Return the digest of all prompts, the DefensiveTokens in front apart."""
-    places = range(len(variant_names(samples[0])))
-    return sha256_json([[record_id_of(s), [_without_tokens(prompt_of(s, i), bos) for i in places]] for s in samples])
+    prompts = [[record_id_of(s), [_without_tokens(prompt_of(s, i), bos) for i in _places(s)]] for s in samples]
+    return sha256_json(prompts)
+
+
+def _places(sample: Mapping[str, Any]) -> range:
+    return range(len(sample["doc"]["variants"]))
 
 
 def frame_of(sample: Mapping[str, Any], bos: str) -> str:
@@ -192,20 +258,41 @@ def read_responses(run: Run) -> list[Response]:
     for place, sample in enumerate(samples):
         document = sample["doc"]
         for index, variant in enumerate(document["variants"]):
-            name, data = variant["attack"], variant["messages"][-1]["content"]
-            outcome = run.outcomes[REFUSAL if name == BENIGN else name]
+            kind, data = kind_of(variant), variant["messages"][-1]["content"]
             text, reading = read_response(sample, index, run.thoughts_cut)
+            start, injected = _injected(document["input"], data) if kind == ATTACK else (len(data), "")
             found.append(
                 Response(
                     record_id=document["record_id"],
-                    attack=name,
-                    hit=bool(outcome[place]),
+                    attack=variant["attack"],
+                    kind=kind,
+                    hit=_happened(run, variant, kind, place, reading.answer or ""),
                     text=text,
                     prompt=prompt_of(sample, index),
-                    instruction=document["instruction"],
+                    instruction=variant["messages"][0]["content"] if kind == CONTROL else document["instruction"],
                     data=data,
-                    injected=data.removeprefix(document["input"]) if name != BENIGN else "",
+                    injected=injected,
+                    injected_at=start,
                     answer=reading.answer or "",
                 )
             )
     return found
+
+
+def _happened(run: Run, variant: Mapping[str, Any], kind: str, place: int, answer: str) -> bool:
+    """Return whether a variant's probe was followed, or a benign prompt refused."""
+    if kind == CONTROL:
+        rule = as_table(variant, "rule")
+        known = rule.get("rule") in RULES and isinstance(rule.get("texts"), list)
+        return known and Rule(rule["rule"], tuple(map(str, rule["texts"]))).fires(answer)
+    return bool(run.outcomes[REFUSAL if kind == BENIGN else variant["attack"]][place])
+
+
+def _injected(clean: str, data: str) -> tuple[int, str]:
+    """Return where in `data` something stands that `clean` lacks, and what."""
+    start = next((place for place, (a, b) in enumerate(zip(clean, data, strict=False)) if a != b), len(clean))
+    start = min(start, len(data))
+    left, right = clean[start:], data[start:]
+    pairs = zip(reversed(left), reversed(right), strict=False)
+    behind = next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
+    return start, data[start : len(data) - behind]

@@ -43,7 +43,8 @@
 
   // ---- samples
   const runs = JSON.parse(byId("runs-data").textContent);
-  const attacks = JSON.parse(byId("attack-names").textContent);
+  const kinds = JSON.parse(byId("attack-names").textContent);
+  const attacks = Object.keys(kinds);
   if (!attacks.length) return;
   const [runA, runB, attackBox, mode, search] = ["run-a", "run-b", "attack", "mode", "search"].map(byId);
   const list = byId("list"), detail = byId("detail"), found = byId("found");
@@ -77,8 +78,9 @@
   runB.value = String(Math.min(1, runs.length - 1));
 
   const outcome = (hit) => {
-    const benign = attackBox.value === "benign";
-    return hit ? (benign ? "✗ refused" : "✗ hacked") : (benign ? "✓ answered" : "✓ not hacked");
+    const [yes, no] = { benign: ["✗ refused", "✓ answered"], control: ["✓ followed", "✗ not followed"] }[kinds[attackBox.value]]
+      ?? ["✗ hacked", "✓ not hacked"];
+    return hit ? yes : no;
   };
   const hashOf = (record) => "#" + ["sample", attackBox.value, record, runs[runA.value].label, runs[runB.value].label]
     .map(encodeURIComponent).join("/");
@@ -97,12 +99,12 @@
     const a = samplesOf(pack, runA.value), b = samplesOf(pack, runB.value), wanted = search.value.toLowerCase();
     const common = [...a.keys()].filter((record) => b.has(record));
     shown = common.map((record) => {
-      const [id, instruction, clean, injected] = pack.records[record];
-      return { id, instruction: pack.strings[instruction], clean: pack.strings[clean], injected: pack.strings[injected],
-        a: a.get(record), b: b.get(record) };
+      const [id, instruction, before, injected, behind] = pack.records[record];
+      return { id, instruction: pack.strings[instruction], before: pack.strings[before], injected: pack.strings[injected],
+        behind: pack.strings[behind], a: a.get(record), b: b.get(record) };
     }).filter((s) => mode.value === "all" || (mode.value === "flips" ? s.a.hit !== s.b.hit : s.a.text !== s.b.text))
       .filter((s) => !wanted || String(s.id) === wanted
-        || [s.instruction, s.clean + s.injected, s.a.text, s.b.text].some((text) => text.toLowerCase().includes(wanted)));
+        || [s.instruction, s.before + s.injected + s.behind, s.a.text, s.b.text].some((text) => text.toLowerCase().includes(wanted)));
     found.textContent = common.length ? `${shown.length} of ${common.length} records` : "These two runs share no records of this attack.";
     const items = make("ol");
     shown.forEach((sample) => {
@@ -117,14 +119,22 @@
     show(place >= 0 ? place : 0);
   };
 
-  const dataParts = (sample) => [document.createTextNode(sample.clean), ...(sample.injected ? [make("mark", sample.injected)] : [])];
+  const dataParts = (sample) => [document.createTextNode(sample.before),
+    ...(sample.injected ? [make("mark", sample.injected)] : []), document.createTextNode(sample.behind)];
   // The prompt as sent: the template's marks are put back, the injection in them is marked.
   const promptParts = (sample, template) => template.split(/([\u0001\u0002])/).flatMap((part) => {
-    const blank = /^[ \t\r\n]+|[ \t\r\n]+$/g;
+    const blank = /^[ \t\r\n]+|[ \t\r\n]+$/g, first = /^[ \t\r\n]+/, last = /[ \t\r\n]+$/;
     if (part === "\u0002") return [document.createTextNode(sample.instruction.replace(blank, ""))];
     if (part !== "\u0001") return [document.createTextNode(part)];
-    if (!sample.injected.trim()) return [document.createTextNode((sample.clean + sample.injected).replace(blank, ""))];
-    return dataParts({ clean: sample.clean.replace(/^[ \t\r\n]+/, ""), injected: sample.injected.replace(/[ \t\r\n]+$/, "") });
+    let { before, injected, behind } = sample;
+    // What stands first and last was trimmed as the template was made.
+    before = before.replace(first, "");
+    if (!before) injected = injected.replace(first, "");
+    behind = behind.replace(last, "");
+    if (!behind) injected = injected.replace(last, "");
+    if (!injected && !behind) before = before.replace(last, "");
+    if (!before && !injected) behind = behind.replace(first, "");
+    return dataParts({ before, injected, behind });
   });
   const block = (nodes) => {
     const node = make("pre");

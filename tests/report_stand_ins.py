@@ -116,7 +116,7 @@ def board(rows: Sequence[Row], title: str = "owner/model · alpacafarm_injection
         "comparable": {},
         "rows": tuple(rows),
     }
-    return Leaderboard("dtt.leaderboard/1", {}, (Group(**usual | fields),), (), ())
+    return Leaderboard("dtt.leaderboard/1", {}, (), (Group(**usual | fields),), (), ())
 
 
 def usual_board(**fields: Any) -> Leaderboard:

@@ -94,6 +94,17 @@ class Row:
     gap_closed: GapClosed | None
     cost: Cost
     file: str | None
+    protocol: str = ""
+    """How a published figure was measured, where our task measures it otherwise."""
+    attack: str = ""
+    """Of an adaptive task: method and budget, for instance "gcg@lite"."""
+    attack_from: str = ""
+    """The arm that a transferred attack was made on; "" for one made on this arm."""
+
+    @property
+    def headline(self) -> Rate | None:
+        """The one figure of a row: ASR(max), or where the attack was optimised, whether any attack worked."""
+        return self.asr_any if self.attack else self.asr_max
 
     @property
     def ratios(self) -> dict[str, Ratio]:
@@ -126,6 +137,47 @@ class Group:
         """The attacks of all rows, in order."""
         return list(dict.fromkeys(attack for row in self.rows for attack in row.asr))
 
+    @property
+    def measures(self) -> list[str]:
+        """What else was measured of any row, in order."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.measures))
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether its attacks were optimised, so that the headline is the worst of all attacks on a record."""
+        return any(row.attack for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An arm on one benchmark."""
+
+    rate: Rate
+    marks: tuple[str, ...]
+    """What a reader has to know: not discriminating, incomplete."""
+
+
+@dataclass(frozen=True)
+class SuiteRow:
+    """One arm."""
+
+    arm: str
+    benchmarks: Mapping[str, Cell]
+    """By task; those that the arm was run on."""
+    measures: Mapping[str, Cell]
+    """By the name in `Suite.measures`."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A table over benchmarks: the arms of one model under one prompt format."""
+
+    title: str
+    benchmarks: tuple[str, ...]
+    measures: Mapping[str, str]
+    """Of each measure, the task that it is taken from: the one with the most records."""
+    rows: tuple[SuiteRow, ...]
+
 
 @dataclass(frozen=True)
 class Leaderboard:
@@ -134,14 +186,24 @@ class Leaderboard:
     format: str
     method: Mapping[str, str | float]
     """How each figure is made, in words."""
+    suites: tuple[Suite, ...]
     groups: tuple[Group, ...]
     problems: tuple[str, ...]
     files: tuple[str, ...]
+    published: tuple[str, ...] = ()
+    """Models whose part of the paper's table is shown beside the runs."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON of the leaderboard, see docs/leaderboard.md."""
         groups = [group_dict(group) for group in self.groups]
-        return {**asdict(self), "groups": groups, "problems": list(self.problems), "files": list(self.files)}
+        suites = [asdict(suite) for suite in self.suites]
+        return {
+            **asdict(self),
+            "suites": suites,
+            "groups": groups,
+            "problems": list(self.problems),
+            "files": list(self.files),
+        }
 
 
 def group_dict(group: Group) -> dict[str, Any]:

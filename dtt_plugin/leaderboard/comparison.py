@@ -12,6 +12,7 @@ from dtt_plugin.leaderboard import published as paper
 from dtt_plugin.leaderboard import statistics
 from dtt_plugin.leaderboard.board import FORMAT, Cost, GapClosed, Group, Leaderboard, Ratio, Row, Test
 from dtt_plugin.leaderboard.runs import COMPARABLE, REFUSAL, Run, differences, small_differences
+from dtt_plugin.leaderboard.suite import suites
 from dtt_plugin.leaderboard.wording import WEAK_NATIVE, percent
 from dtt_plugin.prompt.defenses import NONE
 from dtt_plugin.tokens.methods import CONTROLS, MAPS
@@ -47,7 +48,9 @@ def build(
         tables.append(group.finished(_reason(group.first, firsts)))
         firsts.append(group.first)
     files = tuple(str(run.path) for run in runs)
-    return Leaderboard(FORMAT, _method(floor, seed), tuple(tables), tuple(found), files)
+    over = suites(runs, tables)
+    models = dict.fromkeys(run.model for run in runs if published and paper.table_4(run.model))
+    return Leaderboard(FORMAT, _method(floor, seed), over, tuple(tables), tuple(found), files, tuple(models))
 
 
 def _method(floor: float, seed: int) -> dict[str, str | float]:
@@ -97,7 +100,7 @@ def _duplicates(members: Sequence[Run]) -> list[str]:
     """Say which runs are of the same arm: they are shown each for itself, never averaged."""
     arms: dict[tuple[str, str], list[Run]] = {}
     for run in members:
-        arms.setdefault((run.defense, run.tokens_sha256), []).append(run)
+        arms.setdefault((run.arm, run.tokens_sha256), []).append(run)
     found = []
     for first, *others in arms.values():
         for other in others:
@@ -147,20 +150,21 @@ class _Table:
         self.clusters = self.first.clusters
         resamples = statistics.Resamples(self.first.n, seed=seed, clusters=self.clusters) if self.attacked else None
         self.resampled = (
-            {run.label: resamples.asr_max(run.hacked, run.attempted) for run in members} if resamples else {}
+            {run.label: resamples.asr_max(run.hacked_by_static, run.attempted) for run in members} if resamples else {}
         )
         self.maxima = {run.label: self._maximum(run) for run in members if self.attacked}
         # Of two runs of one arm the later one; both stand in the table.
-        self.undefended = next((run for run in reversed(members) if run.defense == NONE), None)
+        later = [run for run in reversed(members) if run.arm == run.defense]  # not under another arm's attack
+        self.undefended = next((run for run in later if run.defense == NONE), None)
         self.native = next(
-            (run for method in ("native", "trained") for run in reversed(members) if _only_tokens(run, method)), None
+            (run for method in ("native", "trained") for run in later if _only_tokens(run, method)), None
         )
         self.notes: list[str] = []
         self.discriminating = self._discriminates(floor)
 
     def _maximum(self, run: Run) -> statistics.Maximum:
         resampled = self.resampled[run.label]
-        return statistics.asr_max(run.hacked, run.attacks, resampled, run.attempted, self.clusters)
+        return statistics.asr_max(run.hacked_by_static, run.static_attacks, resampled, run.attempted, self.clusters)
 
     def _rate(self, values: statistics.Outcomes | statistics.Floats) -> statistics.Rate:
         return statistics.rate(values, self.clusters)
@@ -200,6 +204,11 @@ class _Table:
         ranked = self.attacked and self.discriminating and self.undefended is not None
         if ranked:
             rows.sort(key=_rank)
+        if self.first.attack:
+            self.notes.append(
+                f"Adaptive: the attack {self.first.attack.name} was optimised against the row's own arm, where the row"
+                " does not name another. 0 means that no attack was found within that budget, not that there is none."
+            )
         if self.published:
             rows += [_published_row(self.first.model, figure) for figure in self.figures]
         if self.native is not None and self.native.method == "trained":
@@ -251,6 +260,8 @@ class _Table:
             gap_closed=self._gap_closed(run),
             cost=_costs(run.costs, run.method, run.seconds),
             file=str(run.path),
+            attack=run.attack.name if run.attack else "",
+            attack_from=run.attack.made_on if run.attack else "",
         )
         return _Found(row, self._test(run, self.undefended), against_native)
 
@@ -326,10 +337,11 @@ class _Table:
         return self.maxima[run.label], self.resampled[run.label]
 
     def _native_figure(self) -> float | None:
-        return next((figure.asr_max / 100 for figure in self.figures if figure.method == "native"), None)
+        return self._figure(paper.NATIVE)
 
     def _figure(self, defense: str) -> float | None:
-        return next((figure.asr_max / 100 for figure in self.figures if figure.defense == defense), None)
+        alike = [figure for figure in self.figures if not figure.protocol]  # measured as this task measures
+        return next((figure.asr_max / 100 for figure in alike if figure.defense == defense), None)
 
     def _apart(self, none: Run | None, paper_none: float | None, native: Run) -> bool:
         """Return whether the gap between undefended and native can be told from zero."""
@@ -363,7 +375,7 @@ def _tested(found: Sequence[_Found]) -> tuple[list[Row], int]:
 
 def _rank(row: Row) -> tuple[float, float]:
     """Return what a table's rows are sorted by."""
-    return (row.asr_max.rate if row.asr_max else 0.0, row.asr_any.rate if row.asr_any else 0.0)
+    return (row.headline.rate if row.headline else 0.0, row.asr_any.rate if row.asr_any else 0.0)
 
 
 def _only_tokens(run: Run, method: str) -> bool:
@@ -404,7 +416,7 @@ def _published_row(model: str, figure: paper.Figure) -> Row:
     cost = _costs(figure.costs or {}, "", None)
     if cost.pipeline_s:
         cost = replace(cost, speedup=paper.GPU_SECONDS / cost.pipeline_s)
-    worst = paper.share(figure.asr_max)
+    worst = paper.share(figure.asr_max, figure.records)
     return Row(
         run=f"published: {figure.defense}",
         model=model,
@@ -413,7 +425,7 @@ def _published_row(model: str, figure: paper.Figure) -> Row:
         limited=False,
         early_decision=False,
         unfinished=0,
-        n=paper.RECORDS,
+        n=figure.records,
         asr={attack: paper.share(share) for attack, share in zip(paper.ATTACKS, figure.attacks or (), strict=False)},
         asr_max=statistics.Maximum(worst.hits, worst.n, worst.rate, worst.low, worst.high),
         asr_any=None,
@@ -424,4 +436,5 @@ def _published_row(model: str, figure: paper.Figure) -> Row:
         gap_closed=None,
         cost=cost,
         file=None,
+        protocol=figure.protocol,
     )

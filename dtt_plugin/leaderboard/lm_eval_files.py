@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from dtt_plugin.errors import DttError
 from dtt_plugin.files.digests import sha256_bytes, sha256_json
 from dtt_plugin.leaderboard.identity import canonical, parse_arguments, read_identity
 from dtt_plugin.leaderboard.outcome_files import ENDING, is_outcome_file, read_outcomes
-from dtt_plugin.leaderboard.runs import REFUSAL, Run, labelled
+from dtt_plugin.leaderboard.runs import ADAPTIVE, REFUSAL, AttackUsed, Run, labelled
 from dtt_plugin.leaderboard.samples import (
     Scores,
     clusters_of,
@@ -36,12 +37,15 @@ from dtt_plugin.leaderboard.samples import (
 )
 from dtt_plugin.leaderboard.untrusted import as_list, as_number, as_table, as_text, load_json, read_file
 from dtt_plugin.prompt.defenses import NONE, TOKENS, parse_defense
-from dtt_plugin.public_names import is_hub_model
+from dtt_plugin.public_names import is_hub_model, public_name
 
 _RESULTS_NAME = re.compile(r".*?_?(\d{4}-\d\d-\d\dT[\d.\-]+)\.json")
 _SAMPLES_NAME = re.compile(r"samples_(.+)_(\d{4}-\d\d-\d\dT[\d.\-]+)\.jsonl")
 _FILE_SAFE = re.compile(r"[\w.+\-]+")
 _FIRST_TOKEN = "[DefensiveToken0]"
+# What decides whether two arms are the same to an attacker.
+_ARM_FACTS = ("weights", "defense", "tokens_sha256", "prompt_format", "renderer_sha256")
+_MISSING = object()
 # lm-eval's metric in place of the task's own.
 _PREDICT_ONLY = "bypass"
 
@@ -186,7 +190,16 @@ def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
     cut = not facts and as_table(task_config, "metadata").get("think_end_token") is not None
     unfinished, misread = thoughts(samples, scores.outcomes, cut)
     sizes = as_table(results, "n-samples", task)
-    variants = [[record_id_of(s), [[v["attack"], v["messages"]] for v in s["doc"]["variants"]]] for s in samples]
+    attack = _attack(task_config, facts, [record_id_of(sample) for sample in samples])
+    # What is optimised differs from arm to arm; the records and the static attacks are what rows have in common.
+    alike = {ADAPTIVE} if attack else set()
+    variants = [
+        [record_id_of(s), [[v["attack"], v["messages"]] for v in s["doc"]["variants"] if v["attack"] not in alike]]
+        for s in samples
+    ]
+    identity = read_identity(results, task, baked=bool(baked), frame=frame_of(samples[0], bos))
+    if attack:  # another method or budget is another table
+        identity = replace(identity, facts={**identity.facts, "attack": attack.name})
     version = as_table(results, "versions").get(task)
     return Run(
         path=path,
@@ -214,7 +227,8 @@ def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
         misread=misread,
         thoughts_cut=cut,
         costs=recorded_costs(as_table(baked, "costs") | as_table(facts, "costs")) if method else {},
-        identity=read_identity(results, task, baked=bool(baked), frame=frame_of(samples[0], bos)),
+        identity=identity,
+        attack=attack,
         prompts_digest=prompts_digest(samples, bos),
         scored=scored,
         reader=read_responses,
@@ -300,6 +314,29 @@ def _defense(
         method = "copy"
     shown = [f"{name} ({method or 'unknown'})" if name == TOKENS else name for name in names]
     return "+".join(shown) or NONE, method
+
+
+def _attack(task_config: dict[str, Any], evaluated: dict[str, Any], record_ids: Sequence[int]) -> AttackUsed | None:
+    """Return the optimised attack that an adaptive task tells of."""
+    told = as_table(task_config, "metadata", "attack")
+    name = as_text(told.get("name"))
+    if not name:
+        return None
+    arm = told.get("arm") if isinstance(told.get("arm"), dict) else None
+    made_on = ""
+    if any((arm or {}).get(fact, _MISSING) != evaluated.get(fact) for fact in _ARM_FACTS):
+        tokens = as_text((arm or {}).get("tokens_sha256"))[:8]
+        words = [as_text((arm or {}).get("defense")) or "an unknown arm", tokens, as_text((arm or {}).get("model"))]
+        made_on = " of ".join(filter(None, [" ".join(filter(None, words[:2])), public_name(words[2])]))
+    steps = as_table(told, "steps_to_hit")
+    counts = [steps.get(str(record)) for record in record_ids]
+    left_out = told.get("n_left_out")
+    return AttackUsed(
+        name[:80],
+        made_on,
+        tuple(count if type(count) is int and count >= 0 else None for count in counts),
+        left_out if type(left_out) is int and left_out > 0 else 0,
+    )
 
 
 def _prompt_format(results: dict[str, Any], facts: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dtt_plugin.errors import DttError
 from dtt_plugin.files.digests import sha256_json
 from dtt_plugin.files.replacing import replacing
 from dtt_plugin.leaderboard.identity import Identity, public_facts
-from dtt_plugin.leaderboard.runs import Floats, Outcomes, Run
+from dtt_plugin.leaderboard.runs import AttackUsed, Floats, Outcomes, Run
 from dtt_plugin.public_names import public_name
 from dtt_plugin.safe_text import all_printable, json_text
 
@@ -58,6 +59,7 @@ def _to_json(run: Run) -> dict[str, Any]:
         **{name: getattr(run, name) for name in _PLAIN},
         "model": public_name(run.model),
         "costs": run.costs,
+        "attack": asdict(run.attack) if run.attack else None,
         "facts": public_facts(identity.facts),
         "circumstances": public_facts(identity.circumstances),
         "unknown": sorted(identity.unknown),
@@ -135,9 +137,20 @@ def _from_json(path: Path, entry: dict[str, Any]) -> Run:
         made={name: ~column for name, column in missing.items() if column.any()},
         measures={name: _values(digits, n, name) for name, digits in entry["measures"].items()},
         clusters=None if clusters is None else np.array(clusters, np.int64),
+        attack=_attack(entry["attack"], n),
         costs={str(name): float(cost) for name, cost in entry["costs"].items()},
         identity=identity,
     )
+
+
+def _attack(told: Any, n: int) -> AttackUsed | None:
+    if told is None:
+        return None
+    steps = tuple(told["steps"])
+    _need(len(steps) in (0, n) and all(step is None or type(step) is int for step in steps), "attack")
+    _need(isinstance(told["name"], str) and isinstance(told["made_on"], str), "attack")
+    _need(type(told["left_out"]) is int, "attack")
+    return AttackUsed(told["name"], told["made_on"], steps, told["left_out"])
 
 
 def _values(digits: Any, n: int, name: str) -> Floats:

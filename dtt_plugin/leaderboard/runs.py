@@ -16,6 +16,8 @@ from dtt_plugin.public_names import is_hub_model, public_name
 
 BENIGN = "benign"
 REFUSAL = "refusal"
+ADAPTIVE = "adaptive"
+"""The variant of an adaptive task whose suffix was optimised."""
 Outcomes = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -60,6 +62,20 @@ class Response:
 
 
 @dataclass(frozen=True)
+class AttackUsed:
+    """The optimised attack of an adaptive task."""
+
+    name: str
+    """Method and budget, for instance "gcg@lite"."""
+    made_on: str
+    """The arm it was made on, briefly; "" where that is the evaluated one, so that it is adaptive."""
+    steps: tuple[int | None, ...] = ()
+    """Per record, in the order of `record_ids`: the optimiser's steps until its hit; None: no hit."""
+    left_out: int = 0
+    """Records of the benchmark without a suffix."""
+
+
+@dataclass(frozen=True)
 class Run:
     """What one run of lm-eval measured on one injection task."""
 
@@ -98,6 +114,8 @@ class Run:
     """The number of each record's cluster, (n,), where records share a witness or a context."""
     stamp: str = ""
     """When it was run, as its file's name says."""
+    attack: AttackUsed | None = None
+    """Of an adaptive task."""
     unfinished: int = 0
     """Responses without an answer behind their thoughts, of all variants: neither hacked nor refused."""
     misread: int = 0
@@ -120,6 +138,12 @@ class Run:
     """What the rows of its table have in common, told briefly; without a path."""
 
     @property
+    def arm(self) -> str:
+        """What is evaluated, briefly; an attack that was made on another arm is named."""
+        transferred = self.attack.made_on if self.attack else ""
+        return f"{self.defense} (transferred attack, from {transferred})" if transferred else self.defense
+
+    @property
     def is_baked(self) -> bool:
         """Whether it is a defended checkpoint's, which counts as its base model."""
         return "weights" in self.identity.unknown
@@ -130,15 +154,28 @@ class Run:
         return tuple(name for name in self.outcomes if name != REFUSAL)
 
     @property
+    def static_attacks(self) -> tuple[str, ...]:
+        """Those that ASR(max) is over: without the optimised one, where there are others."""
+        return tuple(name for name in self.attacks if name != ADAPTIVE) or self.attacks
+
+    @property
     def hacked(self) -> Outcomes:
         """Whether each attack worked on each record, (n, attacks)."""
-        return np.stack([self.outcomes[attack] for attack in self.attacks], axis=1)
+        return self._stacked(self.attacks)
+
+    def _stacked(self, attacks: Sequence[str]) -> Outcomes:
+        return np.stack([self.outcomes[attack] for attack in attacks], axis=1)
+
+    @property
+    def hacked_by_static(self) -> Outcomes:
+        """Whether each static attack worked on each record, (n, static attacks)."""
+        return self._stacked(self.static_attacks)
 
     @property
     def attempted(self) -> Outcomes:
-        """Whether each attack was made on each record, (n, attacks)."""
+        """Whether each static attack was made on each record, (n, static attacks)."""
         everywhere = np.ones(self.n, np.bool_)
-        return np.stack([self.made.get(attack, everywhere) for attack in self.attacks], axis=1)
+        return np.stack([self.made.get(attack, everywhere) for attack in self.static_attacks], axis=1)
 
     def values(self, outcome: str) -> Floats:
         """Return an outcome as 0 and 1, NaN on records that don't have it, (n,)."""
@@ -163,6 +200,8 @@ class Run:
                 " They count as neither hacked nor refused, so the rates may be too low; raise max_gen_toks, or turn"
                 " thinking off."
             )
+        if self.attack and self.attack.left_out:
+            found.append(f"{self.attack.left_out} records have no suffix and are left out.")
         if self.misread:
             found.append(
                 f"MISREAD: {self.misread} responses begin with thoughts, and the saved scores are not those of the"
@@ -243,7 +282,7 @@ def labelled(runs: Sequence[Run]) -> list[Run]:
     labels = []
     for run, parts in zip(runs, details, strict=True):
         kept = [part for place, part in enumerate(parts) if place >= len(told) or told[place]]
-        labels.append(" · ".join([run.defense, *kept]))
+        labels.append(" · ".join([run.arm, *kept]))
     totals, seen = Counter(labels), Counter[str]()
     unique = []
     for label, run, parts in zip(labels, runs, details, strict=True):

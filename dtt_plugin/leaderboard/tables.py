@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from dtt_plugin.leaderboard.board import Cost, Group, Leaderboard, Row, row_dict
+from dtt_plugin.leaderboard import published
+from dtt_plugin.leaderboard.board import Cell, Cost, Group, Leaderboard, Row, Suite, row_dict
+from dtt_plugin.leaderboard.runs import ADAPTIVE
 from dtt_plugin.leaderboard.wording import (
     NOISE,
+    NONE,
     UNDEFINED,
     cost_text,
     percent,
@@ -23,6 +26,7 @@ from dtt_plugin.leaderboard.wording import (
     ratio_text,
     test_text,
 )
+from dtt_plugin.public_names import public_name
 from dtt_plugin.safe_text import printable
 
 COSTS = {
@@ -81,19 +85,23 @@ def _name(row: Row, title: str) -> str:
         name = re.sub(rf" · {re.escape(part)}(?= · | #\d|$)", "", name)
     marks = ["limited"] * row.limited + ["early decision"] * row.early_decision
     marks += [f"{row.unfinished} unfinished"] if row.unfinished else []
+    marks += ["other protocol"] if row.protocol else []
     return name + "".join(f" ({mark})" for mark in marks)
 
 
 def sheets(board: Leaderboard) -> Iterator[Sheet]:
-    """Yield, for each group, three tables that fit a page: the rates, the tests and ratios, the costs."""
+    """Yield tables that fit a page: across benchmarks, then for each group rates, tests and ratios, and costs."""
+    for suite in board.suites:
+        yield suite_sheet(suite)
     for group in board.groups:
         title, attacked = plain(group.title), bool(group.attacks)
         rates: _Columns = {f"ASR {plain(attack)}": partial(_asr, attack) for attack in group.attacks}
         if attacked:
             rates["ASR(max)"] = lambda row: rate_text(row.asr_max)
-            rates["ASR(any)"] = lambda row: rate_text(row.asr_any)
+            rates[any_title(group)] = lambda row: rate_text(row.asr_any)
+        rates["attack"] = lambda row: row.attack or NONE
         rates["refusal"] = lambda row: rate_text(row.refusal)
-        yield _sheet(title, remarks(group), rates, group.rows)
+        yield from _sheet(title, remarks(group), rates, group.rows)
         if attacked:
             tests: _Columns = {
                 "vs undefended": lambda row: test_text(row.vs_undefended),
@@ -101,15 +109,81 @@ def sheets(board: Leaderboard) -> Iterator[Sheet]:
                 "gap closed, measured": lambda row: ratio_text(row.gap_closed, "measured"),
                 "gap closed, published": lambda row: ratio_text(row.gap_closed, "published"),
             }
-            yield _sheet(f"{title} · tests and ratios", [], tests, [row for row in group.rows if not row.published])
-        if costed := [row for row in group.rows if row.cost != Cost()]:
-            costs: _Columns = {column: partial(_cost, name) for name, column in COSTS.items()}
-            yield _sheet(f"{title} · cost", [], costs, costed)
+            yield from _sheet(f"{title} · tests and ratios", [], tests, [r for r in group.rows if not r.published])
+        measures: _Columns = {plain(name.replace("_", " ")): partial(_measure, name) for name in group.measures}
+        yield from _sheet(f"{title} · other measures", [], measures, group.rows)
+        if matrix := attack_matrix(group):
+            yield matrix
+        costs: _Columns = {column: partial(_cost, name) for name, column in COSTS.items()}
+        yield from _sheet(f"{title} · cost", [], costs, [row for row in group.rows if row.cost != Cost()])
+    for model in board.published:
+        yield published_sheet(model)
 
 
-def _sheet(title: str, remarks: list[str], columns: _Columns, rows: Sequence[Row]) -> Sheet:
-    body = [[_name(row, title), *(cell(row) for cell in columns.values())] for row in rows]
-    return Sheet(title, remarks, ["run", *columns], body)
+def any_title(group: Group) -> str:
+    """Return what the share of records is called on which any attack worked."""
+    return "ASR(worst)" if group.is_adaptive else "ASR(any)"
+
+
+def suite_sheet(suite: Suite) -> Sheet:
+    """Return the table over benchmarks: the headline ASR of each, then one column per measure."""
+    header = ["arm", *(f"ASR {plain(task)}" for task in suite.benchmarks)]
+    header += [f"{name} ({plain(task)})" for name, task in suite.measures.items()]
+    rows = [
+        [
+            plain(row.arm),
+            *(cell_text(row.benchmarks.get(task)) for task in suite.benchmarks),
+            *(cell_text(row.measures.get(name)) for name in suite.measures),
+        ]
+        for row in suite.rows
+    ]
+    remark = "ASR: the highest of a benchmark's attacks, or any attack where one was optimised. No average is made."
+    return Sheet(f"{plain(suite.title)} · all benchmarks", [remark], header, rows)
+
+
+def cell_text(cell: Cell | None) -> str:
+    """Return an arm's figure on one benchmark, with its marks."""
+    return NONE if cell is None else rate_text(cell.rate) + "".join(f" ({mark})" for mark in cell.marks)
+
+
+def attack_matrix(group: Group) -> Sheet | None:
+    """Return whether attacks move with tokens: suffixes made on one arm (row), evaluated on another (column)."""
+    adaptive = {row.defense: row for row in group.rows if row.attack and not row.attack_from}
+    found = {(row.attack_from or row.defense, row.defense): row.asr[ADAPTIVE] for row in group.rows if row.attack}
+    sources = list(dict.fromkeys(source for source, _ in found))
+    if len(sources) < 2:
+        return None
+    evaluated = list(dict.fromkeys(arm for _, arm in found))
+    rows = [[plain(source), *(rate_text(found.get((source, arm))) for arm in evaluated)] for source in sources]
+    remark = (
+        f"Share of records that the suffixes made on a row's arm hack on a column's arm; own: {', '.join(adaptive)}."
+    )
+    title = f"{plain(group.title)} · transfer of attacks"
+    return Sheet(title, [plain(remark)], ["made on", *map(plain, evaluated)], rows)
+
+
+def published_sheet(model: str) -> Sheet:
+    """Return a model's part of the paper's table, each column with its protocol."""
+    rows = [[defense, *(f"{value:g} %" for value in values)] for defense, values in published.table_4(model).items()]
+    protocols = [
+        f"{column.title}: {column.protocol}{'' if column.same else ' (other protocol)' if column.tasks else ''}."
+        for column in published.COLUMNS
+    ]
+    header = ["defense", *(column.title for column in published.COLUMNS)]
+    return Sheet(f"{plain(public_name(model))} · published: {published.SOURCE}", protocols, header, rows)
+
+
+def _sheet(title: str, remarks: list[str], columns: _Columns, rows: Sequence[Row]) -> Iterator[Sheet]:
+    """Yield a table without the columns in which nothing is known, or none."""
+    cells = {column: [cell(row) for row in rows] for column, cell in columns.items()}
+    known = {column: texts for column, texts in cells.items() if set(texts) - {NONE}}
+    if known or remarks:
+        names = [_name(row, title) for row in rows]
+        yield Sheet(title, remarks, ["run", *known], [list(row) for row in zip(names, *known.values(), strict=True)])
+
+
+def _measure(name: str, row: Row) -> str:
+    return rate_text(row.measures.get(name))
 
 
 def _asr(attack: str, row: Row) -> str:
@@ -129,6 +203,8 @@ def remarks(group: Group) -> list[str]:
     else:
         after = f"; {percent(family)} pp in this table's {group.tests} tests" if family and group.tests > 1 else ""
         found.append(f"n = {group.n}: the smallest difference that can be separated is {percent(least)} pp{after}.")
+    protocols = dict.fromkeys(plain(row.protocol) for row in group.rows if row.protocol)
+    found += [f"other protocol: {protocol}." for protocol in protocols]
     if any(row.limited for row in group.rows):
         found.append("limited: a run over a part of the records (--limit), for testing only.")
     if not group.ranked:

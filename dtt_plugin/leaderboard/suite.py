@@ -1,0 +1,77 @@
+"""Arms across benchmarks: one row an arm, one column a benchmark, then what the defense costs in use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from dtt_plugin.leaderboard.board import Cell, Group, Row, Suite, SuiteRow
+from dtt_plugin.leaderboard.runs import Run
+from dtt_plugin.leaderboard.statistics import Rate
+from dtt_plugin.public_names import public_name
+
+MEASURES: Mapping[str, Callable[[Row], Rate | None]] = {
+    "control": lambda row: row.measures.get("control"),
+    "fidelity": lambda row: row.measures.get("processed"),
+    "answered": lambda row: row.measures.get("answered"),
+    "answered under attack": lambda row: row.measures.get("answered_under_attack"),
+    "refusal": lambda row: row.refusal,
+    "empty": lambda row: row.measures.get("empty"),
+    "utility": lambda row: row.measures.get("utility"),
+}
+"""What stands behind the benchmarks' columns. Each is taken from one benchmark: no average over benchmarks is made."""
+NOT_DISCRIMINATING, INCOMPLETE = "not discriminating", "incomplete"
+# What a task decides, so that runs of one arm on two tasks differ in it.
+_OF_THE_TASK = frozenset(("filters", "few-shot examples", "few-shot seed", "few-shot as turns", "attack"))
+
+
+def suites(runs: Sequence[Run], groups: Sequence[Group]) -> tuple[Suite, ...]:
+    """Return a table for each model that was run on two tasks or more."""
+    found = {row.run: (group, row) for group in groups for row in group.rows if not row.published}
+    alike: dict[object, list[Run]] = {}
+    for run in runs:
+        facts = frozenset(item for item in run.identity.facts.items() if item[0] not in _OF_THE_TASK)
+        alike.setdefault((public_name(run.model), run.prompt_format, facts), []).append(run)
+    return tuple(_suite(members, found) for members in alike.values() if len({run.task for run in members}) > 1)
+
+
+def _suite(runs: Sequence[Run], found: Mapping[str, tuple[Group, Row]]) -> Suite:
+    tasks = list(dict.fromkeys(run.task for run in runs))
+    # Of two runs of one arm on one task the later one, as in the tables.
+    arms: dict[tuple[str, str], dict[str, tuple[Group, Row]]] = {}
+    for run in (run for run in runs if run.arm == run.defense):
+        arms.setdefault((run.defense, run.tokens_sha256), {})[run.task] = found[run.label]
+    sources: dict[str, str] = {}
+    for name, of_row in MEASURES.items():
+        sizes = {
+            task: row.n for tables in arms.values() for task, (_, row) in tables.items() if of_row(row) is not None
+        }
+        if sizes:
+            sources[name] = max(tasks, key=lambda task: sizes.get(task, 0))
+    labels = _labels(list(arms))
+    rows = []
+    for arm, tables in arms.items():
+        benchmarks = {task: _cell(*tables[task], tables[task][1].headline) for task in tasks if task in tables}
+        measures = {
+            name: _cell(*tables[task], MEASURES[name](tables[task][1]))
+            for name, task in sources.items()
+            if task in tables
+        }
+        known = {task: cell for task, cell in benchmarks.items() if cell}
+        rows.append(SuiteRow(labels[arm], known, {name: cell for name, cell in measures.items() if cell}))
+    attacked = tuple(task for task in tasks if any(task in row.benchmarks for row in rows))
+    first = runs[0]
+    title = " · ".join(part for part in first.title.split(" · ") if part != first.task)
+    return Suite(title, attacked, sources, tuple(rows))
+
+
+def _cell(group: Group, row: Row, rate: Rate | None) -> Cell | None:
+    if rate is None:
+        return None
+    marks = (NOT_DISCRIMINATING,) * (not group.discriminating) + (INCOMPLETE,) * row.limited
+    return Cell(rate, marks)
+
+
+def _labels(arms: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Return the arms' names; tokens of one name are told apart by their digest."""
+    names = [defense for defense, _ in arms]
+    return {arm: arm[0] if names.count(arm[0]) == 1 else f"{arm[0]} {arm[1][:8]}".rstrip() for arm in arms}

@@ -261,9 +261,17 @@ class _Table:
             cost=_costs(run.costs, run.method, run.seconds),
             file=str(run.path),
             attack=run.attack.name if run.attack else "",
-            attack_from=run.attack.made_on if run.attack else "",
+            attack_from=self._made_on(run),
         )
         return _Found(row, self._test(run, self.undefended), against_native)
+
+    def _made_on(self, run: Run) -> str:
+        """Return the arm that a transferred attack was made on, as its own row calls it; "" for an adaptive one."""
+        attack = run.attack
+        if attack is None or attack.own:
+            return ""
+        alike = (m.defense for m in self.members if m.tokens_sha256 == attack.tokens_sha256)
+        return next((name for name in alike if attack.tokens_sha256 or name == attack.defense), attack.made_on)
 
     def _with_speedups(self, rows: Sequence[Row]) -> list[Row]:
         """Set what making a row's tokens costs against training the model's own, where the row has an effect.

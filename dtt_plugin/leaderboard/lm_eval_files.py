@@ -16,6 +16,7 @@ from typing import Any
 
 from dtt_plugin.checkpoint.defended import baked_facts
 from dtt_plugin.costs import recorded_costs
+from dtt_plugin.data.suffixes import other_facts
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.digests import sha256_bytes, sha256_json
 from dtt_plugin.leaderboard.identity import canonical, parse_arguments, read_identity
@@ -37,15 +38,12 @@ from dtt_plugin.leaderboard.samples import (
 )
 from dtt_plugin.leaderboard.untrusted import as_list, as_number, as_table, as_text, load_json, read_file
 from dtt_plugin.prompt.defenses import NONE, TOKENS, parse_defense
-from dtt_plugin.public_names import is_hub_model, public_name
+from dtt_plugin.public_names import is_hub_model
 
 _RESULTS_NAME = re.compile(r".*?_?(\d{4}-\d\d-\d\dT[\d.\-]+)\.json")
 _SAMPLES_NAME = re.compile(r"samples_(.+)_(\d{4}-\d\d-\d\dT[\d.\-]+)\.jsonl")
 _FILE_SAFE = re.compile(r"[\w.+\-]+")
 _FIRST_TOKEN = "[DefensiveToken0]"
-# What decides whether two arms are the same to an attacker.
-_ARM_FACTS = ("weights", "defense", "tokens_sha256", "prompt_format", "renderer_sha256")
-_MISSING = object()
 # lm-eval's metric in place of the task's own.
 _PREDICT_ONLY = "bypass"
 
@@ -323,17 +321,14 @@ def _attack(task_config: dict[str, Any], evaluated: dict[str, Any], record_ids: 
     if not name:
         return None
     arm = told.get("arm") if isinstance(told.get("arm"), dict) else None
-    made_on = ""
-    if any((arm or {}).get(fact, _MISSING) != evaluated.get(fact) for fact in _ARM_FACTS):
-        tokens = as_text((arm or {}).get("tokens_sha256"))[:8]
-        words = [as_text((arm or {}).get("defense")) or "an unknown arm", tokens, as_text((arm or {}).get("model"))]
-        made_on = " of ".join(filter(None, [" ".join(filter(None, words[:2])), public_name(words[2])]))
     steps = as_table(told, "steps_to_hit")
     counts = [steps.get(str(record)) for record in record_ids]
     left_out = told.get("n_left_out")
     return AttackUsed(
         name[:80],
-        made_on,
+        not other_facts(arm, evaluated),
+        as_text((arm or {}).get("defense")),
+        as_text((arm or {}).get("tokens_sha256")),
         tuple(count if type(count) is int and count >= 0 else None for count in counts),
         left_out if type(left_out) is int and left_out > 0 else 0,
     )

@@ -148,9 +148,9 @@ def _attack(told: Any, n: int) -> AttackUsed | None:
         return None
     steps = tuple(told["steps"])
     _need(len(steps) in (0, n) and all(step is None or type(step) is int for step in steps), "attack")
-    _need(isinstance(told["name"], str) and isinstance(told["made_on"], str), "attack")
-    _need(type(told["left_out"]) is int, "attack")
-    return AttackUsed(told["name"], told["made_on"], steps, told["left_out"])
+    _need(all(isinstance(told[name], str) for name in ("name", "defense", "tokens_sha256")), "attack")
+    _need(type(told["own"]) is bool and type(told["left_out"]) is int, "attack")
+    return AttackUsed(told["name"], told["own"], told["defense"], told["tokens_sha256"], steps, told["left_out"])
 
 
 def _values(digits: Any, n: int, name: str) -> Floats:

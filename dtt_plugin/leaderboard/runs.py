@@ -67,12 +67,21 @@ class AttackUsed:
 
     name: str
     """Method and budget, for instance "gcg@lite"."""
-    made_on: str
-    """The arm it was made on, briefly; "" where that is the evaluated one, so that it is adaptive."""
+    own: bool
+    """Made on the evaluated arm, so that it is adaptive; else it is a transferred attack."""
+    defense: str
+    """Of the arm that it was made on."""
+    tokens_sha256: str
+    """Likewise; "" for none."""
     steps: tuple[int | None, ...] = ()
     """Per record, in the order of `record_ids`: the optimiser's steps until its hit; None: no hit."""
     left_out: int = 0
     """Records of the benchmark without a suffix."""
+
+    @property
+    def made_on(self) -> str:
+        """The arm that it was made on, briefly; "" for the evaluated one."""
+        return "" if self.own else " ".join(filter(None, (self.defense or "an unknown arm", self.tokens_sha256[:8])))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ MEASURES: Mapping[str, Callable[[Row], Rate | None]] = {
 """What stands behind the benchmarks' columns. Each is taken from one benchmark: no average over benchmarks is made."""
 NOT_DISCRIMINATING, INCOMPLETE = "not discriminating", "incomplete"
 # What a task decides, so that runs of one arm on two tasks differ in it.
-_OF_THE_TASK = frozenset(("filters", "few-shot examples", "few-shot seed", "few-shot as turns", "attack"))
+_OF_THE_TASK = frozenset(
+    ("filters", "few-shot examples", "few-shot seed", "few-shot as turns", "attack", "prompt frame", "lone_user")
+)
 
 
 def suites(runs: Sequence[Run], groups: Sequence[Group]) -> tuple[Suite, ...]:

@@ -148,18 +148,15 @@ def cell_text(cell: Cell | None) -> str:
 
 def attack_matrix(group: Group) -> Sheet | None:
     """Return whether attacks move with tokens: suffixes made on one arm (row), evaluated on another (column)."""
-    adaptive = {row.defense: row for row in group.rows if row.attack and not row.attack_from}
     found = {(row.attack_from or row.defense, row.defense): row.asr[ADAPTIVE] for row in group.rows if row.attack}
     sources = list(dict.fromkeys(source for source, _ in found))
     if len(sources) < 2:
         return None
     evaluated = list(dict.fromkeys(arm for _, arm in found))
     rows = [[plain(source), *(rate_text(found.get((source, arm))) for arm in evaluated)] for source in sources]
-    remark = (
-        f"Share of records that the suffixes made on a row's arm hack on a column's arm; own: {', '.join(adaptive)}."
-    )
+    remark = "Share of records that suffixes made on a row's arm hack on a column's arm."
     title = f"{plain(group.title)} · transfer of attacks"
-    return Sheet(title, [plain(remark)], ["made on", *map(plain, evaluated)], rows)
+    return Sheet(title, [remark], ["made on", *map(plain, evaluated)], rows)
 
 
 def published_sheet(model: str) -> Sheet:

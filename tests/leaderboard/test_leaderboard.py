@@ -133,7 +133,7 @@ def test_a_transfer_that_closes_nothing_has_no_speedup(tmp_path: Path, hits: int
     table = board(tmp_path)
     assert rows(table)["tokens (procrustes)"]["cost"]["speedup"] is None
     cost = next(sheet for sheet in tables.sheets(compared(tmp_path)) if sheet.title.endswith("cost"))
-    assert {row[-1] for row in cost.rows} == {"-"}
+    assert "speed-up" not in cost.header
     arm(tmp_path, 107, model=LLAMA_3, defense="reminder", stamp=2)
     assert rows(board(tmp_path))["tokens (procrustes)"]["cost"]["speedup"] is None
 
@@ -265,7 +265,7 @@ def test_a_ratio_over_a_gap_that_may_be_zero_is_undefined(tmp_path: Path) -> Non
         assert closed.ratios == {"measured": None}
         assert wording.ratio_text(closed, "measured") == wording.UNDEFINED
         assert wording.ratio_text(closed, "published") == "-", "nothing is published for this model"
-    assert f"| {wording.UNDEFINED} | - |" in tables.markdown(compared(tmp_path))
+    assert f"| {wording.UNDEFINED} |" in tables.markdown(compared(tmp_path))
 
 
 def test_a_ratio_is_undefined_where_an_exact_interval_reaches_the_native_rate(tmp_path: Path) -> None:

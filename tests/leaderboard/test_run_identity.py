@@ -102,7 +102,7 @@ def test_runs_that_differ_in_anything_that_changes_answers_share_no_table(
     titles = [group["title"] for group in table["groups"]]
     assert len(set(titles)) == 2
     assert all(f"{name}: " in title for title in titles) or name == "prompt format"
-    assert [sheet.rows[0][0] for sheet in tables.sheets(compared(plain, other))] == ["none"] * 6
+    assert [sheet.rows[0][0] for sheet in tables.sheets(compared(plain, other))] == ["none"] * 4
     assert main(["compare", str(plain), str(other), "--fail-if", "asr(B) > asr(A)"]) == 2
     assert f"differ in {name}; " in capsys.readouterr().err
     assert main(["diff", str(plain), str(other)]) == 0

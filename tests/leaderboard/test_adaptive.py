@@ -48,7 +48,7 @@ def arm(
 @pytest.fixture
 def matrix(tmp_path: Path) -> Path:
     """Two arms, each under its own attack and under the other's."""
-    native = {"defense": "tokens", "method": "trained"}
+    native: dict[str, Any] = {"defense": "tokens", "method": "trained"}
     data = tmp_path / "same"  # the static data agree
     none = arm(data, 30, 35, stamp=0)
     own = arm(data, 2, 12, stamp=1, **native)

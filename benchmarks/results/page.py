@@ -16,7 +16,6 @@ from benchmarks.results import plan
 from dtt_plugin.files.digests import sha256_file
 from dtt_plugin.files.replacing import replacing
 from dtt_plugin.leaderboard import statistics, tables
-from dtt_plugin.leaderboard.board import Group
 from dtt_plugin.leaderboard.comparison import build
 from dtt_plugin.leaderboard.curves import FORMAT, read_curve
 from dtt_plugin.leaderboard.figures import write_figures
@@ -89,7 +88,7 @@ def _text(measured: dict[str, Facts], took: dict[str, str], kept: dict[str, str]
 
     where = _where() if measured else ""
     native = {"native_steps": int(load_tokens(plan.NATIVE).metadata["steps"])} if measured else {}
-    parts = [block("introduction", {"legend": tables.markdown(build([])).strip()})]
+    parts = [block("introduction", {"legend": tables.escaped(tables.legend(build([])))})]
     for name, title in TITLES.items():
         if name in measured:
             body = f"{where}\n{took[name]}\n{block(name, native | measured[name])}"
@@ -125,23 +124,8 @@ def _json(name: str) -> dict[str, Any]:
 
 
 def _table(runs: list[Run]) -> str:
-    """Return the leaderboard's own Markdown, its titles one level down, without the legend, behind a verdict."""
-    board = build(runs)
-    text = tables.markdown(board).removesuffix(tables.markdown(build([])))
-    return "\n\n".join([*filter(None, map(_verdict, board.groups)), text.strip().replace("## ", "### ")]) + "\n"
-
-
-def _verdict(group: Group) -> str:
-    """Return in a sentence which rows differ from the undefended one, by the tests of the table."""
-    undefended = next((row for row in group.rows if row.defense == "none" and row.asr_max), None)
-    tested = [(row.run.split(" · ")[-1], row.asr_max, row.vs_undefended) for row in group.rows if row.vs_undefended]
-    if undefended is None or undefended.asr_max is None or not tested:
-        return ""
-    told = [f"{name} to {rate_text(rate)}" for name, rate, test in tested if test.told_from_noise]
-    other = [name for name, _, test in tested if not test.told_from_noise]
-    sentence = f"**Undefended, ASR(max) is {rate_text(undefended.asr_max)}."
-    sentence += f" Told from noise: {', '.join(told)}." if told else ""
-    return sentence + (f" Not told from noise: {', '.join(other)}." if other else "") + "**"
+    """Return the leaderboard's own Markdown, its titles one level down."""
+    return tables.markdown(build(runs), with_legend=False).replace("## ", "### ")
 
 
 def _flipped(base: list[Run], twin: list[Run]) -> list[tuple[str, str, str]]:

@@ -9,6 +9,7 @@ from markupsafe import Markup, escape
 
 from dtt_plugin.leaderboard.board import Group
 from dtt_plugin.leaderboard.curves import Curve
+from dtt_plugin.leaderboard.statistics import Rate
 from dtt_plugin.leaderboard.wording import percent, rate_text, value_text
 from dtt_plugin.tokens.geometry import Geometry, letter
 
@@ -18,6 +19,9 @@ _LABEL = 20
 # The plot's left and right edge; to the right of it stand the figures.
 _LEFT, _RIGHT = 140, 640
 _BOTTOM = 24
+# Of a chart that can still be read on a telephone.
+_NARROW = 640
+_LONGEST_NAME = 44
 
 
 def element(tag: str, *children: str, **attributes: object) -> Markup:
@@ -62,6 +66,89 @@ class _Axis:
         return self.start + (clipped - self.low) / (self.high - self.low) * (self.stop - self.start)
 
 
+def headline(group: Group) -> Markup:
+    """Return one bar with its interval per row: the headline ASR, the name and the figures above it."""
+    axis, edge = _Axis(0, 1, 0, _NARROW), _NARROW
+    parts: list[Markup] = []
+    y = 2.0
+    for row in group.rows:
+        rate = row.headline
+        if rate is None:
+            continue
+        name = row.run.removesuffix(f" · {group.title}")
+        parts.append(_text(0, y + 14, name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…", "name"))
+        parts.append(_text(edge, y + 14, rate_text(rate), "small", "end"))
+        y += _LABEL
+        parts += _bar(axis, rate, y, 0 if not row.published else 5, _BAR)
+        y += _BAR + 6
+    grid = [_line(axis(step / 5), 0, axis(step / 5), y, "grid") for step in range(6)]
+    anchors = ("start", "middle", "middle", "middle", "middle", "end")
+    ticks = [_text(axis(n / 5), y + 16, f"{20 * n} %", "small", anchor) for n, anchor in enumerate(anchors)]
+    title = f"{'Worst' if group.is_adaptive else 'Highest'} attack success rate of each row, with 95 % intervals"
+    return _svg(y + _BOTTOM, title, *grid, *ticks, *parts, width=_NARROW)
+
+
+def cell_bar(rate: Rate) -> Markup:
+    """Return a rate and its interval as a small bar for a table's cell."""
+    return element(
+        "svg",
+        *_bar(_Axis(0, 1, 0, 120), rate, 0, 0, 12),
+        viewBox="0 0 120 12",
+        width=120,
+        height=12,
+        class_="bar",
+        aria_hidden="true",
+    )
+
+
+def _bar(axis: _Axis, rate: Rate, y: float, series: int, height: float) -> list[Markup]:
+    """Return a bar from the axis' start to a rate, with its interval."""
+    middle = y + height / 2
+    box = {"x": axis.start, "y": y + 1, "width": max(axis(rate.rate) - axis.start, 1.0), "height": height - 2}
+    parts = [element("rect", class_=f"fill{series}", **box)]
+    if rate.low is not None:
+        low, high = map(axis, rate.ends)
+        parts.append(_line(low, middle, high, middle, "whisker"))
+        parts += [_line(x, middle - 4, x, middle + 4, "whisker") for x in (low, high)]
+    return parts
+
+
+def answers_of(group: Group) -> tuple[str, list[tuple[str, Rate, Rate]]]:
+    """Return what a table tells of use, and per row its name, headline ASR and share of right answers."""
+    for measure in ("utility", "answered", "answered_under_attack", "processed", "control"):
+        points = [(row.run, row.headline, row.measures[measure]) for row in group.rows if measure in row.measures]
+        known = [(name, asr, answered) for name, asr, answered in points if asr]
+        if known:
+            return measure.replace("_", " "), known
+    return "", []
+
+
+def tradeoff(group: Group) -> Markup | None:
+    """Return ASR against right answers, one point a row, intervals on both axes; None where no answer is scored."""
+    measure, points = answers_of(group)
+    if not points:
+        return None
+    across, up = _Axis(0, 1, 60, 480), _Axis(0, 1, 320, 16)
+    parts: list[Markup] = []
+    for step in range(6):
+        share = step / 5
+        parts.append(_line(across(share), 16, across(share), 320, "grid"))
+        parts.append(_line(60, up(share), 480, up(share), "grid"))
+        parts.append(_text(across(share), 338, f"{20 * step} %", "small", "middle"))
+        parts.append(_text(54, up(share) + 4, f"{20 * step} %", "small", "end"))
+    for number, (name, asr, answered) in enumerate(points):
+        x, y = across(answered.rate), up(asr.rate)
+        parts.append(_line(across(answered.ends[0]), y, across(answered.ends[1]), y, "whisker"))
+        parts.append(_line(x, up(asr.ends[0]), x, up(asr.ends[1]), "whisker"))
+        parts.append(_marker(number, x, y))
+        parts.append(_marker(number, 510, 24 + 22 * number))
+        parts.append(_text(522, 28 + 22 * number, name[:40], "small"))
+    parts.append(_text(270, 356, f"{measure}, share of responses", "small", "middle"))
+    across_text = {"transform": "translate(14 168) rotate(-90)", "text_anchor": "middle", "class_": "small"}
+    parts.append(element("text", "attack success rate", **across_text))
+    return _svg(max(364, 40 + 22 * len(points)), f"Attack success against {measure}", *parts, width=820)
+
+
 def asr_bars(group: Group, attacks: Sequence[str]) -> Markup:
     """Return one bar with its interval per run and attack; each attack has a colour, a hatch and its name."""
     axis = _Axis(0, 1, _LEFT, _RIGHT)
@@ -75,15 +162,10 @@ def asr_bars(group: Group, attacks: Sequence[str]) -> Markup:
         y += _LABEL
         for attack, rate in rates:
             series = attacks.index(attack) % 6
-            right, middle = axis(rate.rate), y + _BAR / 2
             parts.append(_text(_LEFT - 6, y + 11, attack, "small", "end"))
-            box = {"x": _LEFT, "y": y + 1, "width": max(right - _LEFT, 1.0), "height": _BAR - 2}
-            parts.append(element("rect", class_=f"fill{series}", **box))
-            parts.append(element("rect", fill=f"url(#hatch{series})", **box))
-            if rate.low is not None:
-                low, high = map(axis, rate.ends)
-                parts.append(_line(low, middle, high, middle, "whisker"))
-                parts += [_line(x, middle - 4, x, middle + 4, "whisker") for x in (low, high)]
+            parts += _bar(axis, rate, y, series, _BAR)
+            width = max(axis(rate.rate) - _LEFT, 1.0)
+            parts.append(element("rect", fill=f"url(#hatch{series})", x=_LEFT, y=y + 1, width=width, height=_BAR - 2))
             parts.append(_text(_RIGHT + 12, y + 11, rate_text(rate), "small"))
             y += _BAR
         y += 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -11,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.replacing import replacing
 from dtt_plugin.leaderboard.board import Group, Leaderboard
+from dtt_plugin.leaderboard.charts import answers_of
 from dtt_plugin.leaderboard.curves import Curve
 from dtt_plugin.leaderboard.palette import COLOURS
 from dtt_plugin.leaderboard.wording import WEAK_NATIVE, weak_mark
+from dtt_plugin.public_names import public_name
 from dtt_plugin.safe_text import all_printable
 from dtt_plugin.tokens.geometry import Geometry, letter
 
@@ -21,9 +24,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-HATCHES = ("", "////", "....", "||||", "xxxx", "----")
+# Sparse: an SVG holds every line of a hatch.
+HATCHES = ("", "//", "\\\\", "||", "xx", "--")
 MARKERS = ("o", "D", "s", "^", "P", "v")
 DASHES = ("-", "--", ":", "-.", (0, (4, 2)), (0, (1, 1)))
+_LONGEST_NAME = 100
 _SETTINGS: Any = {
     "svg.hashsalt": "dtt",
     "svg.fonttype": "none",
@@ -45,8 +50,8 @@ def write_figures(
 
     Args:
         folder: it is made if it does not exist.
-        leaderboard: every group gets an `asr` figure and, with
-            ratios, a `gap-closed` one.
+        leaderboard: every group gets an `asr` figure, with ratios a `gap-closed` one, and where answers are scored a
+            `tradeoff`; the files are named after kind and table.
         geometries: of token files, one `geometry` figure per embedding space.
         curves: of training logs, all in one `curves` figure.
 
@@ -57,15 +62,36 @@ def write_figures(
         raise DttError("Figures are drawn by matplotlib, which is not installed; pip install 'dtt-plugin[report]'.")
     files: list[Path] = []
     board: Leaderboard = all_printable(leaderboard)
-    for number, group in enumerate(board.groups, start=1):
-        files += _save(folder / f"asr-{number}", asr_bars(group))
+    name = _Names()
+    for group in board.groups:
+        files += _save(folder / name("asr", group.title), asr_bars(group))
         if any(row.ratios for row in group.rows):
-            files += _save(folder / f"gap-closed-{number}", gap_closed(group))
-    for number, geometry in enumerate(geometries, start=1):
-        files += _save(folder / f"geometry-{number}", geometry_figure(geometry))
+            files += _save(folder / name("gap-closed", group.title), gap_closed(group))
+        if answers_of(group)[1]:
+            files += _save(folder / name("tradeoff", group.title), tradeoff(group))
+    for geometry in geometries:
+        files += _save(folder / name("geometry", public_name(geometry.model)), geometry_figure(geometry))
     if curves:
         files += _save(folder / "curves", learning_curves(curves))
     return files
+
+
+class _Names:
+    """Names of files that say what they show, no two the same."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+
+    def __call__(self, kind: str, title: str) -> str:
+        """Return for instance `asr-model-alpacafarm_injection`, with a number where that is taken."""
+        words = re.sub(r"[^a-z0-9._]+", "-", title.lower()).strip("-.")
+        name = stem = f"{kind}-{words}"[:_LONGEST_NAME].rstrip("-.")
+        number = 1
+        while name in self._taken:
+            number += 1
+            name = f"{stem}-{number}"
+        self._taken.add(name)
+        return name
 
 
 def asr_bars(group: Group) -> Figure:
@@ -134,6 +160,25 @@ def gap_closed(group: Group) -> Figure:
         axes.set_xlabel(f"gap closed (0: undefended, 1: native tokens){weak}")
         axes.set_title(group.title, fontsize=9)
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def tradeoff(group: Group) -> Figure:
+    """Return ASR against right answers, one point a row, with intervals on both axes."""
+    measure, points = answers_of(group)
+    with _figure(6, 4) as (figure, axes):
+        for number, (name, asr, answered) in enumerate(points):
+            x, y = ((100 * rate.rate, [[100 * abs(rate.rate - end)] for end in rate.ends]) for rate in (answered, asr))
+            axes.errorbar(
+                [x[0]], [y[0]], xerr=x[1], yerr=y[1], fmt=MARKERS[number % 6], color=COLOURS[number % 6],
+                ecolor="black", markeredgecolor="black", elinewidth=0.9, capsize=2, label=name,
+            )  # fmt: skip
+        axes.set_xlim(0, 100)
+        axes.set_ylim(0, 100)
+        axes.set_xlabel(f"{measure}, % (95 % interval)")
+        axes.set_ylabel("attack success rate, % (95 % interval)")
+        axes.set_title(group.title, fontsize=9)
+        axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

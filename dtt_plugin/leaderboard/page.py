@@ -17,8 +17,26 @@ from dtt_plugin.leaderboard.palette import style_sheet
 from dtt_plugin.leaderboard.public import Public
 from dtt_plugin.leaderboard.runs import Run
 from dtt_plugin.leaderboard.sample_book import make_book
-from dtt_plugin.leaderboard.tables import COSTS, remarks
-from dtt_plugin.leaderboard.wording import cost_text, p_text, percent, points, ratio_text, weak_mark
+from dtt_plugin.leaderboard.tables import (
+    COSTS,
+    any_title,
+    arm_name,
+    attack_matrix,
+    published_sheet,
+    remarks,
+)
+from dtt_plugin.leaderboard.verdicts import verdict
+from dtt_plugin.leaderboard.wording import (
+    cost_text,
+    interval_text,
+    p_text,
+    percent,
+    points,
+    rate_text,
+    ratio_text,
+    test_text,
+    value_text,
+)
 from dtt_plugin.safe_text import all_printable
 from dtt_plugin.tokens.geometry import Geometry, letter
 
@@ -73,7 +91,10 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    forms = (letter, percent, points, p_text, ratio_text, cost_text, remarks, weak_mark)
+    forms = (
+        letter, percent, points, p_text, rate_text, interval_text, test_text, ratio_text, value_text, cost_text,
+        remarks, any_title, arm_name, verdict, attack_matrix, published_sheet,
+    )  # fmt: skip
     environment.filters |= {form.__name__: form for form in forms}
     if not samples:
         models = [row.model for group in leaderboard.groups for row in group.rows]
@@ -89,7 +110,6 @@ def render(
         style=style,
         script=script,
         board=board,
-        attacks=list(dict.fromkeys(attack for group in board.groups for attack in group.attacks)),
         costs=COSTS,
         book=book,
         samples=samples,

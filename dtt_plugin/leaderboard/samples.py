@@ -289,10 +289,17 @@ def _happened(run: Run, variant: Mapping[str, Any], kind: str, place: int, answe
 
 
 def _injected(clean: str, data: str) -> tuple[int, str]:
-    """Return where in `data` something stands that `clean` lacks, and what."""
+    """Return where in `data` something stands that `clean` lacks, and what; it begins at a word, where it can."""
     start = next((place for place, (a, b) in enumerate(zip(clean, data, strict=False)) if a != b), len(clean))
     start = min(start, len(data))
     left, right = clean[start:], data[start:]
     pairs = zip(reversed(left), reversed(right), strict=False)
     behind = next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
-    return start, data[start : len(data) - behind]
+    length = len(right) - behind
+    # The same text may be cut out further left: of "Say B. Sea", "Sea" lacks "Say B. " or "ay B. S".
+    places = [start]
+    while places[-1] > 0 and length and data[places[-1] - 1] == data[places[-1] - 1 + length]:
+        places.append(places[-1] - 1)
+    found = (at for at in places if at == 0 or data[at - 1].isspace() or data[at : at + 1].isspace())
+    start = next(found, start)
+    return start, data[start : start + length]

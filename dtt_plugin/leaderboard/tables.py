@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from dtt_plugin.leaderboard import published
 from dtt_plugin.leaderboard.board import Cell, Cost, Group, Leaderboard, Row, Suite, row_dict
 from dtt_plugin.leaderboard.runs import ADAPTIVE
+from dtt_plugin.leaderboard.verdicts import verdict
 from dtt_plugin.leaderboard.wording import (
     NOISE,
     NONE,
@@ -78,15 +79,20 @@ def plain(text: object) -> str:
     return " ".join(printable(str(text)).split())
 
 
-def _name(row: Row, title: str) -> str:
-    """Return the row's label without what stands in the table's title, with its marks."""
+def arm_name(row: Row, group: Group) -> str:
+    """Return the row's label without what stands in the table's title."""
     name = plain(row.run)
-    for part in title.split(" · "):
+    for part in plain(group.title).split(" · "):
         name = re.sub(rf" · {re.escape(part)}(?= · | #\d|$)", "", name)
+    return name
+
+
+def _name(row: Row, group: Group) -> str:
+    """Return the row's name with its marks."""
     marks = ["limited"] * row.limited + ["early decision"] * row.early_decision
     marks += [f"{row.unfinished} unfinished"] if row.unfinished else []
     marks += ["other protocol"] if row.protocol else []
-    return name + "".join(f" ({mark})" for mark in marks)
+    return arm_name(row, group) + "".join(f" ({mark})" for mark in marks)
 
 
 def sheets(board: Leaderboard) -> Iterator[Sheet]:
@@ -101,7 +107,7 @@ def sheets(board: Leaderboard) -> Iterator[Sheet]:
             rates[any_title(group)] = lambda row: rate_text(row.asr_any)
         rates["attack"] = lambda row: row.attack or NONE
         rates["refusal"] = lambda row: rate_text(row.refusal)
-        yield from _sheet(title, remarks(group), rates, group.rows)
+        yield from _sheet(group, title, remarks(group), rates, group.rows)
         if attacked:
             tests: _Columns = {
                 "vs undefended": lambda row: test_text(row.vs_undefended),
@@ -109,13 +115,15 @@ def sheets(board: Leaderboard) -> Iterator[Sheet]:
                 "gap closed, measured": lambda row: ratio_text(row.gap_closed, "measured"),
                 "gap closed, published": lambda row: ratio_text(row.gap_closed, "published"),
             }
-            yield from _sheet(f"{title} · tests and ratios", [], tests, [r for r in group.rows if not r.published])
+            yield from _sheet(
+                group, f"{title} · tests and ratios", [], tests, [r for r in group.rows if not r.published]
+            )
         measures: _Columns = {plain(name.replace("_", " ")): partial(_measure, name) for name in group.measures}
-        yield from _sheet(f"{title} · other measures", [], measures, group.rows)
+        yield from _sheet(group, f"{title} · other measures", [], measures, group.rows)
         if matrix := attack_matrix(group):
             yield matrix
         costs: _Columns = {column: partial(_cost, name) for name, column in COSTS.items()}
-        yield from _sheet(f"{title} · cost", [], costs, [row for row in group.rows if row.cost != Cost()])
+        yield from _sheet(group, f"{title} · cost", [], costs, [row for row in group.rows if row.cost != Cost()])
     for model in board.published:
         yield published_sheet(model)
 
@@ -170,12 +178,12 @@ def published_sheet(model: str) -> Sheet:
     return Sheet(f"{plain(public_name(model))} · published: {published.SOURCE}", protocols, header, rows)
 
 
-def _sheet(title: str, remarks: list[str], columns: _Columns, rows: Sequence[Row]) -> Iterator[Sheet]:
+def _sheet(group: Group, title: str, remarks: list[str], columns: _Columns, rows: Sequence[Row]) -> Iterator[Sheet]:
     """Yield a table without the columns in which nothing is known, or none."""
     cells = {column: [cell(row) for row in rows] for column, cell in columns.items()}
     known = {column: texts for column, texts in cells.items() if set(texts) - {NONE}}
     if known or remarks:
-        names = [_name(row, title) for row in rows]
+        names = [_name(row, group) for row in rows]
         yield Sheet(title, remarks, ["run", *known], [list(row) for row in zip(names, *known.values(), strict=True)])
 
 
@@ -192,8 +200,8 @@ def _cost(name: str, row: Row) -> str:
 
 
 def remarks(group: Group) -> list[str]:
-    """Return what has to be said about a table: why it stands apart, its notes, what its n separates."""
-    found = [plain(note) for note in (group.reason, *group.notes) if note]
+    """Return what has to be said about a table: its verdict, why it stands apart, its notes, what its n separates."""
+    found = [plain(note) for note in (verdict(group), group.reason, *group.notes) if note]
     least, family = group.smallest_difference, group.smallest_difference_holm
     if least is None:
         found.append(f"n = {group.n}: too few records to separate any difference.")
@@ -214,20 +222,21 @@ def legend(board: Leaderboard) -> str:
     return _LEGEND.format(**board.method)
 
 
-def markdown(board: Leaderboard) -> str:
+def escaped(text: str) -> str:
+    """Return text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>|#!~&$])", r"\\\1", text)
+
+
+def markdown(board: Leaderboard, *, with_legend: bool = True) -> str:
     """Return the leaderboard as Markdown."""
-
-    def cell(text: str) -> str:
-        return re.sub(r"([\\`*_{}\[\]<>|#!~&$])", r"\\\1", text)
-
     parts = []
     for sheet in sheets(board):
-        lines = [f"## {cell(sheet.title)}", "", *(f"{cell(remark)}\n" for remark in sheet.remarks)]
-        head, *rows = ("| " + " | ".join(map(cell, row)) + " |" for row in (sheet.header, *sheet.rows))
+        lines = [f"## {escaped(sheet.title)}", "", *(f"{escaped(remark)}\n" for remark in sheet.remarks)]
+        head, *rows = ("| " + " | ".join(map(escaped, row)) + " |" for row in (sheet.header, *sheet.rows))
         lines += [head, "|" + " --- |" * len(sheet.header), *rows]
         parts.append("\n".join(lines))
-    parts.append(cell(legend(board)))
-    parts += [f"- {cell(plain(problem))}" for problem in board.problems]
+    parts += [escaped(legend(board))] if with_legend else []
+    parts += [f"- {escaped(plain(problem))}" for problem in board.problems]
     return "\n\n".join(parts) + "\n"
 
 

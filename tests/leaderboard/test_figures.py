@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from dtt_plugin.leaderboard import charts
 from dtt_plugin.leaderboard.board import GapClosed, Ratio
 from dtt_plugin.leaderboard.charts import learning_curves
 from dtt_plugin.leaderboard.curves import read_curve, read_curves
-from dtt_plugin.leaderboard.figures import asr_bars, gap_closed, write_figures
+from dtt_plugin.leaderboard.figures import asr_bars, gap_closed, tradeoff, write_figures
 from dtt_plugin.tokens.files import DefensiveTokens, save_tokens
 from dtt_plugin.tokens.geometry import letter, read_geometry
 from tests.checkpoints import make_checkpoint
 from tests.conftest import write_tokens
-from tests.report_stand_ins import ATTACKS, board, row, usual_board
+from tests.report_stand_ins import ATTACKS, board, rate, row, usual_board
 
 
 def log(path: Path, *entries: dict[str, Any], first: dict[str, Any] | None = None) -> Path:
@@ -42,13 +43,15 @@ def inputs(tmp_path: Path) -> dict[str, Any]:
 
 def test_every_figure_comes_as_png_and_svg_and_is_the_same_again(tmp_path: Path) -> None:
     files = write_figures(tmp_path / "one", usual_board(), **inputs(tmp_path))
-    names = ["asr-1", "gap-closed-1", "geometry-1", "curves"]
+    table = "owner-model-alpacafarm_injection"
+    names = [f"asr-{table}", f"gap-closed-{table}", "geometry-tiny", "curves"]
     assert [path.name for path in files] == [f"{name}.{ending}" for name in names for ending in ("png", "svg")]
     for path, again in zip(files, write_figures(tmp_path / "two", usual_board(), **inputs(tmp_path)), strict=True):
         assert path.read_bytes() == again.read_bytes()
         if path.suffix == ".svg":
             assert ET.parse(path).getroot().tag.endswith("svg")
             assert "mathdefault" not in path.read_text(encoding="utf-8")
+            assert path.stat().st_size < 60_000
         else:
             assert path.read_bytes().startswith(b"\x89PNG")
 
@@ -74,7 +77,9 @@ def test_gap_closed_is_drawn_where_it_is_known(tmp_path: Path) -> None:
     marks: list[Any] = list(axes.containers)
     assert [container.lines[0].get_xdata()[0] for container in marks] == [1.08, 1.01]
     files = write_figures(tmp_path, board([row("undefended")]))
-    assert [path.name for path in files] == ["asr-1.png", "asr-1.svg"]
+    assert [path.name for path in files] == [
+        f"asr-owner-model-alpacafarm_injection.{ending}" for ending in ("png", "svg")
+    ]
 
 
 def test_the_charts_ticks_stand_where_their_figures_say() -> None:
@@ -240,3 +245,23 @@ def test_a_name_that_is_no_models_has_no_vocabulary(tmp_path: Path, model: str) 
         assert geometry.vocabulary is None
         assert "\x1b" not in geometry.model
     assert len(problems) < 2
+
+
+def test_figures_of_tables_with_one_title_have_names_of_their_own(tmp_path: Path) -> None:
+    twice = board([row("undefended")])
+    files = write_figures(tmp_path, replace(twice, groups=twice.groups * 2))
+    assert [path.name for path in files if path.suffix == ".svg"] == [
+        "asr-owner-model-alpacafarm_injection.svg",
+        "asr-owner-model-alpacafarm_injection-2.svg",
+    ]
+
+
+def test_the_tradeoff_is_drawn_where_answers_are_scored(tmp_path: Path) -> None:
+    rows = [row("none", measures={"answered": rate(150)}), row("reminder", (2, 3, 4), measures={"answered": rate(100)})]
+    marks: list[Any] = list(tradeoff(board(rows).groups[0]).axes[0].containers)
+    points = [(mark.lines[0].get_xdata()[0], mark.lines[0].get_ydata()[0]) for mark in marks]
+    assert points == [pytest.approx((100 * 150 / 208, 100 * 90 / 208)), pytest.approx((100 * 100 / 208, 100 * 4 / 208))]
+    files = write_figures(tmp_path, board(rows))
+    assert "tradeoff-owner-model-alpacafarm_injection.svg" in [path.name for path in files]
+    svg = ET.fromstring(str(charts.tradeoff(board(rows).groups[0])))
+    assert "answered, share of responses" in [text.text for text in svg.iter("text")]

@@ -161,7 +161,7 @@ def test_a_gap_against_native_tokens_that_a_row_beats_is_marked_in_every_form(
     assert main(["leaderboard", str(tmp_path), "--html", str(report), "--figures", str(figures)]) == 0
     assert "1.273†" in report.read_text(encoding="utf-8")
     assert re.search(r"1\.273 \[[^<]*\]†</text>", report.read_text(encoding="utf-8"))
-    assert "tokens (adapted) †" in (figures / "gap-closed-1.svg").read_text(encoding="utf-8")
+    assert "tokens (adapted) †" in next(figures.glob("gap-closed-*.svg")).read_text(encoding="utf-8")
 
 
 def test_a_gap_against_native_tokens_that_nothing_beats_is_not_marked(tmp_path: Path) -> None:

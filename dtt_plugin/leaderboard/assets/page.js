@@ -11,8 +11,8 @@
 
   // ---- tables: sorting and filtering
   const tables = [...document.querySelectorAll("table.runs")];
-  const sortValue = (row, column) => {
-    const cell = row.cells[column];
+  const sortValue = (body, column) => {
+    const cell = body.rows[0].cells[column];
     if (cell.dataset.sort !== undefined) return Number(cell.dataset.sort);
     return cell.classList.contains("none") ? null : cell.textContent.trim().toLowerCase();
   };
@@ -23,19 +23,19 @@
       const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
       for (const other of heads) other.removeAttribute("aria-sort");
       head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
-      const keyed = [...table.tBodies[0].rows].map((row) => [sortValue(row, column), row]);
+      // An arm is a body of its own: its row and its details.
+      const keyed = [...table.tBodies].map((body) => [sortValue(body, column), body]);
       // Unknown values stay last in both directions.
       keyed.sort(([a], [b]) => (a === null) - (b === null) || (a === null ? 0 : sign * compare(a, b)));
-      table.tBodies[0].append(...keyed.map(([, row]) => row));
+      table.append(...keyed.map(([, body]) => body));
     }));
   }
-  byId("filter").addEventListener("input", (event) => {
+  byId("filter")?.addEventListener("input", (event) => {
     const wanted = event.target.value.toLowerCase();
     let shown = 0, all = 0;
-    for (const table of tables) for (const row of table.tBodies[0].rows) {
-      const fits = [0, 1, 2].some((column) => row.cells[column].textContent.toLowerCase().includes(wanted));
-      row.hidden = !fits;
-      shown += fits;
+    for (const body of document.querySelectorAll("tbody.arm")) {
+      body.hidden = !body.dataset.text.toLowerCase().includes(wanted);
+      shown += !body.hidden;
       all += 1;
     }
     byId("filtered").textContent = wanted ? `${shown} of ${all} rows` : "";
@@ -43,8 +43,8 @@
 
   // ---- samples
   const runs = JSON.parse(byId("runs-data").textContent);
-  const kinds = JSON.parse(byId("attack-names").textContent);
-  const attacks = Object.keys(kinds);
+  const kinds = new Map(JSON.parse(byId("attack-names").textContent));
+  const attacks = [...kinds.keys()];
   if (!attacks.length) return;
   const [runA, runB, attackBox, mode, search] = ["run-a", "run-b", "attack", "mode", "search"].map(byId);
   const list = byId("list"), detail = byId("detail"), found = byId("found");
@@ -78,7 +78,7 @@
   runB.value = String(Math.min(1, runs.length - 1));
 
   const outcome = (hit) => {
-    const [yes, no] = { benign: ["✗ refused", "✓ answered"], control: ["✓ followed", "✗ not followed"] }[kinds[attackBox.value]]
+    const [yes, no] = { benign: ["✗ refused", "✓ answered"], control: ["✓ followed", "✗ not followed"] }[kinds.get(attackBox.value)]
       ?? ["✗ hacked", "✓ not hacked"];
     return hit ? yes : no;
   };

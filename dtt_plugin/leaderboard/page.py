@@ -35,7 +35,7 @@ from dtt_plugin.leaderboard.wording import (
     rate_text,
     ratio_text,
     test_text,
-    value_text,
+    weak_mark,
 )
 from dtt_plugin.safe_text import all_printable
 from dtt_plugin.tokens.geometry import Geometry, letter
@@ -92,7 +92,7 @@ def render(
         lstrip_blocks=True,
     )
     forms = (
-        letter, percent, points, p_text, rate_text, interval_text, test_text, ratio_text, value_text, cost_text,
+        letter, percent, points, p_text, rate_text, interval_text, test_text, ratio_text, weak_mark, cost_text,
         remarks, any_title, arm_name, verdict, attack_matrix, published_sheet,
     )  # fmt: skip
     environment.filters |= {form.__name__: form for form in forms}

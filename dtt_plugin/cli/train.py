@@ -61,9 +61,12 @@ def run(args: argparse.Namespace) -> int:
 
     names = {field.name for field in fields(TrainingOptions)}
     options = TrainingOptions(**{name: value for name, value in vars(args).items() if name in names})
+    from dtt_plugin.training.processes import is_main
     from dtt_plugin.training.train import train
 
     trained = train(options)
+    if not is_main():
+        return 0
     if trained.tokens is None:
         print(f"dtt train: stopped after step {trained.steps}; go on with --resume", file=sys.stderr)
         return _INTERRUPTED

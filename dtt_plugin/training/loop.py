@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from dtt_plugin.errors import DttError
 from dtt_plugin.progress import Bar
+from dtt_plugin.training.processes import from_main, in_any, is_main
 from dtt_plugin.training.soft_prompt import Example
 
 LOG_FORMAT = "dtt.training/1"
@@ -28,12 +29,20 @@ def collate(examples: Sequence[Example]) -> dict[str, list[torch.Tensor]]:
 
 
 class TokenTrainer(Trainer):
-    """Trains the rows of a `SoftPrompt`; a step takes as many forward passes as its examples need."""
+    """Trains the rows of a `SoftPrompt`; a step takes as many forward passes as its examples need.
+
+    Of several processes each takes its share of a batch, and the sums are those of one process.
+    """
 
     def __init__(self, *args: Any, tokens_at_once: int, keep: Callable[[int], Path], **options: Any) -> None:
         super().__init__(*args, **options)
         self.tokens_at_once = tokens_at_once
         self.keep = keep
+        # Not torch's wrapper, which averages over processes and expects one pass a step: the rows' gradient is all.
+        self.accelerator.prepare_model = lambda model, **_: model
+
+    def _over_processes(self, value: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(value, reduction="sum")  # type: ignore[no-any-return]
 
     def training_step(
         self, model: Any, inputs: Mapping[str, list[torch.Tensor]], num_items_in_batch: Any = None
@@ -44,13 +53,18 @@ class TokenTrainer(Trainer):
             Example(prompt.tolist(), response.tolist())
             for prompt, response in zip(inputs["prompts"], inputs["responses"], strict=True)
         ]
-        n_tokens = sum(len(example.response) for example in examples)
-        total = torch.zeros((), device=self.model.rows.device)
+        device = self.model.rows.device
+        own_tokens = float(sum(len(example.response) for example in examples))
+        n_tokens = self._over_processes(torch.tensor(own_tokens, device=device)).item()
+        total = torch.zeros((), device=device)
         for part in self.model.passes(examples, self.tokens_at_once):
             loss = model(part) / n_tokens
             self.accelerator.backward(loss)
             total += loss.detach()
+        total = self._over_processes(total)
         gradient = self.model.rows.grad
+        if gradient is not None:
+            gradient.copy_(self._over_processes(gradient))
         if not torch.isfinite(total) or gradient is None or not torch.isfinite(gradient).all():
             good = self.state.global_step
             raise DttError(
@@ -77,7 +91,9 @@ class RunLog(TrainerCallback):
         return round(time.perf_counter() - self.began, 3)
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Append a line."""
+        """Append a line; of several processes the main one does."""
+        if not is_main():
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
@@ -90,7 +106,9 @@ class RunLog(TrainerCallback):
             kept = [entry for entry in entries if 0 <= entry.get("step", -1) <= state.global_step]
         self.losses = [entry["loss"] for entry in kept if "loss" in entry]
         self.began = time.perf_counter() - max((entry.get("seconds", 0.0) for entry in kept), default=0.0)
-        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in [self.header, *kept]), encoding="utf-8")
+        if is_main():
+            lines = [json.dumps(entry) + "\n" for entry in [self.header, *kept]]
+            self.path.write_text("".join(lines), encoding="utf-8")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
         """Note a step's loss."""
@@ -106,7 +124,8 @@ class TrainingBar(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Begin the bar, where a resumed run is."""
-        self.bar = Bar(total=state.max_steps, initial=state.global_step, desc="training", unit=" steps", delay=0)
+        if is_main():
+            self.bar = Bar(total=state.max_steps, initial=state.global_step, desc="training", unit=" steps", delay=0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Show a step."""
@@ -146,7 +165,7 @@ class HeldOutCheck(TrainerCallback):
         if state.global_step % self.every:
             return
         self.keep(state.global_step)
-        rates = self.measure()
+        rates = from_main(self.measure() if is_main() else None)
         asr = max(rates.values())
         self.log.write({"step": state.global_step, "asr": asr, "n": self.n, "attack_rates": rates})
         if self.stop_at is not None and asr <= self.stop_at:
@@ -174,7 +193,7 @@ class SaveOnInterrupt(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save and stop, where asked to and where the run would not end anyway."""
-        if self._asked and not control.should_training_stop:
+        if in_any(self._asked) and not control.should_training_stop:
             self.stopped = control.should_save = control.should_training_stop = True
 
     def give_back(self) -> None:

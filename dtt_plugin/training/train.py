@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from dtt_plugin.tokens.files import DefensiveTokens, save_tokens
 from dtt_plugin.tokens.licence import inherited, origin_of
 from dtt_plugin.training.failures import told_plainly
 from dtt_plugin.training.options import TrainingOptions
+from dtt_plugin.training.processes import from_main, is_main, main_first, share, wait
 from dtt_plugin.training.records import TrainingData, load_training_data, split
 from dtt_plugin.training.run_folder import RUN_FILE, check_folder, check_out, last_checkpoint, locked, run_identity
 from dtt_plugin.training.start import start_rows, start_tokens
@@ -78,7 +81,7 @@ def train(options: TrainingOptions) -> Trained:
     check_out(options)
     identity = run_identity(options, data, init, steps)
     run = _Run(steps, identity, check_folder(options, identity))
-    with told_plainly(options), locked(options):
+    with told_plainly(options), locked(options) if is_main() else nullcontext():
         return _train(options, run, data, training, held_out, init)
 
 
@@ -98,9 +101,11 @@ def _train(
     from dtt_plugin.training.soft_prompt import SoftPrompt
 
     arguments = _arguments(options, run.steps)
+    run = replace(run, date=from_main(run.date))
     chat = _chat_model(options, run, init)
     undefended = SoftPrompt(chat.model, torch.empty(0, chat.model.get_input_embeddings().weight.shape[1]))
-    labels = _labels(options, run, chat, undefended, training)
+    with main_first():
+        labels = _labels(options, run, chat, undefended, training)
     soft_prompt = SoftPrompt(chat.model, start_rows(options, init, undefended.embed, chat.renderer.encode))
     if not soft_prompt.packs:
         logger.warning("%s can't be packed: every example gets a pass of its own, which is slower.", options.model)
@@ -109,7 +114,8 @@ def _train(
         return _result(options, run, init, soft_prompt.rows.detach().cpu().numpy(), step)
 
     def keep(step: int) -> Path:
-        save_tokens(options.at_step(step), result(step))
+        if is_main():
+            save_tokens(options.at_step(step), result(step))
         return options.at_step(step)
 
     start = public_name(options.init) if init else options.init
@@ -125,8 +131,9 @@ def _train(
     size = run.steps * options.batch
     mixture = Mixture(training, labels, data, chat.encode, size=size, seed=options.seed)
     trainer = _trainer(options, arguments, soft_prompt, mixture, callbacks, keep)
-    write_json(options.checkpoints / RUN_FILE, {**run.identity, "date": run.date})
-    last = last_checkpoint(options.checkpoints) if options.resume else None
+    if is_main():
+        write_json(options.checkpoints / RUN_FILE, {**run.identity, "date": run.date})
+    last = from_main(last_checkpoint(options.checkpoints) if options.resume and is_main() else None)
     try:
         trainer.train(resume_from_checkpoint=last)
     finally:
@@ -136,8 +143,10 @@ def _train(
     if interrupt.stopped:
         return Trained(None, done, loss, log.seconds)
     tokens = result(done)
-    save_tokens(options.out, tokens)
-    shutil.rmtree(options.checkpoints)
+    wait()  # the others have written their part of the last checkpoint
+    if is_main():
+        save_tokens(options.out, tokens)
+        shutil.rmtree(options.checkpoints)
     return Trained(tokens, done, loss, log.seconds)
 
 
@@ -150,7 +159,7 @@ def _arguments(options: TrainingOptions, steps: int) -> Any:
     arguments = TrainingArguments(
         output_dir=str(options.checkpoints),
         max_steps=steps,
-        per_device_train_batch_size=options.batch,
+        per_device_train_batch_size=share(options.batch, int(os.environ.get("WORLD_SIZE", "1"))),
         learning_rate=options.rate,
         lr_scheduler_type="constant",
         optim="adamw_torch",
@@ -165,8 +174,6 @@ def _arguments(options: TrainingOptions, steps: int) -> Any:
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
     )
-    if arguments.world_size > 1:
-        raise DttError("dtt train runs on one device; start it without accelerate launch or torchrun.")
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # the Trainer would copy a batch's lists to every GPU
     return arguments

@@ -29,7 +29,8 @@ class Bar(tqdm):  # type: ignore[misc,unused-ignore]
         options.setdefault("delay", 2)
         options.setdefault("dynamic_ncols", True)
         if not _is_terminal(options.get("file") or sys.stderr):
-            options |= {"mininterval": _LOG_SECONDS, "maxinterval": _LOG_SECONDS}
+            # Position 0: no bar moves the cursor, which a log has not, below another one.
+            options |= {"mininterval": _LOG_SECONDS, "maxinterval": _LOG_SECONDS, "position": 0}
         super().__init__(*args, **options)
 
     def close(self) -> None:

@@ -87,9 +87,11 @@ def test_without_a_log_the_output_stays_on_the_terminal(worker: str, capfd: pyte
 def test_a_bar_in_a_log_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dtt_plugin.progress._LOG_SECONDS", 0.0)
     log = io.StringIO()
-    for _ in Bar(range(4), desc="part", delay=0, file=log, miniters=2):
-        pass
+    with Bar(total=2, desc="outer", delay=0, file=log):
+        for _ in Bar(range(4), desc="part", delay=0, file=log, miniters=2):
+            pass
     assert "\r" not in log.getvalue()
+    assert "\x1b" not in log.getvalue(), "a bar within another"
     assert "part:  50%" in log.getvalue()
     assert "00:00<00:00" in log.getvalue(), "the remaining time"
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,7 +142,7 @@ class _Run:
         self.steps = self.bench.budget.steps
         self.interrupt = _Interrupt()
         self.file = self._begun() if before is None else self._continued(before)
-        self.saved: Progress | None = self._read_state()
+        self.saved = self._read_state()
         write_attacks(options.out, self.file)
         n = 1 if options.method == UNIVERSAL else len(self.chosen)
         self.bar = Bar(total=n * self.steps, desc=options.method, unit=" steps", disable=not progress)
@@ -177,15 +178,17 @@ class _Run:
     def _state(self) -> Path:
         return self.options.out.with_name(f"{self.options.out.name}.state")
 
-    def _read_state(self) -> Progress | None:
+    def _read_state(self) -> tuple[list[int], Progress] | None:
+        """Return the search that an earlier part left unfinished, and its records."""
         from dtt_plugin.attack.search import Progress
 
         if not self.options.resume or not self._state.is_file():
             self._state.unlink(missing_ok=True)
             return None
         try:
-            return Progress(**read_json(self._state))
-        except TypeError as error:
+            content = read_json(self._state)
+            return content["records"], Progress(**content["progress"])
+        except (TypeError, KeyError) as error:
             raise DttError(f"{self._state} is damaged; remove it, and --resume begins that record anew.") from error
 
     def go(self) -> None:
@@ -223,12 +226,18 @@ class _Run:
         hits = sum(bool(suffix.hit) for suffix in self.file.suffixes)
         self.bar.set_postfix_str(f"{hits} of {len(self.file.suffixes)} records hit, loss {loss or 0:.3f}")
 
-    def _told(self, progress: Progress) -> bool:
+    def _searched(self, numbers: list[int]) -> tuple[Progress, list[str] | None]:
+        """Search one suffix for records, from where an earlier part of the run left it."""
+        # A kill may have come between the writing of a record and the removal of its state.
+        left = self.saved[1] if self.saved and self.saved[0] == numbers else None
+        return self.bench.search(numbers, left, partial(self._told, numbers))
+
+    def _told(self, numbers: list[int], progress: Progress) -> bool:
         """Note a step; the search in progress is saved now and then, and when it is to stop."""
         self.bar.update(len(self.file.suffixes) * self.steps + progress.step - self.bar.n)
         self._show(progress.best_loss)
         if self.interrupt.asked or progress.step % _SAVE_EVERY == 0:
-            write_json(self._state, progress.to_json())
+            write_json(self._state, {"records": numbers, "progress": progress.to_json()})
         return not self.interrupt.asked
 
     def _soft(self, number: int) -> Suffix:
@@ -247,7 +256,7 @@ class _Run:
 
     def _search(self, number: int) -> Suffix | None:
         """Search a suffix for one record; None where it was stopped."""
-        progress, targets = self.bench.search([number], self.saved, self._told)
+        progress, targets = self._searched([number])
         if targets is None:
             return None
         return Suffix(
@@ -269,7 +278,7 @@ class _Run:
             raise DttError(
                 "--method universal is evaluated on the records that it was not made on; choose fewer with --records."
             )
-        progress, targets = self.bench.search(self.chosen, self.saved, self._told)
+        progress, targets = self._searched(self.chosen)
         if targets is None:
             return False
         text = self.bench.place(self.chosen[0]).suffix_text(progress.best)

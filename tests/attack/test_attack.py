@@ -15,7 +15,7 @@ from dtt_plugin.attack.benchmark import load_benchmark
 from dtt_plugin.attack.options import AttackOptions
 from dtt_plugin.attack.run import attack
 from dtt_plugin.cli import main
-from dtt_plugin.data.suffixes import ARM_FACTS, other_facts, read_attacks
+from dtt_plugin.data.suffixes import ARM_FACTS, other_facts, read_attacks, write_attacks
 from dtt_plugin.errors import DttError
 from tests import conftest
 from tests.attack.planted import SIGN, planted
@@ -24,6 +24,7 @@ from tests.conftest import write_tokens
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+from dtt_plugin.attack.search import begin  # noqa: E402  it needs torch
 
 TEXT_METHODS = ("gcg", "random-search", "universal")
 
@@ -132,6 +133,19 @@ def test_a_run_that_was_interrupted_resumes_to_the_same_bytes(
         attack(cut)
     assert cut.out.read_bytes() == whole.out.read_bytes()
     assert sorted(path.name for path in cut.out.parent.iterdir()) == ["a.jsonl", "cut.jsonl"]
+
+
+def test_a_state_that_a_kill_left_behind_is_not_taken_for_the_next_records(options: AttackOptions, deaf: str) -> None:
+    whole = replace(options, model=deaf, records="0:2", steps=3)
+    attack(whole)
+    cut = replace(whole, out=options.out.with_name("cut.jsonl"), resume=True)
+    done = read_attacks(whole.out)
+    first = replace(done, finished=False, suffixes=done.suffixes[:1], flops=done.suffixes[0].flops)
+    write_attacks(cut.out, first)
+    progress = begin([1] * 10, "another").to_json()
+    cut.out.with_name("cut.jsonl.state").write_text(json.dumps({"records": [0], "progress": progress}))
+    attack(cut)
+    assert cut.out.read_bytes() == whole.out.read_bytes()
 
 
 def test_the_same_options_give_the_same_bytes_and_another_seed_others(options: AttackOptions) -> None:

@@ -172,7 +172,13 @@ class _Run:
                 f"--resume: {self.options.out} was begun with another {name} ({then[name]}, now {now[name]}); give the"
                 " same arguments, or another --out."
             )
-        return before
+        if before.search and before.search.get("records") != self.chosen:
+            raise DttError(
+                f"--resume: {self.options.out} was made on other --records; give the same, or another --out."
+            )
+        there = {suffix.record_id for suffix in before.suffixes}
+        # More records may be attacked later.
+        return before if before.search else replace(before, finished=before.finished and there >= {*self.chosen})
 
     @property
     def _state(self) -> Path:

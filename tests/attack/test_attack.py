@@ -135,6 +135,15 @@ def test_a_run_that_was_interrupted_resumes_to_the_same_bytes(
     assert sorted(path.name for path in cut.out.parent.iterdir()) == ["a.jsonl", "cut.jsonl"]
 
 
+def test_a_finished_run_goes_on_with_more_records(options: AttackOptions, deaf: str) -> None:
+    whole = replace(options, model=deaf, records="0:2", steps=2, method="random-search")
+    attack(whole)
+    parts = replace(whole, out=options.out.with_name("parts.jsonl"))
+    attack(replace(parts, records="0:1"))
+    assert [one.record_id for one in attack(replace(parts, resume=True)).file.suffixes] == [0, 1]
+    assert parts.out.read_bytes() == whole.out.read_bytes()
+
+
 def test_a_state_that_a_kill_left_behind_is_not_taken_for_the_next_records(options: AttackOptions, deaf: str) -> None:
     whole = replace(options, model=deaf, records="0:2", steps=3)
     attack(whole)

@@ -45,6 +45,7 @@ def examine(model: str | None = None, tokens: str | None = None, tokens_model: s
         checks.append(("token file", lambda: _tokens(tokens, tokens_model, model)))
     if model:
         checks.append(("chat template", lambda: _template(model)))
+        checks.append(("tokens in vLLM", lambda: _route(model)))
     for name, check in checks:
         try:
             yield Finding(name, True, check())
@@ -112,6 +113,16 @@ def _imports(model: str, extra: str) -> str:
         reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
         raise DttError(f"--model {model} does not import: {reason} (the extra dtt-plugin[{extra}] installs its engine)")
     return f"--model {model} imports"
+
+
+def _route(model: str) -> str:
+    """Say whether vLLM can have DefensiveTokens beside the model; the engine is asked in a process of its own."""
+    from dtt_plugin.serving.placing import route
+
+    code = "from dtt_plugin.serving.hooks import problem; print(problem() or '')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    obstacle = (result.stdout.strip().splitlines() or [""])[-1] if not result.returncode else "vLLM does not import."
+    return f"{model}: {f'baked: {obstacle}' if obstacle else route(model)}"
 
 
 def _data() -> str:

@@ -12,3 +12,7 @@ class DttError(Exception):
 
 class MissingDataError(DttError):
     """Data, or a library for it, that is not shipped and not at hand; the message says how to get it."""
+
+
+class LoadAnew(DttError):
+    """A loaded model can't be put under the arm that is asked for; one that is loaded for it can."""

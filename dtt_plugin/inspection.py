@@ -19,6 +19,7 @@ from dtt_plugin.costs import recorded_costs
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.reading import open_regular
 from dtt_plugin.prompt.formats import protection
+from dtt_plugin.serving.placing import route
 from dtt_plugin.tokens.files import FORMAT as TOKENS_FORMAT
 from dtt_plugin.tokens.files import DefensiveTokens, load_every_upstream, load_tokens
 from dtt_plugin.tokens.licence import licence_of
@@ -136,7 +137,15 @@ def _folder(path: Path) -> dict[str, Any]:
         "width": embedding.shape[1],
         "dtype": embedding.dtype,
         "tied": checkpoint.tied,
+        "tokens_in_vllm": _route(path),
     }
+
+
+def _route(path: Path) -> str:
+    try:
+        return route(str(path.resolve()))
+    except DttError as error:
+        return f"none: {error}"
 
 
 _DEFAULTS = {

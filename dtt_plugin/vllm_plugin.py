@@ -1,40 +1,65 @@
-"""Where this package is installed, vLLM gives DefensiveTokens the probability 0.
+"""What this package does inside vLLM: DefensiveTokens get the probability 0, and token files are served as they are.
+
+vLLM loads the entry points of the group `vllm.general_plugins` in each of its processes, and calls `register`.
 
 vLLM does not read `suppress_tokens` of generation_config.json. A defended
 checkpoint's output rows keep its DefensiveTokens from ever being the likeliest
 token, and below 1 / vocabulary at any temperature; sampled at temperature 2,
-that is about one in ten thousand tokens. This makes it none: vLLM loads the
-entry points of the group `vllm.general_plugins` in each of its processes, and
-`register` has its logits layer write -inf for the ids that a checkpoint's
-config.json lists. Other checkpoints list none and are not touched.
+that is about one in ten thousand tokens. This makes it none: the logits layer
+writes -inf for the ids that a checkpoint's config.json lists, and for those of
+token files that are served beside a base model (`--additional-config
+'{"dtt": {"tokens": [FILE, ...]}}'`, docs/serving.md). Other engines are not touched.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import sys
 from collections.abc import Iterable
 from typing import Any
 
-CONFIG_KEY = "defensive_token_ids"
-"""In config.json of a defended checkpoint."""
+from dtt_plugin.checkpoint.defended import IDS_KEY
+from dtt_plugin.errors import DttError
 
 
 def register() -> None:
-    """Have vLLM's logits layer suppress what a defended checkpoint's config.json lists; twice is once."""
+    """Wrap vLLM's logits layer, replace its embedding layer and wrap its front end; twice is once."""
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    from dtt_plugin.serving.hooks import problem
+    from dtt_plugin.serving.layer import check_built, replace_layer, served
+    from dtt_plugin.serving.requests import wrap_front_end
 
     if hasattr(LogitsProcessor, "dtt_ranges"):
         return
     LogitsProcessor.dtt_ranges = ()
     make, compute = LogitsProcessor.__init__, LogitsProcessor.forward
+    obstacle = problem()
+    try:
+        if obstacle is None:
+            replace_layer()
+            wrap_front_end()
+    except DttError as error:
+        obstacle = str(error)
 
+    @functools.wraps(make)
     def make_and_note(self: Any, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
-        model_config = get_current_vllm_config().model_config
-        ids = getattr(model_config.hf_config, CONFIG_KEY, None) if model_config is not None else None
-        self.dtt_ranges = ranges(ids or ())
+        config = get_current_vllm_config()
+        ids = list(getattr(getattr(config.model_config, "hf_config", None), IDS_KEY, None) or ())
+        if (files := served(config)) is not None:
+            if obstacle is not None:
+                raise DttError(obstacle)
+            check_built(files)
+            ids += [token_id for file in files["placed"] for token_id in file["ids"]]
+        self.dtt_ranges = ranges(ids)
+        if config.lora_config is not None and (qwen2 := sys.modules.get("vllm.model_executor.models.qwen2")):
+            # Before the adapters are loaded: this class alone of the common ones takes none of its embedding.
+            qwen2.Qwen2ForCausalLM.embedding_modules = {"embed_tokens": "input_embeddings"}
 
+    @functools.wraps(compute)
     def compute_without(self: Any, lm_head: Any, *args: Any, **kwargs: Any) -> Any:
         logits = compute(self, lm_head, *args, **kwargs)
         skip_gather = kwargs.get("skip_gather", len(args) > 2 and args[2])

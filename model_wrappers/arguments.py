@@ -19,6 +19,7 @@ OURS = (
     "untrusted_role",
     "lone_user",
     "early_decision",
+    "baked",
 )
 
 

@@ -22,12 +22,12 @@ from dtt_plugin import __version__
 from dtt_plugin.checkpoint.defended import baked_facts
 from dtt_plugin.checkpoint.state import argument_states, state
 from dtt_plugin.costs import recorded_costs
-from dtt_plugin.errors import DttError
+from dtt_plugin.errors import DttError, LoadAnew
 from dtt_plugin.files.digests import sha256_bytes, sha256_json
 from dtt_plugin.model_wrappers.early_decision import Rule, rule_of
 from dtt_plugin.prompt.defenses import NONE, TOKENS, parse_defense
 from dtt_plugin.prompt.formats import DEFAULT_TEMPLATE, MODEL_FORMAT, check_format
-from dtt_plugin.prompt.renderer import ModelTemplate, Prompt, PromptRenderer, has_defensive_tokens
+from dtt_plugin.prompt.renderer import ModelTemplate, Prompt, PromptRenderer, has_defensive_tokens, model_templates
 from dtt_plugin.prompt.roles import LoneUser, Roles
 from dtt_plugin.public_names import is_hub_id, is_hub_model
 from dtt_plugin.tasks.thoughts import behind, opened_by
@@ -167,6 +167,7 @@ class Defended:
             "argument_states": states_of_arguments,
             "defense": self.arm.name,
             "tokens_sha256": tokens.digest if tokens and self.arm.defended else None,
+            "tokens_route": self.tokens_route,
             "tokens_method": tokens.method if tokens and self.arm.defended else None,
             "tokens_source_model": tokens.source_model if tokens and self.arm.defended else None,
             "prompt_format": self.arm.prompt_format,
@@ -216,17 +217,50 @@ class Defended:
                 f", or turn them off with {switch}=False" if known else "",
             )
 
+    @property
+    def tokens_route(self) -> str | None:
+        """How the DefensiveTokens reach the model."""
+        raise NotImplementedError
+
     def change_defense(self, defense: str) -> None:
         """Put the loaded model under another defense, as if it had been loaded with it.
 
         Raises:
-            DttError: one of the two defenses has DefensiveTokens and the other has not; that is another model.
+            LoadAnew: as `change_arm`.
         """
-        arm = replace(self.arm, defenses=parse_defense(defense))
-        if arm.defended != self.arm.defended:
-            raise DttError(f"The model is loaded for defense={self.arm.name!r}; load it anew for {defense!r}.")
+        self._change(replace(self.arm, defenses=parse_defense(defense)))
+
+    def change_arm(
+        self,
+        *,
+        tokens: str | None = None,
+        tokens_model: str | None = None,
+        defense: str | None = None,
+        prompt_format: str | None = None,
+    ) -> None:
+        """Put the loaded model under another arm, as if it had been loaded with these model arguments.
+
+        All others stay as they are, the roles of messages too.
+
+        Raises:
+            LoadAnew: the arm's DefensiveTokens are not in the model, or the model has others that it can't do without.
+        """
+        self._change(replace(Arm.from_arguments(tokens, tokens_model, defense, prompt_format), roles=self.arm.roles))
+
+    def _change(self, arm: Arm) -> None:
+        self._check_change(arm)
         self.arm = arm
-        self._ready(**self._loaded)
+        self._ready(**self._loaded | {"templates": self._take_arm()})
+
+    def _check_change(self, arm: Arm) -> None:
+        """Refuse an arm for which the model was not loaded."""
+        ours, theirs = (one.tokens.digest if one.tokens and one.defended else None for one in (self.arm, arm))
+        if ours != theirs:
+            raise LoadAnew(f"The model is loaded for defense={self.arm.name!r}; load it anew for {arm.name!r}.")
+
+    def _take_arm(self) -> Mapping[str, ModelTemplate]:
+        """Make the arm's tokenizer the model's, and return the chat templates of the undefended one."""
+        return model_templates(self.tokenizer, self.arm.prompt_format)
 
     # What lm-eval asks a chat model for -------------------------------------------------------------
 

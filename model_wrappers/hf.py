@@ -16,9 +16,8 @@ from dtt_plugin.errors import DttError
 from dtt_plugin.model_wrappers.arguments import as_bool, check_arguments, model_name, parameters_of
 from dtt_plugin.model_wrappers.defended import Arm, Defended
 from dtt_plugin.model_wrappers.early_decision import EndDecided, SettledText, count_generated
-from dtt_plugin.prompt.formats import defensive_token_names
 from dtt_plugin.prompt.hf_tokenizer import hf_tokenizer
-from dtt_plugin.prompt.renderer import defensive_token_ids, model_templates
+from dtt_plugin.prompt.renderer import add_token_names, defensive_token_ids, model_templates
 from dtt_plugin.prompt.roles import LoneUser
 from dtt_plugin.tasks.thoughts import marker_tokens
 from dtt_plugin.tokens.files import DefensiveTokens
@@ -72,6 +71,7 @@ class DttHF(Defended, HFLM):
     With DefensiveTokens their rows are put into the loaded model; nothing is written to disk.
     """
 
+    tokens_route = "model in memory"
     _n_scored: int | None = None  # rows that the output head had before it grew
 
     def __init__(
@@ -229,10 +229,6 @@ def install_tokens(model: Any, tokenizer: Any, tokens: DefensiveTokens, *, name:
     Raises:
         DttError: the widths differ, or the tokenizer already knows DefensiveTokens.
     """
-    names = defensive_token_names(tokens.k)
-    known = tokenizer.get_vocab()
-    if any(token in known for token in names):
-        raise DttError(f"{name} already has DefensiveTokens; leave tokens= out, or give the undefended checkpoint.")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     for module, what in ((embedding, "input embedding"), (head, "output head")):
         if module is not None and "weight" not in module._parameters:  # a wrapper of PEFT's, for instance
@@ -242,10 +238,7 @@ def install_tokens(model: Any, tokenizer: Any, tokens: DefensiveTokens, *, name:
             )
     weight = embedding.weight
     tokens.check_width(weight.shape[1], name="tokens=", model=name)
-    from transformers import AddedToken
-
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in names], special_tokens=True)
-    ids: list[int] = tokenizer.convert_tokens_to_ids(names)
+    ids = add_token_names(tokenizer, tokens.k, name=name)
     n_ordinary = min(ids[0], weight.shape[0])
     growth = max(ids) + 1 - weight.shape[0]
     rows = torch.nn.functional.pad(weight, (0, 0, 0, max(growth, 0)))  # a copy: the head keeps the old tensor

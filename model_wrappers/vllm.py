@@ -1,24 +1,28 @@
-"""`--model dtt_vllm`: lm-eval's vLLM model with DefensiveTokens, from a baked checkpoint."""
+"""`--model dtt_vllm`: lm-eval's vLLM model with DefensiveTokens, beside the base model or from a baked checkpoint."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from dtt_plugin.bake import bake_cached
 from dtt_plugin.demo.model import default_model
-from dtt_plugin.errors import DttError
+from dtt_plugin.errors import DttError, LoadAnew
 from dtt_plugin.model_wrappers.arguments import as_bool, check_arguments, model_name, parameters_of, template_arguments
 from dtt_plugin.model_wrappers.defended import Arm, Defended
 from dtt_plugin.model_wrappers.early_decision import generate_decided
 from dtt_plugin.model_wrappers.vllm_import import import_vllm_class
 from dtt_plugin.prompt.hf_tokenizer import MISTRALS_OWN, hf_tokenizer, mistral_refusal
-from dtt_plugin.prompt.renderer import model_templates
+from dtt_plugin.prompt.renderer import ModelTemplate, add_token_names, model_templates
 from dtt_plugin.prompt.roles import LoneUser
+from dtt_plugin.serving.hooks import problem
+from dtt_plugin.serving.placing import NoFreeIds, Placement, TokenFile, place
+from dtt_plugin.serving.requests import UNCHECKED
 
 if TYPE_CHECKING:
     from lm_eval.models.vllm_causallms import VLLM
@@ -34,9 +38,12 @@ class DttVLLM(Defended, VLLM):
     """lm-eval's `vllm` model under a defense.
 
     Takes every argument of `vllm` and of vLLM's engine, and `tokens`, `tokens_model`, `defense`,
-    `prompt_format`, `untrusted_role`, `lone_user`, `early_decision` (docs/models.md). With DefensiveTokens the
-    engine starts from a baked checkpoint in the cache: what does not change is linked, and a second start writes
-    nothing.
+    `prompt_format`, `untrusted_role`, `lone_user`, `early_decision`, `baked` (docs/models.md). The engine loads the
+    base model, and its embedding layer holds the DefensiveTokens beside the weights (`dtt_plugin.serving`). Where that
+    can't be (a full vocabulary, another vLLM), or with `baked`, it starts from a baked checkpoint in the cache.
+
+    `more_tokens` names further token files, as (file, entry of a JSON or None), among which `change_arm` then chooses
+    without another start.
     """
 
     def __init__(
@@ -49,6 +56,8 @@ class DttVLLM(Defended, VLLM):
         untrusted_role: str | None = None,
         lone_user: LoneUser | None = None,
         early_decision: bool = False,
+        baked: bool = False,
+        more_tokens: Iterable[tuple[str, str | None]] = (),
         **kwargs: Any,
     ) -> None:
         check_arguments("dtt_vllm", kwargs, _known_arguments())
@@ -57,6 +66,8 @@ class DttVLLM(Defended, VLLM):
         if self.early_decision and int(kwargs.get("data_parallel_size", 1)) > 1:
             raise DttError("early_decision=true needs data_parallel_size=1; tensor_parallel_size= works with it.")
         model = model_name(pretrained) or default_model()
+        files = [TokenFile(str(tokens), tokens_model)] if tokens else []
+        files += [TokenFile(*file) for file in more_tokens]
         if self.arm.defended and kwargs.get("tokenizer"):
             raise DttError(
                 "dtt_vllm can't combine tokens= with tokenizer=; put that tokenizer's files into the checkpoint folder."
@@ -68,26 +79,94 @@ class DttVLLM(Defended, VLLM):
         self._set_defaults(kwargs, demo=pretrained is None)
         if kwargs["tokenizer_mode"] == "mistral":
             raise mistral_refusal(model)
-        templates = None
-        checkpoint = model
-        if (self.arm.defended and self.arm.tokens is not None) or (Path(model) / MISTRALS_OWN).is_file():
+        self._base_tokenizer: Any = None
+        if files or (Path(model) / MISTRALS_OWN).is_file():
             # Of the undefended tokenizer: a baked one's template holds the tokens already, and adds no BOS.
             trust = as_bool("trust_remote_code", kwargs.get("trust_remote_code"))
-            base = hf_tokenizer(kwargs.get("tokenizer") or model, revision=revision, trust_remote_code=trust)
-            templates = model_templates(base, self.arm.prompt_format)
-        if self.arm.defended and self.arm.tokens is not None:
-            baked = bake_cached(model, self.arm.tokens, revision=revision, prompt_format=self.arm.prompt_format)
-            checkpoint = str(baked)
+            self._base_tokenizer = hf_tokenizer(
+                kwargs.get("tokenizer") or model, revision=revision, trust_remote_code=trust
+            )
+        checkpoint = model
+        self._placement = None if as_bool("baked", baked) else self._placed(model, files, kwargs)
+        self._baked = self.arm.tokens if self._placement is None and self.arm.defended else None
+        if self._placement is not None:
+            soft = {**self._placement.to_config(), "plain": UNCHECKED}
+            kwargs["additional_config"] = {**(kwargs.get("additional_config") or {}), "dtt": soft}
+        elif self._baked:
+            checkpoint = str(bake_cached(model, self._baked, revision=revision, prompt_format=self.arm.prompt_format))
             kwargs.pop("revision", None)
         super().__init__(checkpoint, **kwargs)
+        self._own_tokenizer = self.tokenizer
         self._ready(
             model=model,
             revision=revision,
-            templates=model_templates(self.tokenizer, self.arm.prompt_format) if templates is None else templates,
+            templates=self._take_arm(),
             arguments=arguments,
             extra_bos=extra_bos,
             template_args=template_args,
         )
+
+    def _placed(self, model: str, files: Sequence[TokenFile], kwargs: dict[str, Any]) -> Placement | None:
+        """Give the tokens ids of the model's own vocabulary; None where they have to be baked, said in a sentence."""
+        if kwargs.get("tokenizer"):
+            return None
+        obstacle = problem() if files else None
+        if obstacle is None and kwargs.get("kv_transfer_config") is not None:
+            obstacle = "With kv_transfer_config= the tokens can't stand beside the base model."
+        for wanted in (files, files[:1] if self.arm.tokens else []) if obstacle is None else ():
+            try:
+                return place(model, wanted, revision=kwargs.get("revision")) if wanted else None
+            except NoFreeIds as error:
+                obstacle = str(error)
+            except DttError:  # of another file, or of one that no prompt needs
+                if self.arm.defended and len(wanted) == 1:
+                    raise
+        if obstacle and self.arm.defended:
+            logger.info("%s They are baked into a checkpoint in the cache.", obstacle)
+        return None
+
+    @property
+    def tokens_route(self) -> str | None:
+        """How the engine comes by the arm's DefensiveTokens; an engine from a baked checkpoint says so in every arm."""
+        if self._baked:
+            return "baked checkpoint"
+        return "embedding layer" if self.arm.defended else None
+
+    def _check_change(self, arm: Arm) -> None:
+        if not arm.defended or arm.tokens is None:
+            return
+        placed = self._placement.ids_of(arm.tokens) if self._placement else None
+        if placed is None and (self._baked is None or self._baked.digest != arm.tokens.digest):
+            raise LoadAnew("The engine was started without these tokens; load the model anew.")
+
+    def _take_arm(self) -> dict[str, ModelTemplate]:
+        """Give the wrapper the arm's tokenizer, and return the chat templates of the undefended one."""
+        base = self._base_tokenizer
+        self.tokenizer = base if self._baked and not self.arm.defended else self._own_tokenizer
+        self._engine_ids: dict[int, int] = {}
+        placed = self._placement.ids_of(self.arm.tokens) if self._placement and self.arm.tokens else None
+        if self.arm.defended and placed:
+            # The ids in prompts are those that the tokenizer gives the names, whichever ones this engine has for them.
+            self.tokenizer = copy.deepcopy(base)
+            ids = add_token_names(self.tokenizer, len(placed), name=str(base.name_or_path))
+            self._engine_ids = dict(zip(ids, placed, strict=True))
+        return model_templates(self.tokenizer if base is None else base, self.arm.prompt_format)
+
+    def _for_engine(self, ids: Sequence[int]) -> list[int]:
+        """Return a prompt with the engine's ids of its DefensiveTokens.
+
+        Raises:
+            DttError: it holds a token whose row the engine has replaced.
+        """
+        if self._placement is None:
+            return list(ids)
+        replaced = set(self._placement.ids)
+        if others := [i for i in ids if i in replaced and i not in self._engine_ids]:
+            raise DttError(
+                f"A prompt holds the reserved token {self._base_tokenizer.convert_ids_to_tokens(others[0])!r}, whose"
+                " place DefensiveTokens have in this engine; add baked=true to the model arguments."
+            )
+        return [self._engine_ids.get(i, i) for i in ids]
 
     def get_model_info(self) -> dict[str, Any]:
         """Return the model facts, with the data type that the engine really uses."""
@@ -101,6 +180,7 @@ class DttVLLM(Defended, VLLM):
     ) -> Sequence[Any]:
         """Generate as lm-eval does; a request whose response is decided ends early."""
         outputs: Sequence[Any]
+        requests = [self._for_engine(ids) for ids in requests]
         if generate and self._decided is not None:
             outputs = generate_decided(
                 self.model.llm_engine,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from dtt_plugin.model_wrappers.vllm_import import import_vllm_class
+from dtt_plugin.serving.hooks import HOOKS
 
 
 class PrivateName(NamedTuple):
@@ -71,6 +72,10 @@ NAMES = [
         ("request_ids",),
         "model_wrappers/early_decision",
         "ends a decided response",
+    ),
+    *(
+        PrivateName(f"{module}:{path}", takes, "serving/hooks", "token files in an engine")
+        for module, path, takes in HOOKS
     ),
     PrivateName("transformers:TrainingArguments.n_gpu", (), "training/train", "one device: _n_gpu is set to 1"),
     PrivateName(

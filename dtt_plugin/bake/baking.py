@@ -19,7 +19,7 @@ from dtt_plugin.bake.template import defended_templates, unprotected_markers
 from dtt_plugin.bake.tokenizer import TokenizerFiles
 from dtt_plugin.bake.verify import verify as verify_checkpoint
 from dtt_plugin.bake.weights import write_overlay, write_weights
-from dtt_plugin.checkpoint.defended import is_defended_checkpoint
+from dtt_plugin.checkpoint.defended import IDS_KEY, is_defended_checkpoint
 from dtt_plugin.checkpoint.folder import check_within, read_json_table
 from dtt_plugin.checkpoint.opening import Checkpoint, open_checkpoint
 from dtt_plugin.costs import peak_memory_mb, recorded_costs
@@ -28,7 +28,6 @@ from dtt_plugin.files.replacing import sync
 from dtt_plugin.files.staging import check_free, staged
 from dtt_plugin.prompt.formats import DEFAULT_TEMPLATE, check_format
 from dtt_plugin.tokens.files import DefensiveTokens
-from dtt_plugin.vllm_plugin import CONFIG_KEY
 
 # Files that engines read besides weights and tokenizer; small, so they are copied.
 _CARRIED_ENDINGS = frozenset({".json", ".txt", ".model", ".py", ".tiktoken", ".jinja"})
@@ -234,7 +233,7 @@ def _write_config(plan: BakePlan, folder: Path) -> None:
         if table is text or not isinstance(text, dict) or "vocab_size" in table:
             table["vocab_size"] = plan.n_rows
         table["tie_word_embeddings"] = False  # in both, since an engine may read either
-    config[CONFIG_KEY] = list(plan.token_ids)
+    config[IDS_KEY] = list(plan.token_ids)
     if plan.untie:
         _leave_head_unquantized(config.get("quantization_config"))
     _write_table(folder / "config.json", config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from dtt_plugin.bake.engine_tokenizer import load_as_engine, load_as_vllm
 from dtt_plugin.bake.template import render
 from dtt_plugin.bake.tokenizer import TokenizerFiles, read_backend
 from dtt_plugin.errors import DttError
-from dtt_plugin.prompt.formats import DEFAULT_TEMPLATE
+from dtt_plugin.prompt.formats import CHOICE, DEFAULT_TEMPLATE, TOKENS_SWITCH
 from dtt_plugin.prompt.token_probes import first_disguise, look_alikes, unknown_token_ids
 
 if TYPE_CHECKING:
@@ -30,8 +31,11 @@ def check_tokenizer(
     token_ids: Sequence[int],
     templates: Mapping[str, str],
     keep_bos: bool,
+    choices: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
     """Check the written tokenizer files in `folder`, which come from `source`.
+
+    `choices` has the ids by what a request chooses, where the template chooses among several files' tokens.
 
     Each DefensiveToken's name is one token, ordinary text is split as before, every other added token has the id
     it had, no other text yields a control token, and a rendered conversation begins with the DefensiveTokens and
@@ -55,26 +59,31 @@ def check_tokenizer(
     _check_ids(source, controls, backend.token_to_id)
     _check_disguises(source, controls, backend)
 
-    def rendered(messages: list[dict[str, str]]) -> str | None:
-        return render(templates[DEFAULT_TEMPLATE], source, messages, add_defensive_tokens=True)
+    def rendered(messages: list[dict[str, str]], **variables: Any) -> str | None:
+        return render(templates[DEFAULT_TEMPLATE], source, messages, **variables)
 
     def encode(text: str) -> list[int]:
         ids: list[int] = backend.encode(text, add_special_tokens=keep_bos is False).ids
         return ids
 
-    _check_conversation(source, rendered, encode, controls, token_ids, unknown)
+    fronts: list[tuple[dict[str, Any], Sequence[int]]]
+    fronts = [({CHOICE: name}, front) for name, front in (choices or {}).items()] or [
+        ({TOKENS_SWITCH: True}, token_ids)
+    ]
+    for variables, front in fronts:
+        _check_conversation(source, partial(rendered, **variables), encode, controls, front, unknown)
     engines = [load_as_engine(folder)]
     if any(path for pattern in _MISTRAL_FILES for path in source.folder.glob(pattern)):
         engines.append(load_as_vllm(folder))
     for engine in filter(None, engines):
-        _check_engine(source, engine, controls, token_ids, templates, keep_bos=keep_bos)
+        _check_engine(source, engine, controls, fronts, templates, keep_bos=keep_bos)
 
 
 def _check_engine(
     source: TokenizerFiles,
     engine: Any,
     controls: Mapping[str, int],
-    token_ids: Sequence[int],
+    fronts: Sequence[tuple[dict[str, Any], Sequence[int]]],
     templates: Mapping[str, str],
     *,
     keep_bos: bool,
@@ -91,14 +100,14 @@ def _check_engine(
     backend = engine.backend_tokenizer
     _check_disguises(source, controls, backend)
 
-    def rendered(messages: list[dict[str, str]]) -> str | None:
+    def rendered(messages: list[dict[str, str]], **variables: Any) -> str | None:
         try:
             text: str = engine.apply_chat_template(
                 messages,
                 chat_template=templates[DEFAULT_TEMPLATE],
                 tokenize=False,
                 add_generation_prompt=True,
-                add_defensive_tokens=True,
+                **variables,
             )
         except Exception:  # a template is a program of the model's: whatever it raises, it does not render this
             return None
@@ -108,7 +117,8 @@ def _check_engine(
         ids: list[int] = engine(text, add_special_tokens=not keep_bos, verbose=False).input_ids
         return ids
 
-    _check_conversation(source, rendered, encode, controls, token_ids, unknown_token_ids(backend))
+    for variables, ids in fronts:
+        _check_conversation(source, partial(rendered, **variables), encode, controls, ids, unknown_token_ids(backend))
 
 
 def _check_ids(source: TokenizerFiles, controls: Mapping[str, int], id_of: Callable[[str], int | None]) -> None:

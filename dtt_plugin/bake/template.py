@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -37,8 +37,12 @@ def defended_templates(
     default_on: bool,
     system_in_user: bool,
     trust_assistant: bool = False,
+    choices: Mapping[str, Sequence[str]] | None = None,
+    choice: str | None = None,
 ) -> dict[str, str]:
     """Return the defended chat templates by name; "default" is always there.
+
+    The arguments are those of `chat_template`.
 
     A model may have further ones, which transformers takes for requests with tools: each is defended, so
     that no request is without the tokens.
@@ -75,6 +79,8 @@ def defended_templates(
             control_tokens=tokenizer.added_tokens,
             system_in_user=system_in_user,
             trust_assistant=trust_assistant,
+            choices=choices,
+            choice=choice,
         )
         controls = control_texts([*tokenizer.added_tokens, *markers(prompt_format)])
         own_text = model_template or "" if prompt_format == MODEL_FORMAT else ""

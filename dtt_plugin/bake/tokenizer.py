@@ -204,29 +204,33 @@ class TokenizerFiles:
         beyond = [token_id for token_id in sorted(self.known) if token_id >= n_rows and token_id not in listed]
         return self.known[beyond[0]].content if beyond else None
 
-    def reserved_ids(self, k: int) -> list[int]:
-        """Return the k highest ids of unused reserved tokens, ascending.
-
-        Raises:
-            DttError: there are fewer.
-        """
+    def unused_reserved_ids(self) -> list[int]:
+        """Return the ids of reserved tokens that nothing of the model uses, ascending."""
         templates = "".join(self.templates().values())
         named = {text for table in (self.config, self.special_map) for _, text in _named_tokens(table)}
         used = set(self._ids_of_configs())
-        free = [
+        return sorted(
             token_id
             for token_id, token in self.known.items()
             if _RESERVED.search(token.content)
             and token.content not in templates
             and token.content not in named
             and token_id not in used
-        ]
+        )
+
+    def reserved_ids(self, k: int) -> list[int]:
+        """Return the k highest ids of unused reserved tokens, ascending.
+
+        Raises:
+            DttError: there are fewer.
+        """
+        free = self.unused_reserved_ids()
         if len(free) < k:
             raise DttError(
                 f"--reuse-reserved: the tokenizer in {self.folder} has {len(free)} unused reserved tokens and "
                 f"{k} are needed; leave the option out, and the vocabulary grows."
             )
-        return sorted(free)[-k:]
+        return free[-k:]
 
     def _ids_of_configs(self) -> Iterator[int]:
         """Yield the ids that config.json and generation_config.json name: pad_token_id and its like."""

@@ -12,6 +12,8 @@ from dtt_plugin.errors import DttError
 
 MANIFEST = "dtt_checkpoint.json"
 FORMAT = "dtt.checkpoint/1"
+IDS_KEY = "defensive_token_ids"
+"""In config.json of a defended checkpoint."""
 MOST_TOKENS = 1000
 """DefensiveTokens that a token file or a checkpoint may have."""
 

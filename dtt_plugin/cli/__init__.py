@@ -31,6 +31,7 @@ COMMANDS = (
     "push",
     "pull",
     "bake",
+    "serve",
     "inspect",
     "sweep",
     "leaderboard",

@@ -12,7 +12,7 @@ models' own templates in their white space, and put the tokens before the BOS.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from dtt_plugin.errors import DttError
 from dtt_plugin.prompt.control_tokens import (
@@ -28,6 +28,9 @@ from dtt_plugin.safe_text import printable
 
 TOKENS_SWITCH = "add_defensive_tokens"
 """The template variable that switches the DefensiveTokens."""
+
+CHOICE = "defensive_tokens"
+"""The template variable that chooses among several files' DefensiveTokens, by name; null is none."""
 
 DEFAULT_TEMPLATE = "default"
 """The name of the chat template, of a model's several, that is used where none is asked for."""
@@ -167,6 +170,8 @@ def chat_template(
     control_tokens: Sequence[str] | None = None,
     system_in_user: bool = False,
     trust_assistant: bool = False,
+    choices: Mapping[str, Sequence[str]] | None = None,
+    choice: str | None = None,
 ) -> str:
     """Return the jinja chat template of `prompt_format` for `k` DefensiveTokens.
 
@@ -182,11 +187,14 @@ def chat_template(
         system_in_user: put the system message in front of the first user message, for models without a
             system role.
         trust_assistant: with `control_tokens`: what the assistant said is not untrusted data.
+        choices: instead of `k`: several files' tokens, the names in the tokenizer by what requests call the file.
+        choice: the file whose tokens stand there when a request chooses none; None: no tokens.
 
     Raises:
         DttError: unknown format, or the format "model" and a model without a template.
     """
     tokens = _switched_tokens(k, default_on) if k else ""
+    tokens += _chosen_tokens(choices, choice) if choices else ""
     if control_tokens is not None:
         tokens += neutralising_prelude(
             [*control_tokens, *markers(prompt_format)],
@@ -218,6 +226,23 @@ def _switched_tokens(k: int, default_on: bool) -> str:
     switch = f"{TOKENS_SWITCH} {'is not defined or' if default_on else 'is defined and'} {TOKENS_SWITCH}"
     names = "".join(defensive_token_names(k))
     return f"{{%- if {switch} -%}}{{{{- {names!r} -}}}}{{%- endif -%}}"
+
+
+def _chosen_tokens(choices: Mapping[str, Sequence[str]], choice: str | None) -> str:
+    """Return the jinja that chooses by name: an unknown one, or one against the switch, ends the request."""
+    unknown = f"There are no DefensiveTokens of this name; there are: {', '.join(choices)}, or null for none."
+    both = f"{TOKENS_SWITCH} and {CHOICE} contradict each other; leave one of them out."
+    default = "none" if choice is None else repr(choice)
+    texts = "".join(
+        f"{{%- elif dtt_choice == {name!r} -%}}{{{{- {''.join(names)!r} -}}}}" for name, names in choices.items()
+    )
+    return (
+        f"{{%- set dtt_choice = {CHOICE} if {CHOICE} is defined"
+        f" else none if {TOKENS_SWITCH} is defined and not {TOKENS_SWITCH} else {default} -%}}"
+        f"{{%- if {TOKENS_SWITCH} is defined and (not {TOKENS_SWITCH}) != (dtt_choice is none) -%}}"
+        f"{{{{- raise_exception({both!r}) -}}}}{{%- elif dtt_choice is none -%}}{texts}"
+        f"{{%- else -%}}{{{{- raise_exception({unknown!r}) -}}}}{{%- endif -%}}"
+    )
 
 
 # Chat templates are rendered with trim_blocks and lstrip_blocks. The line feed is eaten with the comment, so the

@@ -382,6 +382,27 @@ def defensive_token_ids(tokenizer: Any) -> list[int]:
     return sorted(i for text, i in added.items() if text.startswith(DEFENSIVE_TOKEN_PREFIX))
 
 
+def add_token_names(tokenizer: Any, k: int, *, name: str) -> list[int]:
+    """Give a Hugging Face tokenizer the names of k DefensiveTokens, and return their ids.
+
+    Args:
+        tokenizer: of an undefended model; changed in place.
+        k: how many.
+        name: the model's name, for messages.
+
+    Raises:
+        DttError: it knows DefensiveTokens already.
+    """
+    from transformers import AddedToken
+
+    if has_defensive_tokens(tokenizer):
+        raise DttError(f"{name} already has DefensiveTokens; leave tokens= out, or give the undefended checkpoint.")
+    names = defensive_token_names(k)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in names], special_tokens=True)
+    ids: list[int] = tokenizer.convert_tokens_to_ids(names)
+    return ids
+
+
 def has_defensive_tokens(tokenizer: Any) -> bool:
     """Return whether a tokenizer already knows DefensiveTokens (a defended checkpoint's does)."""
     return bool(defensive_token_ids(tokenizer))

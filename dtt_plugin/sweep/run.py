@@ -52,7 +52,7 @@ def download_settings(cells: Sequence[Cell]) -> None:
 
 
 def run_sweep(cells: Sequence[Cell], out: Path, *, verbose: bool = False, listen: Listen = _ignore) -> list[Cell]:
-    """Run the cells that are not finished yet, one process per model in memory, and return those that failed.
+    """Run the cells that are not finished yet, each model loaded as seldom as can be, and return those that failed.
 
     A failure is told and does not stop the cells of other models.
 
@@ -68,8 +68,8 @@ def run_sweep(cells: Sequence[Cell], out: Path, *, verbose: bool = False, listen
     """
     failed = []
     with owned(out):
-        for load, group in groupby(cells, key=lambda cell: cell.load):
-            failed += _failed_of(load, list(group), out, None if verbose else out / LOG, listen)
+        for part in _sharing_a_model(cells):
+            failed += _failed_of(part, out, None if verbose else out / LOG, listen)
     return failed
 
 
@@ -98,34 +98,62 @@ def owned(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def _failed_of(load: Load, cells: Sequence[Cell], out: Path, log: Path | None, listen: Listen) -> list[Cell]:
-    """Run those cells of one load that are not finished yet, and return those that failed."""
-    pending = list(cells)
-    try:
-        pending = [cell for cell in cells if not cell.is_finished(out)]
-        if pending:
-            logger.info("%s: %s", load.model, ", ".join(cell.name for cell in pending))
-            _run_load(load, pending, out, log, listen)
-        return [cell for cell in pending if not cell.is_finished(out)]
-    except Exception as error:  # whatever it is: it concerns this load, and others take hours
+def _sharing_a_model(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Return the cells by what a model is loaded with, DefensiveTokens and prompt format apart."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        load = cell.load
+        key = [load.engine, load.task, load.settings, load.model_args, load.model]
+        groups.setdefault(sha256_json(key), []).append(cell)
+    return list(groups.values())
+
+
+def _failed_of(cells: Sequence[Cell], out: Path, log: Path | None, listen: Listen) -> list[Cell]:
+    """Run those cells of one model that are not finished yet, in as few processes as can be; return the failed ones.
+
+    A process that ends before its last cell needs another load for the next. Where one fails, the load of the cell
+    that it was at has failed, and the others go on.
+    """
+    loads = [(load, list(group)) for load, group in groupby(cells, key=lambda cell: cell.load)]
+    failed: list[Cell] = []
+
+    def lose(lost: Sequence[Cell], error: Exception) -> None:
         reason = str(error) if isinstance(error, DttError) else f"{type(error).__name__}: {error}"
         listen({"error": reason})
-        print(failure(pending, reason), file=sys.stderr, flush=True)
-        return pending
+        print(failure(lost, reason), file=sys.stderr, flush=True)
+        failed.extend(lost)
+
+    while loads:
+        jobs: list[dict[str, Any]] = []
+        ready: list[tuple[Load, list[Cell]]] = []
+        for load, group in loads:
+            pending = group
+            try:
+                pending = [cell for cell in group if not cell.is_finished(out)]
+                if pending:
+                    jobs.append(job_of(load, pending, out, listen))
+                    ready.append((load, pending))
+            except Exception as error:  # whatever it is: it concerns this load, and others take hours
+                lose(pending, error)
+        if not ready:
+            break
+        together = [cell for _, group in ready for cell in group]
+        logger.info("%s: %s", ready[0][0].model, ", ".join(cell.name for cell in together))
+        fault: Exception | None = None
+        try:
+            run_quietly(WORKER, jobs[0] | {"cells": [c for job in jobs for c in job["cells"]]}, log=log, listen=listen)
+        except Exception as error:  # as above
+            fault = error
+        rest = [(load, [cell for cell in group if not cell.is_finished(out)]) for load, group in ready]
+        loads = [(load, left) for load, left in rest if left]
+        if loads and (fault or sum(len(left) for _, left in loads) == len(together)):
+            lose(loads.pop(0)[1], fault or DttError("the model can't be loaded for this arm."))
+    return failed
 
 
 def failure(cells: Sequence[Cell], reason: str) -> str:
     """Return the line that tells why `cells` can't be run."""
     return f"dtt sweep: {', '.join(cell.name for cell in cells)} can't be run: {printable(reason)}"
-
-
-def _run_load(load: Load, cells: Sequence[Cell], out: Path, log: Path | None, listen: Listen) -> None:
-    """Evaluate `cells` in a process of its own, which ends with this one.
-
-    Raises:
-        DttError: it did not end well.
-    """
-    run_quietly(WORKER, job_of(load, cells, out, listen), log=log, listen=listen)
 
 
 def job_of(load: Load, cells: Sequence[Cell], out: Path, listen: Listen) -> dict[str, Any]:
@@ -138,20 +166,23 @@ def job_of(load: Load, cells: Sequence[Cell], out: Path, listen: Listen) -> dict
         raise DttError(f"{load.model} is no folder and no model that the hub gives; check the name, or go online.")
     if replace(load, tokens=load.tokens and replace(load.tokens)).identity != load.identity:
         raise DttError(f"{load.model}, its adapter or its tokens were changed while the sweep ran; start it again.")
-    model_args = {**load.model_args, "pretrained": load.model}
-    if load.prompt_format:
-        model_args["prompt_format"] = load.prompt_format
+    arm = {"prompt_format": load.prompt_format} if load.prompt_format else {}
     if load.tokens:
         if load.tokens.method == "procrustes":
             listen({"step": "align and transfer"})
-        model_args |= token_arguments(load, load.tokens, out)
+        arm |= token_arguments(load, load.tokens, out)
     return {
         "engine": load.engine,
         "task": load.task,
-        "model_args": model_args,
+        "model_args": {**load.model_args, "pretrained": load.model},
         **load.settings,
         "cells": [
-            {"name": cell.name, "defense": cell.defense, "key": cell.key, "folder": str(cell.folder(out))}
+            {
+                "name": cell.name,
+                "arm": {**arm, "defense": cell.defense},
+                "key": cell.key,
+                "folder": str(cell.folder(out)),
+            }
             for cell in cells
         ],
     }

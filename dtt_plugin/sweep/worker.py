@@ -1,4 +1,4 @@
-"""`python -m dtt_plugin.sweep.worker`: evaluate the cells of a sweep that share one model in memory.
+"""`python -m dtt_plugin.sweep.worker`: evaluate cells of a sweep that may share one model in memory.
 
 The job comes as `dtt_plugin.quiet` gives it: a sweep that is killed leaves no engine behind.
 """
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dtt_plugin.errors import DttError
+from dtt_plugin.errors import DttError, LoadAnew
 from dtt_plugin.files.replacing import write_json
 from dtt_plugin.quiet import do_job, tell
 
@@ -19,7 +19,9 @@ _OUR_TASKS = Path(__file__).parents[1] / "tasks"
 
 
 def run(job: dict[str, Any]) -> None:
-    """Load the model once and evaluate every cell; a cell's folder gets its name when it is complete.
+    """Load the model once and evaluate the cells, up to the first for whose tokens it has to be loaded anew.
+
+    A cell's folder gets its name when it is complete.
 
     Raises:
         DttError: lm-eval wrote no results.
@@ -30,14 +32,22 @@ def run(job: dict[str, Any]) -> None:
     from lm_eval.tasks import TaskManager
 
     model: Any = None
+    arms = [cell["arm"] for cell in job["cells"]]
+    files = {(arm["tokens"], arm.get("tokens_model")) for arm in arms if "tokens" in arm}
     settings = {name: job.get(name) for name in ("limit", "batch_size", "gen_kwargs")}
     for cell in job["cells"]:
-        arguments = {**job["model_args"], "defense": cell["defense"]}
+        arguments = {**job["model_args"], **cell["arm"]}
         if model is None:
             tell(step="load the model")
-            model = get_model(job["engine"]).create_from_arg_obj(arguments, {"batch_size": settings["batch_size"]})
+            options: dict[str, Any] = {"batch_size": settings["batch_size"]}
+            if job["engine"] == "dtt_vllm":
+                options["more_tokens"] = sorted(files, key=str)
+            model = get_model(job["engine"]).create_from_arg_obj(arguments, options)
         else:
-            model.change_defense(cell["defense"])
+            try:
+                model.change_arm(**cell["arm"])
+            except LoadAnew:
+                return
         tell(step=cell["name"])
         folder = Path(cell["folder"])
         partial = folder.parents[1] / "partial" / folder.name
@@ -61,7 +71,7 @@ def run(job: dict[str, Any]) -> None:
         # lm-eval only logs that it could not write.
         if not any(partial.rglob("results_*.json")) or not any(partial.rglob("samples_*.jsonl")):
             raise DttError(f"lm-eval wrote no results to {partial}, see above; is there room on the disk?")
-        write_json(partial / "cell.json", {"key": cell["key"], "defense": cell["defense"], "job": job})
+        write_json(partial / "cell.json", {"key": cell["key"], "defense": cell["arm"]["defense"], "job": job})
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(exist_ok=True)
         partial.rename(folder)

@@ -1,0 +1,109 @@
+"""A vLLM engine with token files beside the base model answers as engines of baked checkpoints do."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtt_plugin.bake import bake
+from dtt_plugin.serving.placing import TokenFile, place
+from dtt_plugin.tokens.files import load_tokens
+from tests.checkpoints import SPECIAL_TOKENS, make_checkpoint
+from tests.conftest import ROOT, write_tokens
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+RESERVED = tuple(f"<|reserved_{i}|>" for i in range(12))
+GREEDY = {"temperature": 0, "max_tokens": 12, "logprobs": 1}
+
+
+def answers(engine: dict[str, Any], requests: list[Any], sampling: dict[str, Any] | None = None) -> list[Any]:
+    defaults = {"max_model_len": 256, "block_size": 32}
+    job = {"engine": defaults | engine, "sampling": sampling or GREEDY, "requests": requests}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if engine.get("tensor_parallel_size", 1) == 1 else "1"
+    command = [sys.executable, "-m", "tests.serving.in_engine", json.dumps(job)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: list[Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+class Models:
+    """A base model with reserved tokens, two token files, and a baked twin for each."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        self.base = str(make_checkpoint(folder / "base", width=64, special=(*RESERVED, *SPECIAL_TOKENS), **options))
+        self.files = [write_tokens(folder / f"{name}.safetensors", width=64, seed=ord(name)) for name in "ab"]
+        self.ids = {p.source.name: list(p.ids) for p in place(self.base, map(TokenFile, self.files)).placed}
+        tokens = [load_tokens(file) for file in self.files]
+        self.twins = [
+            str(bake(self.base, one, folder / f"twin{n}", reuse_reserved=True).folder) for n, one in enumerate(tokens)
+        ]
+
+    @property
+    def served(self) -> dict[str, Any]:
+        return {"model": self.base, "additional_config": {"dtt": {"tokens": self.files}}}
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_conversations_are_answered_as_by_the_baked_checkpoint_and_all_else_is_refused(
+    dtype: str, tmp_path: Path
+) -> None:
+    models = Models(tmp_path)
+    chosen: list[Any] = [{}, {"defensive_tokens": "b"}, {"defensive_tokens": None}, {"add_defensive_tokens": False}]
+    refused: list[Any] = [
+        {"defensive_tokens": "c"},
+        {"defensive_tokens": "a", "add_defensive_tokens": False},
+        {"plain": "1 + 1"},
+        [5, 6, 7],
+    ]
+    found = answers(models.served | {"dtype": dtype}, [*chosen, *refused[:3], *chosen])
+    a, b, none, off = found[:4]
+    assert found[7:] == found[:4], "the prefix cache mixes nothing"
+    assert a[0][:5] == models.ids["a"]
+    assert b[0][:5] == models.ids["b"]
+    assert a[0][5:] == b[0][5:] == none[0] == off[0]
+    assert none[1:] == off[1:]
+    for sentence, part in zip(found[4:7], ("are: a, b, or null", "contradict", "conversations only"), strict=True):
+        assert part in sentence
+    with pytest.raises(AssertionError, match="takes conversations only"):
+        answers(models.served | {"dtype": dtype}, refused[3:])
+    # The first file's twin has its tokens at the same ids, the second's at the ids of the first.
+    twin_a = answers({"model": models.twins[0], "dtype": dtype}, [a[0], none[0]])
+    twin_b = answers({"model": models.twins[1], "dtype": dtype}, [[*models.ids["a"], *none[0]]])
+    assert [a, none] == twin_a
+    assert b[1:] == twin_b[0][1:]
+    assert a[1] != none[1]
+
+
+@pytest.mark.slow
+def test_no_sampling_brings_a_token(tmp_path: Path) -> None:
+    models = Models(tmp_path)
+    ids = [i for part in models.ids.values() for i in part]
+    sampling: dict[str, Any] = {"temperature": 2, "max_tokens": 200, "top_k": 0, "n": 32, "ignore_eos": True}
+    sampling["logit_bias"] = dict.fromkeys(ids, 100.0)
+    (answer,) = answers(models.served | {"dtype": "float32"}, [{}], sampling)
+    generated = [i for choice in answer[1] for i in choice]
+    print(f"{len(generated)} tokens at temperature 2 and logit_bias 100, {len({*generated} & {*ids})} placed")
+    assert len(generated) > 6000
+    assert not {*generated} & {*ids}
+
+
+@pytest.mark.slow
+def test_two_processes_answer_as_one(tmp_path: Path) -> None:
+    models = Models(tmp_path)
+    chosen: list[Any] = [{}, {"defensive_tokens": "b"}, {"defensive_tokens": None}]
+    one, two = (answers(models.served | {"dtype": "float32", "tensor_parallel_size": n}, chosen) for n in (1, 2))
+    assert [answer[:2] for answer in one] == [answer[:2] for answer in two]
+    for alone, split in zip(one, two, strict=True):
+        assert alone[2] == pytest.approx(split[2], abs=1e-3)

@@ -16,6 +16,7 @@ def main(model: str, dtt: str, requests: str) -> list[Any]:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.exceptions import VLLMValidationError
     from vllm.renderers.online_renderer import OnlineRenderer
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.input_processor import InputProcessor
@@ -43,7 +44,7 @@ def main(model: str, dtt: str, requests: str) -> list[Any]:
             if not isinstance(inputs, list):
                 return str(inputs)
             made = processor.process_inputs("0", inputs[0], SamplingParams(max_tokens=1), ("generate",))
-        except ValueError as error:
+        except (ValueError, VLLMValidationError) as error:
             return str(error)
         return made.prompt_token_ids
 

@@ -15,6 +15,7 @@ CONVERSATION = [{"role": "system", "content": "Add."}, {"role": "user", "content
 
 def main(job: dict[str, Any]) -> list[Any]:
     from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.exceptions import VLLMValidationError
 
     llm = LLM(load_format="safetensors", enforce_eager=True, **job["engine"])
     sampling = SamplingParams(**job["sampling"])
@@ -31,7 +32,7 @@ def main(job: dict[str, Any]) -> list[Any]:
                 (output,) = llm.generate(request["plain"], sampling, use_tqdm=False)
             else:
                 (output,) = llm.chat(CONVERSATION, sampling, chat_template_kwargs=request, use_tqdm=False)
-        except ValueError as error:
+        except (ValueError, VLLMValidationError) as error:
             answers.append(str(error))
             continue
         texts = [list(choice.token_ids) for choice in output.outputs]

@@ -38,12 +38,13 @@ class DttVLLM(Defended, VLLM):
     """lm-eval's `vllm` model under a defense.
 
     Takes every argument of `vllm` and of vLLM's engine, and `tokens`, `tokens_model`, `defense`,
-    `prompt_format`, `untrusted_role`, `lone_user`, `early_decision`, `baked` (docs/models.md). The engine loads the
-    base model, and its embedding layer holds the DefensiveTokens beside the weights (`dtt_plugin.serving`). Where that
-    can't be (a full vocabulary, another vLLM), or with `baked`, it starts from a baked checkpoint in the cache.
+    `prompt_format`, `untrusted_role`, `lone_user`, `early_decision`, `baked` (docs/models.md). With
+    DefensiveTokens the engine starts from a baked checkpoint in the cache: what does not change is linked, and a second
+    start writes nothing. With baked=false it loads the base model, and its embedding layer holds the tokens beside the
+    weights (`dtt_plugin.serving`); a model without free ids is baked all the same.
 
     `more_tokens` names further token files, as (file, entry of a JSON or None), among which `change_arm` then chooses
-    without another start.
+    without another start; with baked=false only.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class DttVLLM(Defended, VLLM):
         untrusted_role: str | None = None,
         lone_user: LoneUser | None = None,
         early_decision: bool = False,
-        baked: bool = False,
+        baked: bool = True,
         more_tokens: Iterable[tuple[str, str | None]] = (),
         **kwargs: Any,
     ) -> None:

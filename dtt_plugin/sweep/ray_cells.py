@@ -99,9 +99,10 @@ class _Sweep:
                 return
             job = job_of(load, pending, self._out, lambda event: None)
             files = {}
-            if tokens := job["model_args"].get("tokens"):
+            if tokens := job["cells"][0]["arm"].get("tokens"):  # of one load, so the same in every cell
                 files["tokens"] = Path(tokens).read_bytes()
-                job["model_args"]["tokens"] = Path(tokens).name
+                for cell in job["cells"]:
+                    cell["arm"]["tokens"] = Path(tokens).name
             self._bar.total += len(pending)
             self._start(_Task(load, pending, job, files))
         except Exception as error:  # whatever it is: it concerns this load, and others take hours
@@ -264,9 +265,10 @@ def run_cells(
         folder = Path(tempfile.mkdtemp(prefix="dtt-sweep-"))
         _check_same(version, load)
         if "tokens" in files:
-            tokens = folder / job["model_args"]["tokens"]
+            tokens = folder / job["cells"][0]["arm"]["tokens"]
             tokens.write_bytes(files["tokens"])
-            job["model_args"]["tokens"] = str(tokens)
+            for cell in job["cells"]:
+                cell["arm"]["tokens"] = str(tokens)
         for cell in job["cells"]:
             cell["folder"] = str(folder / "runs" / Path(cell["folder"]).name)
         yield from _evaluated(job, folder)

@@ -55,7 +55,8 @@ class Models:
         return {"model": self.base, "additional_config": {"dtt": {"tokens": self.files}}}
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_conversations_are_answered_as_by_the_baked_checkpoint_and_all_else_is_refused(
     dtype: str, tmp_path: Path
 ) -> None:

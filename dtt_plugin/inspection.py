@@ -137,15 +137,8 @@ def _folder(path: Path) -> dict[str, Any]:
         "width": embedding.shape[1],
         "dtype": embedding.dtype,
         "tied": checkpoint.tied,
-        "tokens_in_vllm": _route(path),
+        "tokens_in_vllm": route(str(path.resolve())),
     }
-
-
-def _route(path: Path) -> str:
-    try:
-        return route(str(path.resolve()))
-    except DttError as error:
-        return f"none: {error}"
 
 
 _DEFAULTS = {

@@ -30,7 +30,7 @@ _HARMLESS = _names(
     device device_map parallelize tensor_parallel_size data_parallel_size
     gpu_memory_utilization kv_cache_memory_bytes swap_space cpu_offload_gb low_cpu_mem_usage
     max_memory max_memory_per_gpu max_cpu_memory offload_folder
-    cache_dir download_dir use_cache logits_cache local_files_only force_download disable_log_stats
+    baked cache_dir download_dir use_cache logits_cache local_files_only force_download disable_log_stats
     seed random_seed numpy_seed torch_seed
     """  # another seed draws other answers from the same model
 )
@@ -45,6 +45,7 @@ _TOLD_ELSEWHERE = _names(
 _DEFAULTS: Mapping[str, tuple[str, ...]] = {
     "autogptq": ("false",),
     "backend": ("default", "causal"),
+    "baked": ("true",),
     "gptqmodel": ("false",),
     "load_in_4bit": ("false",),
     "load_in_8bit": ("false",),
@@ -68,7 +69,7 @@ _CONFIG = _names(
 # differ between arms since the DefensiveTokens stand in the template (the fingerprint tells whether they do otherwise).
 _OWN_FACTS = _names(
     """
-    fingerprint model revision weights defense tokens_sha256 tokens_method tokens_model tokens_source_model
+    fingerprint model revision weights defense tokens_sha256 tokens_method tokens_model tokens_source_model tokens_route
     prompt_format early_decision engine_arguments baked costs dtt_plugin versions machine
     chat_template_sha256 renderer_sha256
     """

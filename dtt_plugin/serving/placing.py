@@ -155,16 +155,15 @@ def place(model: str, files: Iterable[TokenFile], *, revision: str | None = None
 
 
 def route(model: str, *, revision: str | None = None) -> str:
-    """Return how vLLM can have DefensiveTokens of this model, in words: beside it, or only baked into it.
-
-    Raises:
-        DttError: the model or its tokenizer can't be read, or it is a defended checkpoint.
-    """
-    checkpoint = open_checkpoint(model, revision=revision, need="embeddings")
-    tokenizer = TokenizerFiles(checkpoint.folder)
+    """Return how vLLM can have DefensiveTokens of this model, in words: beside it, baked into it, or not at all."""
+    try:
+        checkpoint = open_checkpoint(model, revision=revision, need="embeddings")
+        tokenizer = TokenizerFiles(checkpoint.folder)
+        free = free_ids(checkpoint, tokenizer)
+    except DttError as error:
+        return f"not at all: {error}"
     if tokenizer.defended:
-        raise DttError(f"{checkpoint.name} already has DefensiveTokens.")
-    free = free_ids(checkpoint, tokenizer)
+        return "not at all: it has them already"
     kinds = f"{len(free.spare)} spare rows, {len(free.reserved)} unused reserved tokens"
     return f"beside the model ({kinds})" if len(free) else f"baked: its vocabulary has no free ids ({kinds})"
 

@@ -10,6 +10,7 @@ from markupsafe import Markup, escape
 from dtt_plugin.leaderboard.board import Group
 from dtt_plugin.leaderboard.curves import Curve
 from dtt_plugin.leaderboard.statistics import Rate
+from dtt_plugin.leaderboard.tables import arm_name
 from dtt_plugin.leaderboard.wording import percent, rate_text, value_text
 from dtt_plugin.tokens.geometry import Geometry, letter
 
@@ -75,7 +76,7 @@ def headline(group: Group) -> Markup:
         rate = row.headline
         if rate is None:
             continue
-        name = row.run.removesuffix(f" · {group.title}")
+        name = arm_name(row, group)
         parts.append(_text(0, y + 14, name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…", "name"))
         parts.append(_text(edge, y + 14, rate_text(rate), "small", "end"))
         y += _LABEL
@@ -116,7 +117,8 @@ def _bar(axis: _Axis, rate: Rate, y: float, series: int, height: float) -> list[
 def answers_of(group: Group) -> tuple[str, list[tuple[str, Rate, Rate]]]:
     """Return what a table tells of use, and per row its name, headline ASR and share of right answers."""
     for measure in ("utility", "answered", "answered_under_attack", "processed", "control"):
-        points = [(row.run, row.headline, row.measures[measure]) for row in group.rows if measure in row.measures]
+        rows = [row for row in group.rows if measure in row.measures]
+        points = [(arm_name(row, group), row.headline, row.measures[measure]) for row in rows]
         known = [(name, asr, answered) for name, asr, answered in points if asr]
         if known:
             return measure.replace("_", " "), known
@@ -158,7 +160,7 @@ def asr_bars(group: Group, attacks: Sequence[str]) -> Markup:
         rates = [(attack, row.asr[attack]) for attack in attacks if attack in row.asr]
         if not rates:
             continue
-        parts.append(_text(0, y + 14, row.run, "name"))
+        parts.append(_text(0, y + 14, arm_name(row, group), "name"))
         y += _LABEL
         for attack, rate in rates:
             series = attacks.index(attack) % 6
@@ -184,7 +186,7 @@ def _grid(axis: _Axis, bottom: float, ticks: Sequence[float], *, percent_ticks: 
 
 def gap_closed(group: Group) -> Markup | None:
     """Return the gap-closed ratios: a disc against the measured native row, a diamond against the published one."""
-    rows = [(row.run, row.ratios) for row in group.rows if row.ratios]
+    rows = [(arm_name(row, group), row.ratios) for row in group.rows if row.ratios]
     if not rows:
         return None
     # An interval can be as wide as its denominator is uncertain; past these bounds the figures beside it tell.

@@ -20,10 +20,11 @@ MEASURES: Mapping[str, Callable[[Row], Rate | None]] = {
 }
 """What stands behind the benchmarks' columns. Each is taken from one benchmark: no average over benchmarks is made."""
 NOT_DISCRIMINATING, INCOMPLETE = "not discriminating", "incomplete"
-# What a task decides, so that runs of one arm on two tasks differ in it.
-_OF_THE_TASK = frozenset(
-    ("filters", "few-shot examples", "few-shot seed", "few-shot as turns", "attack", "prompt frame", "lone_user")
-)
+# What a task decides, or how long its prompts are: runs of one arm on two tasks may differ in it.
+_OF_THE_TASK = {
+    *("filters", "few-shot examples", "few-shot seed", "few-shot as turns", "attack", "prompt frame", "lone_user"),
+    *("max_model_len", "max_length", "enforce_eager"),
+}
 
 
 def suites(runs: Sequence[Run], groups: Sequence[Group]) -> tuple[Suite, ...]:

@@ -149,6 +149,17 @@ def test_arms_stand_in_one_table_over_all_benchmarks(tmp_path: Path, capsys: pyt
     assert "all benchmarks" in capsys.readouterr().out
 
 
+def test_longer_prompts_of_a_task_keep_an_arm_in_one_row_and_other_weights_do_not(tmp_path: Path) -> None:
+    for stamp, length in enumerate((4096, 8192)):
+        engine = {"engine_arguments": {"max_model_len": length, "enforce_eager": stamp == 1}}
+        write_described_run(tmp_path, benchmark(), obeys, task=f"t{stamp}_injection", facts=engine, stamp=stamp)
+    (suite,) = build(read_runs([tmp_path])[0]).suites
+    assert [list(row.benchmarks) for row in suite.rows] == [["t0_injection", "t1_injection"]]
+    other = {"weights": "1" * 40}
+    write_described_run(tmp_path, benchmark(), obeys, task="t2_injection", facts=other, stamp=5)
+    assert [suite.benchmarks for suite in build(read_runs([tmp_path])[0]).suites] == [("t0_injection", "t1_injection")]
+
+
 def test_one_benchmark_makes_no_table_over_benchmarks(tmp_path: Path) -> None:
     write_described_run(tmp_path, benchmark(), obeys)
     assert build(read_runs([tmp_path])[0]).suites == ()

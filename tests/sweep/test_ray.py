@@ -106,6 +106,7 @@ def finished(out: Path) -> set[str]:
     return {file.parents[1].name for file in out.glob("runs/*/*/results_*.json")}
 
 
+@pytest.mark.slow
 def test_every_finished_cell_is_kept_and_every_other_is_tried_once_more(
     machines: Machines, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,6 +171,7 @@ def is_gone(process: int) -> bool:
         return True
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_finished_and_leaves_no_engine(machines: Machines, tmp_path: Path) -> None:
     slow = model(tmp_path / "slow", seconds=300, at="sandwich")
     path, out = grid(tmp_path, {"models": [slow], "defenses": ["none", "sandwich"]}), tmp_path / "out"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.results.page import _table, write_page
+from dtt_plugin.cli import main
 from dtt_plugin.leaderboard.lm_eval_files import read_runs
 from dtt_plugin.tokens.files import DefensiveTokens, save_tokens
 from tests.lm_eval_output import planted, write_run
@@ -60,16 +61,23 @@ def test_a_table_begins_with_a_verdict_from_its_tests_and_has_no_legend_of_its_o
     for name, hits in (("none", 80), ("reminder", 78), ("sandwich", 3)):
         write_run(tmp_path / name, defense=name, outcomes={"ignore": planted(hits, 100)})
     text = _table(read_runs([tmp_path])[0])
-    verdict = text.splitlines()[0]
-    assert verdict.startswith("**Undefended, ASR(max) is 80/100 = 80.0 % [")
-    assert "Told from noise: sandwich to 3/100 = 3.0 % [" in verdict
-    assert verdict.endswith("Not told from noise: reminder.**")
+    verdict = text.splitlines()[2]
+    assert verdict.startswith("sandwich brings ASR(max) from 80.0 % to 3.0 % ")
+    assert "reminder" not in verdict
     assert "Clopper-Pearson" not in text
 
 
 def test_the_readmes_figures_are_those_of_the_page() -> None:
     readme = (DOCS.parent / "README.md").read_text()
-    page = (DOCS / "results.md").read_text().replace("\\", "")
+    page = "".join((DOCS / name).read_text() for name in ("results.md", "suite-results.md")).replace("\\", "")
     found = re.findall(r"\d+\.\d % \[\d+\.\d, \d+\.\d\]", readme)
     assert len(found) >= 4
     assert [figure for figure in found if figure not in page] == []
+
+
+def test_the_table_over_benchmarks_is_made_from_the_outcomes_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["leaderboard", str(DOCS / "results" / "outcomes"), "--format", "markdown"]) == 0
+    table = capsys.readouterr().out.split("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(rows) == 4
+    assert "\n".join(rows) in (DOCS / "suite-results.md").read_text()

@@ -18,7 +18,10 @@ def main(job: dict[str, Any]) -> list[Any]:
     from vllm.exceptions import VLLMValidationError
 
     llm = LLM(load_format="safetensors", enforce_eager=True, **job["engine"])
-    sampling = SamplingParams(**job["sampling"])
+    bias = {
+        int(token): value for token, value in job["sampling"].pop("logit_bias", {}).items()
+    }  # JSON has no such keys
+    sampling = SamplingParams(logit_bias=bias or None, **job["sampling"])
     answers: list[Any] = []
     batch = [request for request in job["requests"] if isinstance(request, list)]
     if batch:  # at once, so that they share steps

@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
         "serve",
         help="serve a model with DefensiveTokens in vLLM, or check a server",
         description="Start `vllm serve` with the base model and the tokens of any number of files beside it: on by"
-        " default, chosen per request. Arguments behind -- go to vLLM. With --check nothing is started; the server"
+        " default, chosen per request. Arguments behind --vllm go to vLLM. With --check nothing is started; the server"
         " there is asked whether it is defended, exit code 1 where it is not. See docs/serving.md.",
     )
     parser.add_argument("model", nargs="?", help="the base model: folder or hub id; with --check the served name")
@@ -45,8 +45,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
     parser.add_argument("--check", metavar="URL", help="ask the server at this address instead of starting one")
-    parser.add_argument("vllm", nargs=argparse.REMAINDER, metavar="-- ...", help="further arguments of vLLM")
     add_json_option(parser)
+    # No positional: behind an optional one argparse would let it take all that follows, --tokens included.
+    parser.add_argument("--vllm", nargs=argparse.REMAINDER, default=[], metavar="...", help="the rest goes to vLLM")
     parser.set_defaults(run=run)
 
 
@@ -75,8 +76,7 @@ def _command(args: argparse.Namespace) -> list[str]:
 
     if not args.model or not args.tokens:
         raise DttError("Give a model and --tokens FILE, or --check URL.")
-    more = args.vllm[1:] if args.vllm[:1] == ["--"] else args.vllm
-    for argument in more:
+    for argument in args.vllm:
         if (name := argument.partition("=")[0].replace("_", "-")) in _OURS:
             raise DttError(f"{name}: `dtt serve` sets this itself, so that no request is undefended; leave it out.")
     if (what := problem()) is not None:
@@ -91,7 +91,7 @@ def _command(args: argparse.Namespace) -> list[str]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", args.model]
     command += ["--revision", args.revision] if args.revision else []
     command += ["--host", args.host, "--port", str(args.port), "--load-format", "safetensors"]
-    return [*command, "--additional-config", json.dumps({"dtt": dtt}), *more]
+    return [*command, "--additional-config", json.dumps({"dtt": dtt}), *args.vllm]
 
 
 def _name(file: str) -> str:

@@ -33,9 +33,10 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model with 20 reserved tokens, and four token files."""
     folder = tmp_path_factory.mktemp("serve")
-    make_checkpoint(folder / "model", special=(*(f"<|reserved_{i}|>" for i in range(20)), *SPECIAL_TOKENS))
+    reserved = (f"<|reserved_{i}|>" for i in range(20))
+    make_checkpoint(folder / "model", width=64, special=(*reserved, *SPECIAL_TOKENS))  # narrower heads vLLM refuses
     for name in NAMES:
-        write_tokens(folder / f"{name}.safetensors", width=32, seed=ord(name))
+        write_tokens(folder / f"{name}.safetensors", width=64, seed=ord(name))
     return folder
 
 
@@ -69,7 +70,7 @@ def dtt_serve(models: Path, *more: str) -> list[str]:
     files = [str(models / f"{name}.safetensors") for name in NAMES]
     start = [sys.executable, "-c", "from dtt_plugin.cli import main; raise SystemExit(main())", "serve"]
     own = [str(models / "model"), "--tokens", *files, "--port", "PORT", *more]
-    return [*start, *own, "--", "--enforce-eager", "--max-model-len", "512", "--served-model-name", "m"]
+    return [*start, *own, "--vllm", "--enforce-eager", "--max-model-len", "512", "--served-model-name", "m"]
 
 
 def check(url: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
@@ -166,8 +167,8 @@ def test_badly_configured_servers_are_told_apart(
     [
         ([], "Give a model and --tokens FILE, or --check URL"),
         (["MODEL"], "Give a model and --tokens FILE"),
-        (["MODEL", "--tokens", "a", "--", "--chat-template=x"], "--chat-template: `dtt serve` sets this itself"),
-        (["MODEL", "--tokens", "a", "--", "--trust_request_chat_template"], "--trust-request-chat-template"),
+        (["MODEL", "--tokens", "a", "--vllm", "--chat-template=x"], "--chat-template: `dtt serve` sets this itself"),
+        (["MODEL", "--tokens", "a", "--vllm", "--trust_request_chat_template"], "--trust-request-chat-template"),
         (["--check", "http://127.0.0.1:9"], "no server with the OpenAI API answers there"),
     ],
 )

@@ -25,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for results (default: %(default)s)")
     parser.add_argument("--model", choices=_MODELS, default=_MODELS[0], help="default: %(default)s")
     parser.add_argument("--engine", choices=("dtt_vllm", "dtt_hf"), default="dtt_vllm", help="default: %(default)s")
-    parser.add_argument("--limit", type=int, default=16, help="records per arm, of 48 (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=14, help="records per arm, of 48 (default: %(default)s)")
     parser.add_argument("--max-new", type=int, default=32, help="new tokens per response (default: %(default)s)")
     parser.add_argument("--verbose", action="store_true", help="show what engines and libraries print")
     parser.set_defaults(run=run, kept="finished arms are kept, and the same command goes on behind them")

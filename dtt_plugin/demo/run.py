@@ -66,7 +66,7 @@ class Outcome:
 
 
 def demo(
-    out: Path, *, model: str, engine: str = "dtt_vllm", limit: int = 16, max_new: int = 32, verbose: bool = False
+    out: Path, *, model: str, engine: str = "dtt_vllm", limit: int = 14, max_new: int = 32, verbose: bool = False
 ) -> Outcome:
     """Run the demo: the model undefended, under each defense, and its twin with copied and transferred tokens.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -95,13 +94,11 @@ def held_out_figures(
     retained = np.linalg.norm(predicted, axis=1)[lengths > 0] / lengths[lengths > 0]
     # Turning the predictions once more turns the map: the null needs no map of its own.
     null = mixing_rotation(predicted, np.random.default_rng([seed, 2]))
-    with ThreadPoolExecutor(2, "dtt-retrieval") as pool:  # each has one thread's work
-        aligned, by_chance = pool.map(retrieval, (predicted, null), (targets, targets))
     return HeldOut(
         n=len(x),
         fit=fit,
-        aligned=aligned,
-        random_rotation=by_chance,
+        aligned=retrieval(predicted, targets),
+        random_rotation=retrieval(null, targets),
         norm_retained=(float(retained.min()), float(retained.mean()), float(retained.max())),
     )
 

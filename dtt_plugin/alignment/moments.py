@@ -21,8 +21,6 @@ from dtt_plugin.progress import Bar
 # Numbers per block and matrix: large enough for full speed, small beside M.
 _BLOCK = 2**24
 _FEWEST_ROWS = 256
-# Rows whose float64 copy stays in a processor's cache.
-_ROWS_SQUARED = 64
 _Item = TypeVar("_Item")
 
 
@@ -191,7 +189,9 @@ def _prepared(
 ) -> _Block:
     """Convert a block to the work type, check it and weight it."""
     values = engine.float_block(raw)
-    squares = _squares(values)
+    with np.errstate(over="ignore", invalid="ignore"):
+        # Float32 sums of squares come out too small by 1e-6, which the residual, a difference, would show.
+        squares = np.einsum("ij,ij->i", values, values, dtype=np.float64)  # (b,)
     if not np.isfinite(squares).all():
         _reject(raw, rows, side, squares)
     if options.weight == "norm":
@@ -199,21 +199,6 @@ def _prepared(
         values = values / lengths.astype(values.dtype)[:, None]
         squares = (squares > 0).astype(np.float64)
     return _Block(values, squares, raw.dtype.name == "bfloat16" and options.weight == "none", held_out)
-
-
-def _squares(values: NDArray[Any]) -> Matrix:
-    """Return the squared length of each row, in float64.
-
-    Float32 sums of squares come out too small by 1e-6, which the residual, a difference, would show.
-    """
-    squares = np.empty(len(values))
-    few = np.empty((_ROWS_SQUARED, values.shape[1]))
-    with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, len(values), _ROWS_SQUARED):
-            rows = values[start : start + _ROWS_SQUARED]
-            few[: len(rows)] = rows
-            np.vecdot(few[: len(rows)], few[: len(rows)], out=squares[start : start + len(rows)])
-    return squares
 
 
 def _reject(raw: NDArray[Any], rows: Rows, side: Side, squares: NDArray[Any]) -> None:

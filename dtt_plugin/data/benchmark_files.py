@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dtt_plugin.data.fetch import git_blob_hash
-from dtt_plugin.data.records import ASSETS, DATA_DIR_VARIABLE, data_folder, read_json
+from dtt_plugin.data.records import ASSETS, data_file, read_json
 from dtt_plugin.data.sources import BENCHMARKS, Source
-from dtt_plugin.errors import DttError, MissingDataError
+from dtt_plugin.errors import DttError
 from dtt_plugin.files.digests import sha256_bytes, sha256_file
 from dtt_plugin.files.reading import parse_json, read_bytes
 
@@ -29,13 +29,7 @@ def benchmark_file(name: str) -> Path:
     Raises:
         DttError: it is not there.
     """
-    path = data_folder() / name
-    if not path.is_file():
-        raise MissingDataError(
-            f"{path} does not exist; run `dtt fetch --only {_source(name).set}` to download it, or set"
-            f" {DATA_DIR_VARIABLE} to the folder that holds {name}."
-        )
-    return path
+    return data_file(name, fetch=f"dtt fetch --only {_source(name).set}")
 
 
 def load_benchmark(name: str, *, allow_modified: bool = False) -> Any:

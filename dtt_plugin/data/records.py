@@ -52,8 +52,12 @@ def data_folder() -> Path:
     return DOWNLOADS.folder
 
 
-def data_file(name: str) -> Path:
+def data_file(name: str, *, fetch: str = "dtt fetch") -> Path:
     """Return the path of a data file.
+
+    Args:
+        name: below the data folder.
+        fetch: the command that downloads it.
 
     Raises:
         DttError: it is not there; nothing else is ever used in its place.
@@ -61,7 +65,7 @@ def data_file(name: str) -> Path:
     path = data_folder() / name
     if not path.is_file():
         raise MissingDataError(
-            f"{path} does not exist; run `dtt fetch` to download it, or set {DATA_DIR_VARIABLE} to the folder"
+            f"{path} does not exist; run `{fetch}` to download it, or set {DATA_DIR_VARIABLE} to the folder"
             f" that holds {name}."
         )
     return path

@@ -18,9 +18,8 @@ def main(job: dict[str, Any]) -> list[Any]:
     from vllm.exceptions import VLLMValidationError
 
     llm = LLM(load_format="safetensors", enforce_eager=True, **job["engine"])
-    bias = {
-        int(token): value for token, value in job["sampling"].pop("logit_bias", {}).items()
-    }  # JSON has no such keys
+    # JSON has no numbers as keys.
+    bias = {int(token): value for token, value in job["sampling"].pop("logit_bias", {}).items()}
     sampling = SamplingParams(logit_bias=bias or None, **job["sampling"])
     answers: list[Any] = []
     batch = [request for request in job["requests"] if isinstance(request, list)]

@@ -11,7 +11,7 @@ from dtt_plugin.cli.output import add_json_option, show
 from dtt_plugin.errors import DttError
 
 if TYPE_CHECKING:
-    from dtt_plugin.leaderboard.board import Leaderboard
+    from dtt_plugin.leaderboard.board import Bound, Leaderboard
 
 _EPILOG = """\
 examples:
@@ -19,6 +19,7 @@ examples:
   dtt leaderboard out/ --published --format latex > table.tex
   dtt leaderboard out/ --export mine.outcomes.json
   dtt leaderboard mine.outcomes.json theirs.outcomes.json
+  dtt leaderboard out/ soft.attacks.jsonl
   dtt leaderboard out/ --html report.html --figures figures/ --tokens moved.safetensors
 """
 
@@ -34,7 +35,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "results", metavar="RESULTS", type=Path, nargs="+", help="output folders, results or outcome files"
+        "results",
+        metavar="RESULTS",
+        type=Path,
+        nargs="+",
+        help="output folders, results or outcome files, and soft attacks",
     )
     formats = ("terminal", "markdown", "csv", "latex", "json")
     parser.add_argument("--format", choices=formats, default="terminal", help="what is printed (default: terminal)")
@@ -86,16 +91,19 @@ def run(args: argparse.Namespace) -> int:
         raise DttError(f"--seed {args.seed} is negative; give 0 or more.")
     if args.without_samples and not args.html:
         raise DttError("--without-samples is about the HTML file; name one with --html.")
-    runs, problems = read_runs(args.results)
-    if not runs:
+    bounds: list[Bound] = []
+    runs, problems = read_runs(args.results, bounds=bounds)
+    if not runs and not bounds:
         for problem in problems[:-1]:
             print(f"dtt leaderboard: {tables.plain(problem)}", file=sys.stderr)
         raise DttError(tables.plain(problems[-1]))
+    if args.export and not runs:
+        raise DttError("--export is about runs, and there is none; a file of attacks holds its own outcomes.")
     if args.export:
         write_outcomes(args.export, runs)
     geometries = read_geometry(args.tokens, problems, [run.model for run in runs])
     curves = read_curves(args.log, problems)
-    board = build(runs, floor=args.floor, seed=args.seed, published=args.published, problems=problems)
+    board = build(runs, floor=args.floor, seed=args.seed, published=args.published, problems=problems, bounds=bounds)
     _print(board, "json" if args.json else args.format)
     if args.html:
         from dtt_plugin.leaderboard.page import write_report

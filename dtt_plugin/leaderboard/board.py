@@ -96,10 +96,15 @@ class Row:
     file: str | None
     protocol: str = ""
     """How a published figure was measured, where our task measures it otherwise."""
+    arm: str = ""
+    """The defense, with the digest of its tokens where the table has others of that name."""
     attack: str = ""
     """Of an adaptive task: method and budget, for instance "gcg@lite"."""
     attack_from: str = ""
     """The arm that a transferred attack was made on; "" for one made on this arm."""
+    optimiser: tuple[tuple[int, float], ...] = ()
+    """Of an attack that was made on this arm and these records: after how many steps which share of them was hit in the
+    optimiser. The rate is the task's own."""
 
     @property
     def headline(self) -> Rate | None:
@@ -149,6 +154,27 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """What vectors in a suffix's place reached in the optimiser: an upper bound on suffixes, no ASR."""
+
+    model: str
+    task: str
+    arm: str
+    tokens_sha256: str
+    attack: str
+    """Method and budget."""
+    finished: bool
+    n_records: int
+    """Of the benchmark."""
+    rate: Rate
+    """Of the records that were tried."""
+    curve: tuple[tuple[int, float], ...]
+    """After how many steps which share of them was hit."""
+    flops: int | None
+    file: str
+
+
+@dataclass(frozen=True)
 class Cell:
     """An arm on one benchmark."""
 
@@ -192,6 +218,8 @@ class Leaderboard:
     files: tuple[str, ...]
     published: tuple[str, ...] = ()
     """Models whose part of the paper's table is shown beside the runs."""
+    bounds: tuple[Bound, ...] = ()
+    """Soft attacks on the arms."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON of the leaderboard, see docs/leaderboard.md."""

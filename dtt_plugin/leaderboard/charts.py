@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 from markupsafe import Markup, escape
 
-from dtt_plugin.leaderboard.board import Group
+from dtt_plugin.leaderboard.board import Bound, Group
 from dtt_plugin.leaderboard.curves import Curve
+from dtt_plugin.leaderboard.runs import ADAPTIVE
 from dtt_plugin.leaderboard.statistics import Rate
-from dtt_plugin.leaderboard.tables import arm_name
+from dtt_plugin.leaderboard.tables import arm_name, bound_name
 from dtt_plugin.leaderboard.wording import percent, rate_text, value_text
 from dtt_plugin.tokens.geometry import Geometry, letter
 
@@ -149,6 +152,66 @@ def tradeoff(group: Group) -> Markup | None:
     across_text = {"transform": "translate(14 168) rotate(-90)", "text_anchor": "middle", "class_": "small"}
     parts.append(element("text", "attack success rate", **across_text))
     return _svg(max(364, 40 + 22 * len(points)), f"Attack success against {measure}", *parts, width=820)
+
+
+class Steps(NamedTuple):
+    """A picture of hits against the optimiser's steps."""
+
+    title: str
+    across: str
+    """What a step is, and whose hits these are."""
+    curves: Sequence[tuple[str, tuple[tuple[int, float], ...], Rate | None]]
+    """Per arm its name, how its share of hit records grew, and the rate that lm-eval confirms at the end."""
+
+
+def steps_of(group: Group) -> Steps | None:
+    """Return how far the attacks of a table came step by step, on the arms that they were made on."""
+    curves = [(arm_name(row, group), row.optimiser, row.asr[ADAPTIVE]) for row in group.rows if row.optimiser]
+    attack = next((row.attack for row in group.rows if row.optimiser), "")
+    what = f"step of {attack}; line: hits in the optimiser, marker: ASR by lm-eval with its 95 % interval"
+    return Steps(f"{group.title} · ASR against steps", what, curves) if curves else None
+
+
+def steps_of_bounds(bounds: Sequence[Bound]) -> Steps | None:
+    """Return how far soft attacks came step by step."""
+    alike = {(bound.model, bound.task) for bound in bounds}
+    names = [bound.arm if len(alike) == 1 else bound_name(bound) for bound in bounds]
+    curves = [(f"{name} · {bound.attack}", bound.curve, None) for name, bound in zip(names, bounds, strict=True)]
+    title = " · ".join(["Soft attacks", *(alike.pop() if len(alike) == 1 else ())])
+    what = "step of Adam; records hit by vectors in the optimiser, an upper bound and no ASR"
+    return Steps(title, what, curves) if curves else None
+
+
+def against_steps(steps: Steps | None) -> Markup | None:
+    """Return the picture of `steps_of`: a line for each arm, and at its end what lm-eval confirms."""
+    if steps is None:
+        return None
+    right = 480
+    across = _Axis(0, max(curve[-1][0] for _, curve, _ in steps.curves), 60, right)
+    up = _Axis(0, 1, 320, 16)
+    parts: list[Markup] = []
+    for fifth in range(6):
+        share = fifth / 5
+        parts.append(_line(60, up(share), right, up(share), "grid"))
+        parts.append(_text(54, up(share) + 4, f"{20 * fifth} %", "small", "end"))
+    for quarter in range(5):
+        step = quarter / 4 * across.high
+        parts.append(_text(across(step), 338, f"{step:g}", "small", "middle"))
+    for number, (name, curve, confirmed) in enumerate(steps.curves):
+        corners = [f"{across(curve[0][0]):.1f},{up(curve[0][1]):.1f}"]
+        for (_, before), (step, share) in pairwise(curve):
+            corners += [f"{across(step):.1f},{up(before):.1f}", f"{across(step):.1f},{up(share):.1f}"]
+        parts.append(element("polyline", points=" ".join(corners), class_=f"curve line{number % 6}"))
+        if confirmed:
+            x = right + 12 + 14 * (number % 6)
+            parts.append(_line(x, up(confirmed.ends[0]), x, up(confirmed.ends[1]), "whisker"))
+            parts.append(_marker(number, x, up(confirmed.rate)))
+        y = 24 + 22 * number
+        parts.append(_line(590, y, 614, y, f"curve line{number % 6}"))
+        parts += [_marker(number, 602, y)] if confirmed else []
+        parts.append(_text(622, y + 4, name[:_LONGEST_NAME], "small"))
+    parts.append(_text(60, 356, steps.across, "small"))
+    return _svg(max(364, 40 + 22 * len(steps.curves)), steps.title, *parts)
 
 
 def asr_bars(group: Group, attacks: Sequence[str]) -> Markup:

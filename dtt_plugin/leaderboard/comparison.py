@@ -10,8 +10,9 @@ import numpy as np
 
 from dtt_plugin.leaderboard import published as paper
 from dtt_plugin.leaderboard import statistics
-from dtt_plugin.leaderboard.board import FORMAT, Cost, GapClosed, Group, Leaderboard, Ratio, Row, Test
-from dtt_plugin.leaderboard.runs import COMPARABLE, REFUSAL, Run, differences, small_differences
+from dtt_plugin.leaderboard.board import FORMAT, Bound, Cost, GapClosed, Group, Leaderboard, Ratio, Row, Test
+from dtt_plugin.leaderboard.bounds import hits_by_step, named
+from dtt_plugin.leaderboard.runs import COMPARABLE, REFUSAL, Run, arm_called, arm_label, differences, small_differences
 from dtt_plugin.leaderboard.suite import suites
 from dtt_plugin.leaderboard.wording import WEAK_NATIVE, percent
 from dtt_plugin.prompt.defenses import NONE
@@ -28,6 +29,7 @@ def build(
     seed: int = statistics.SEED,
     published: bool = False,
     problems: Sequence[str] = (),
+    bounds: Sequence[Bound] = (),
 ) -> Leaderboard:
     """Compare `runs`.
 
@@ -38,6 +40,7 @@ def build(
         published: add published figures as rows of their own; where no undefended model was run, the
             published one's ASR stands in the ratios (never in a test).
         problems: what reading the runs told.
+        bounds: soft attacks, shown beside the runs.
     """
     found = list(problems)
     tables: list[Group] = []
@@ -50,7 +53,8 @@ def build(
     files = tuple(str(run.path) for run in runs)
     over = suites(runs, tables)
     models = dict.fromkeys(run.model for run in runs if published and paper.table_4(run.model))
-    return Leaderboard(FORMAT, _method(floor, seed), over, tuple(tables), tuple(found), files, tuple(models))
+    beside = named(bounds, runs)
+    return Leaderboard(FORMAT, _method(floor, seed), over, tuple(tables), tuple(found), files, tuple(models), beside)
 
 
 def _method(floor: float, seed: int) -> dict[str, str | float]:
@@ -260,8 +264,10 @@ class _Table:
             gap_closed=self._gap_closed(run),
             cost=_costs(run.costs, run.method, run.seconds),
             file=str(run.path),
+            arm=arm_label(run, self.members),
             attack=run.attack.name if run.attack else "",
             attack_from=self._made_on(run),
+            optimiser=_optimiser(run),
         )
         return _Found(row, self._test(run, self.undefended), against_native)
 
@@ -270,8 +276,7 @@ class _Table:
         attack = run.attack
         if attack is None or attack.own:
             return ""
-        alike = (m.defense for m in self.members if m.tokens_sha256 == attack.tokens_sha256)
-        return next((name for name in alike if attack.tokens_sha256 or name == attack.defense), attack.made_on)
+        return arm_called(attack.defense or "an unknown arm", attack.tokens_sha256, self.members)
 
     def _with_speedups(self, rows: Sequence[Row]) -> list[Row]:
         """Set what making a row's tokens costs against training the model's own, where the row has an effect.
@@ -384,6 +389,14 @@ def _tested(found: Sequence[_Found]) -> tuple[list[Row], int]:
 def _rank(row: Row) -> tuple[float, float]:
     """Return what a table's rows are sorted by."""
     return (row.headline.rate if row.headline else 0.0, row.asr_any.rate if row.asr_any else 0.0)
+
+
+def _optimiser(run: Run) -> tuple[tuple[int, float], ...]:
+    """Return what the optimiser reached step by step on a run's own arm and records."""
+    attack = run.attack
+    if attack is None or not attack.own or not attack.steps or attack.budget_steps is None:
+        return ()
+    return hits_by_step(attack.steps, attack.budget_steps)
 
 
 def _only_tokens(run: Run, method: str) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.replacing import replacing
 from dtt_plugin.leaderboard.board import Group, Leaderboard
-from dtt_plugin.leaderboard.charts import answers_of
+from dtt_plugin.leaderboard.charts import Steps, answers_of, steps_of, steps_of_bounds
 from dtt_plugin.leaderboard.curves import Curve
 from dtt_plugin.leaderboard.palette import COLOURS
 from dtt_plugin.leaderboard.wording import WEAK_NATIVE, weak_mark
@@ -50,8 +50,9 @@ def write_figures(
 
     Args:
         folder: it is made if it does not exist.
-        leaderboard: every group gets an `asr` figure, with ratios a `gap-closed` one, and where answers are scored a
-            `tradeoff`; the files are named after kind and table.
+        leaderboard: every group gets an `asr` figure, with ratios a `gap-closed` one, where answers are scored a
+            `tradeoff`, and where an attack was optimised an `asr-against-steps`; the files are named after kind and
+            table. Soft attacks are in one `soft-attacks` figure.
         geometries: of token files, one `geometry` figure per embedding space.
         curves: of training logs, all in one `curves` figure.
 
@@ -69,6 +70,10 @@ def write_figures(
             files += _save(folder / name("gap-closed", group.title), gap_closed(group))
         if answers_of(group)[1]:
             files += _save(folder / name("tradeoff", group.title), tradeoff(group))
+        if steps := steps_of(group):
+            files += _save(folder / name("asr-against-steps", group.title), against_steps(steps))
+    if steps := steps_of_bounds(board.bounds):
+        files += _save(folder / "soft-attacks", against_steps(steps))
     for geometry in geometries:
         files += _save(folder / name("geometry", public_name(geometry.model)), geometry_figure(geometry))
     if curves:
@@ -178,6 +183,33 @@ def tradeoff(group: Group) -> Figure:
         axes.set_xlabel(f"{measure}, % (95 % interval)")
         axes.set_ylabel("attack success rate, % (95 % interval)")
         axes.set_title(group.title, fontsize=9)
+        axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def against_steps(steps: Steps) -> Figure:
+    """Return hits against the optimiser's steps, and at the end of each line what lm-eval confirms."""
+    with _figure(7, 4) as (figure, axes):
+        last = max(curve[-1][0] for _, curve, _ in steps.curves)
+        for number, (name, curve, confirmed) in enumerate(steps.curves):
+            marker, colour = MARKERS[number % 6], COLOURS[number % 6]
+            across, shares = zip(*curve, strict=True)
+            axes.step(
+                across, [100 * share for share in shares], where="post", color=colour, linestyle=DASHES[number % 6],
+                label=name,
+            )  # fmt: skip
+            if confirmed:
+                low, high = confirmed.ends
+                axes.errorbar(
+                    [last * (1.03 + 0.03 * number)], [100 * confirmed.rate],
+                    yerr=[[100 * (confirmed.rate - low)], [100 * (high - confirmed.rate)]], fmt=marker, color=colour,
+                    ecolor="black", markeredgecolor="black", elinewidth=0.9, capsize=2,
+                )  # fmt: skip
+        axes.set_xlim(left=0)
+        axes.set_ylim(0, 100)
+        axes.set_xlabel(steps.across, fontsize=7)
+        axes.set_ylabel("share of records, %")
+        axes.set_title(steps.title, fontsize=9)
         axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 

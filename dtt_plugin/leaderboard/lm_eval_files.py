@@ -19,9 +19,12 @@ from dtt_plugin.costs import recorded_costs
 from dtt_plugin.data.suffixes import other_facts
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.digests import sha256_bytes, sha256_json
+from dtt_plugin.leaderboard.board import Bound
+from dtt_plugin.leaderboard.bounds import ENDING as ATTACKS_ENDING
+from dtt_plugin.leaderboard.bounds import read_bound
 from dtt_plugin.leaderboard.identity import canonical, parse_arguments, read_identity
 from dtt_plugin.leaderboard.outcome_files import ENDING, is_outcome_file, read_outcomes
-from dtt_plugin.leaderboard.runs import ADAPTIVE, REFUSAL, AttackUsed, Run, labelled
+from dtt_plugin.leaderboard.runs import ADAPTIVE, REFUSAL, UNKNOWN, AttackUsed, Run, labelled
 from dtt_plugin.leaderboard.samples import (
     Scores,
     clusters_of,
@@ -48,12 +51,15 @@ _FIRST_TOKEN = "[DefensiveToken0]"
 _PREDICT_ONLY = "bypass"
 
 
-def read_runs(paths: Iterable[Path], *, unscored: bool = False) -> tuple[list[Run], list[str]]:
+def read_runs(
+    paths: Iterable[Path], *, unscored: bool = False, bounds: list[Bound] | None = None
+) -> tuple[list[Run], list[str]]:
     """Read every run in `paths`: results, samples and outcome files, or folders that hold some at any depth.
 
     Args:
         paths: them.
         unscored: read runs with `--predict_only`, too, whose responses have no logged outcomes.
+        bounds: where files of soft attacks go, if they are wanted.
 
     Returns:
         The runs, the earliest first (by the time in their files' names), each with a label of its own; and
@@ -63,6 +69,10 @@ def read_runs(paths: Iterable[Path], *, unscored: bool = False) -> tuple[list[Ru
     problems: list[str] = []
     for path in _results_files(paths, problems):
         try:
+            if _is_attacks(path):
+                if bounds is not None:
+                    bounds.append(read_bound(path))
+                continue
             runs += _read_results(path, problems, unscored)
         except DttError as error:
             problems.append(str(error))
@@ -81,6 +91,8 @@ def read_run(path: Path, *, unscored: bool = False) -> Run:
     runs, problems = read_runs([path], unscored=unscored)
     if problems:
         raise DttError(problems[0])
+    if not runs:
+        raise DttError(f"{path} holds attacks, and no run that was evaluated under them; give lm-eval's output.")
     if len(runs) > 1:
         labels = ", ".join(f"{run.path} ({run.label})" for run in runs[:3])
         raise DttError(f"{path} holds {len(runs)} runs, and one is wanted; give its results file: {labels}.")
@@ -125,9 +137,14 @@ def _below(folder: Path, problems: list[str]) -> list[Path]:
         found += [
             Path(root, name)
             for name in sorted([*names, *folders])
-            if _RESULTS_NAME.fullmatch(name) or name.endswith(ENDING)
+            if _RESULTS_NAME.fullmatch(name) or name.endswith((ENDING, ATTACKS_ENDING))
         ]
     return found
+
+
+def _is_attacks(path: Path) -> bool:
+    """Return whether a file is to be read as one of attacks: lm-eval's JSON lines are its samples."""
+    return path.suffix == ".jsonl"
 
 
 def _stamp(path: Path) -> str:
@@ -310,7 +327,7 @@ def _defense(
     made_for = as_text(facts.get("tokens_model"))
     if method == "native" and is_hub_model(made_for) and is_hub_model(model) and made_for != model:
         method = "copy"
-    shown = [f"{name} ({method or 'unknown'})" if name == TOKENS else name for name in names]
+    shown = [f"{name} ({method or UNKNOWN})" if name == TOKENS else name for name in names]
     return "+".join(shown) or NONE, method
 
 
@@ -323,15 +340,21 @@ def _attack(task_config: dict[str, Any], evaluated: dict[str, Any], record_ids: 
     arm = told.get("arm") if isinstance(told.get("arm"), dict) else None
     steps = as_table(told, "steps_to_hit")
     counts = [steps.get(str(record)) for record in record_ids]
-    left_out = told.get("n_left_out")
+    searched = not told.get("search")  # else on other records than these
     return AttackUsed(
         name[:80],
         not other_facts(arm, evaluated),
         as_text((arm or {}).get("defense")),
         as_text((arm or {}).get("tokens_sha256")),
-        tuple(count if type(count) is int and count >= 0 else None for count in counts),
-        left_out if type(left_out) is int and left_out > 0 else 0,
+        tuple(map(_count, counts)),
+        _count(told.get("n_left_out")) or 0,
+        _count(as_table(told, "budget").get("steps")) if searched else None,
+        _count(told.get("flops")),
     )
+
+
+def _count(value: Any) -> int | None:
+    return value if type(value) is int and value >= 0 else None
 
 
 def _prompt_format(results: dict[str, Any], facts: dict[str, Any]) -> str:

@@ -150,7 +150,10 @@ def _attack(told: Any, n: int) -> AttackUsed | None:
     _need(len(steps) in (0, n) and all(step is None or type(step) is int for step in steps), "attack")
     _need(all(isinstance(told[name], str) for name in ("name", "defense", "tokens_sha256")), "attack")
     _need(type(told["own"]) is bool and type(told["left_out"]) is int, "attack")
-    return AttackUsed(told["name"], told["own"], told["defense"], told["tokens_sha256"], steps, told["left_out"])
+    budget, flops = told.get("budget_steps"), told.get("flops")
+    _need(all(value is None or (type(value) is int and value >= 0) for value in (budget, flops)), "attack")
+    name, own, defense, digest = (told[name] for name in ("name", "own", "defense", "tokens_sha256"))
+    return AttackUsed(name, own, defense, digest, steps, told["left_out"], budget, flops)
 
 
 def _values(digits: Any, n: int, name: str) -> Floats:

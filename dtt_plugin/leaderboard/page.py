@@ -22,6 +22,7 @@ from dtt_plugin.leaderboard.tables import (
     any_title,
     arm_name,
     attack_matrix,
+    bounds_sheet,
     published_sheet,
     remarks,
 )
@@ -93,7 +94,7 @@ def render(
     )
     forms = (
         letter, percent, points, p_text, rate_text, interval_text, test_text, ratio_text, weak_mark, cost_text,
-        remarks, any_title, arm_name, verdict, attack_matrix, published_sheet,
+        remarks, any_title, arm_name, verdict, attack_matrix, bounds_sheet, published_sheet,
     )  # fmt: skip
     environment.filters |= {form.__name__: form for form in forms}
     if not samples:

@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 
 from dtt_plugin.errors import DttError
 from dtt_plugin.leaderboard.identity import Identity, public_facts, told_apart
+from dtt_plugin.prompt.defenses import TOKENS
 from dtt_plugin.public_names import is_hub_model, public_name
 
 BENIGN = "benign"
 REFUSAL = "refusal"
+UNKNOWN = "unknown"
+"""The method of tokens that nobody tells."""
 ADAPTIVE = "adaptive"
 """The variant of an adaptive task whose suffix was optimised."""
 Outcomes = NDArray[np.bool_]
@@ -77,11 +80,15 @@ class AttackUsed:
     """Per record, in the order of `record_ids`: the optimiser's steps until its hit; None: no hit."""
     left_out: int = 0
     """Records of the benchmark without a suffix."""
+    budget_steps: int | None = None
+    """That the optimiser was allowed on a record; None: these records were not what it optimised on."""
+    flops: int | None = None
+    """Of the whole file."""
 
     @property
     def made_on(self) -> str:
         """The arm that it was made on, briefly; "" for the evaluated one."""
-        return "" if self.own else " ".join(filter(None, (self.defense or "an unknown arm", self.tokens_sha256[:8])))
+        return "" if self.own else arm_called(self.defense or "an unknown arm", self.tokens_sha256, ())
 
 
 @dataclass(frozen=True)
@@ -227,6 +234,27 @@ class Run:
         if self.reader is None:
             raise DttError(f"{self.path} holds outcomes without any text; give the folder of lm-eval's --output_path.")
         return self.reader(self)
+
+
+def arm_label(run: Run, runs: Sequence[Run]) -> str:
+    """Return a run's defense, with the digest of its tokens where others of `runs` have other tokens of that name."""
+    digests = {other.tokens_sha256 for other in runs if other.defense == run.defense}
+    return run.defense if len(digests) == 1 else f"{run.defense} {run.tokens_sha256[:8]}"
+
+
+def arm_called(defense: str, tokens_sha256: str, runs: Sequence[Run]) -> str:
+    """Return what runs call an arm, for instance "tokens (native)"; where none is of it, its name and digest.
+
+    Args:
+        defense: as the dtt_ models report it, for instance "tokens".
+        tokens_sha256: of its tokens; "" for none.
+        runs: with names.
+    """
+    for run in runs:
+        plain = run.defense.replace(f"{TOKENS} ({run.method or UNKNOWN})", TOKENS)
+        if (sorted(plain.split("+")), run.tokens_sha256) == (sorted(defense.split("+")), tokens_sha256):
+            return arm_label(run, runs)
+    return " ".join(filter(None, (defense, tokens_sha256[:8])))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from dtt_plugin.leaderboard import published
-from dtt_plugin.leaderboard.board import Cell, Cost, Group, Leaderboard, Row, Suite, row_dict
+from dtt_plugin.leaderboard.board import Bound, Cell, Cost, Group, Leaderboard, Row, Suite, row_dict
 from dtt_plugin.leaderboard.runs import ADAPTIVE
 from dtt_plugin.leaderboard.verdicts import verdict
 from dtt_plugin.leaderboard.wording import (
@@ -124,6 +124,8 @@ def sheets(board: Leaderboard) -> Iterator[Sheet]:
             yield matrix
         costs: _Columns = {column: partial(_cost, name) for name, column in COSTS.items()}
         yield from _sheet(group, f"{title} · cost", [], costs, [row for row in group.rows if row.cost != Cost()])
+    if board.bounds:
+        yield bounds_sheet(board.bounds)
     for model in board.published:
         yield published_sheet(model)
 
@@ -156,15 +158,46 @@ def cell_text(cell: Cell | None) -> str:
 
 def attack_matrix(group: Group) -> Sheet | None:
     """Return whether attacks move with tokens: suffixes made on one arm (row), evaluated on another (column)."""
-    found = {(row.attack_from or row.defense, row.defense): row.asr[ADAPTIVE] for row in group.rows if row.attack}
+    found = {(row.attack_from or row.arm, row.arm): row.asr[ADAPTIVE] for row in group.rows if row.attack}
     sources = list(dict.fromkeys(source for source, _ in found))
     if len(sources) < 2:
         return None
     evaluated = list(dict.fromkeys(arm for _, arm in found))
     rows = [[plain(source), *(rate_text(found.get((source, arm))) for arm in evaluated)] for source in sources]
-    remark = "Share of records that suffixes made on a row's arm hack on a column's arm."
+    remark = (
+        "Share of records that suffixes made on a row's arm hack on a column's arm: adaptive where the two are the"
+        " same, a transferred attack elsewhere."
+    )
     title = f"{plain(group.title)} · transfer of attacks"
     return Sheet(title, [remark], ["made on", *map(plain, evaluated)], rows)
+
+
+BOUND_REMARK = (
+    "Records on which vectors in a suffix's place hacked the model in the optimiser. Nothing can send them and lm-eval"
+    " does not confirm them: an upper bound on what a suffix could do, not an ASR."
+)
+
+
+def bounds_sheet(bounds: Sequence[Bound]) -> Sheet:
+    """Return what soft attacks reached, a row each."""
+    rows = [
+        [
+            bound_name(bound),
+            plain(bound.attack),
+            rate_text(bound.rate),
+            str(bound.n_records),
+            NONE if bound.flops is None else f"{bound.flops:.1e}",
+        ]
+        for bound in bounds
+    ]
+    header = ["arm", "attack", "upper bound (optimiser)", "of the benchmark's records", "FLOPs"]
+    return Sheet("Soft attacks", [BOUND_REMARK], header, rows)
+
+
+def bound_name(bound: Bound) -> str:
+    """Return a soft attack's arm, with its mark."""
+    unfinished = "" if bound.finished else " (unfinished)"
+    return plain(f"{bound.arm} · {bound.model} · {bound.task}{unfinished}")
 
 
 def published_sheet(model: str) -> Sheet:
@@ -295,7 +328,7 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
     for name, entry in value.items():
         if isinstance(entry, Mapping):
             yield from _flat(entry, f"{prefix}{name}.")
-        else:
+        elif not isinstance(entry, tuple):  # a curve is no cell
             yield f"{prefix}{name}", entry
 
 

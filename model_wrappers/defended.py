@@ -24,7 +24,7 @@ from dtt_plugin.checkpoint.state import argument_states, state
 from dtt_plugin.costs import recorded_costs
 from dtt_plugin.errors import DttError, LoadAnew
 from dtt_plugin.files.digests import sha256_bytes, sha256_json
-from dtt_plugin.model_wrappers.early_decision import Rule, rule_of
+from dtt_plugin.model_wrappers.early_decision import Rule, all_of, rule_of
 from dtt_plugin.prompt.defenses import NONE, TOKENS, parse_defense
 from dtt_plugin.prompt.formats import DEFAULT_TEMPLATE, MODEL_FORMAT, check_format
 from dtt_plugin.prompt.renderer import ModelTemplate, Prompt, PromptRenderer, has_defensive_tokens, model_templates
@@ -181,7 +181,7 @@ class Defended:
             logger.warning("In which state %s is can't be told, so no other run's answers are used for it.", model)
         unlike_any_other = uuid4().hex if weights is None else None
         self.fingerprint = sha256_json([type(self).__name__, self._identity, unlike_any_other])
-        self._decided: Rule | None = None  # of the requests that are being generated
+        self._decided: dict[tuple[int, ...], Rule] = {}  # of the prompts that are being generated, by their ids
         if self.early_decision and self.think_end_token is not None:
             raise DttError(
                 "early_decision=true can't be combined with think_end_token=; leave one of the two out (the injection"
@@ -394,11 +394,12 @@ class Defended:
             answer = self._cached(request)
             if answer is not None:
                 answers[index] = answer
-        missing: dict[tuple[Rule | None, bool], list[int]] = {}
+        missing: dict[bool, list[int]] = {}
         for index, request in enumerate(requests):
             if index not in answers:
-                missing.setdefault((self._rule(request), reads_thoughts(request)), []).append(index)
-        for (self._decided, whole), indices in missing.items():
+                missing.setdefault(reads_thoughts(request), []).append(index)
+        for whole, indices in missing.items():
+            self._decided = self._rules([requests[i] for i in indices])
             # lm-eval's classes expect exactly a prompt and its generation arguments.
             plain = [replace(requests[i], arguments=requests[i].arguments[:2], resps=[]) for i in indices]
             with self._not_cutting(whole):
@@ -500,6 +501,14 @@ class Defended:
     def _cached(self, request: Instance) -> str | None:
         sampled = request.arguments[1].get("do_sample")
         return None if sampled else self.cache_hook.find("generate_until", self._cache_key(request))
+
+    def _rules(self, requests: Sequence[Instance]) -> dict[tuple[int, ...], Rule]:
+        """Return when each prompt's response is decided; where several requests have one prompt, for all of them."""
+        rules: dict[tuple[int, ...], dict[Rule, None]] = {}
+        for request in requests:
+            if (rule := self._rule(request)) is not None:
+                rules.setdefault(tuple(self.renderer.encode(request.args[0])), {})[rule] = None
+        return {ids: all_of(list(several)) for ids, several in rules.items()}
 
     def _rule(self, request: Instance) -> Rule | None:
         return behind(opened_by(request.args[0]), rule_of(request)) if self.early_decision else None

@@ -56,6 +56,11 @@ def rule_of(request: Any) -> Rule:
     return rule
 
 
+def all_of(rules: Sequence[Rule]) -> Rule:
+    """Return the rule that says yes once all of them do."""
+    return rules[0] if len(rules) == 1 else lambda text: all(rule(text) for rule in rules)
+
+
 class SettledText:
     """The part of a partial response that no later token changes.
 
@@ -94,10 +99,10 @@ class EndDecided:
         prompt_length: columns of the batch that are prompt.
         ends: the model's ids that end a generation; the first is the one to end with.
         settled: reads the new ids of a row.
-        decided: the task's rule.
+        decided: each row's rule.
     """
 
-    def __init__(self, prompt_length: int, ends: Sequence[int], settled: SettledText, decided: Rule) -> None:
+    def __init__(self, prompt_length: int, ends: Sequence[int], settled: SettledText, decided: Sequence[Rule]) -> None:
         self._prompt_length = prompt_length
         self._ends = ends
         self._settled = settled
@@ -109,7 +114,7 @@ class EndDecided:
         for row, ids in enumerate(input_ids[:, self._prompt_length :].tolist()):
             if row in self._over or (ids and ids[-1] in self._ends):
                 self._over.add(row)
-            elif self._decided(self._settled.of(ids)):
+            elif self._decided[row](self._settled.of(ids)):
                 self._over.add(row)
                 scores[row] = float("-inf")
                 scores[row, self._ends[0]] = 0
@@ -125,7 +130,7 @@ def generate_decided(
     engine: LLMEngine,
     prompts: Sequence[Sequence[int]],
     params: Sequence[SamplingParams],
-    decided: Rule,
+    decided: Sequence[Rule],
     *,
     lora_request: LoRARequest | None = None,
     progress: bool = True,
@@ -138,7 +143,7 @@ def generate_decided(
         engine: a vLLM engine without other requests.
         prompts: token ids.
         params: sampling parameters, one for each prompt.
-        decided: the task's rule.
+        decided: rules, one for each prompt.
         lora_request: adapter to generate with.
         progress: show a bar.
 
@@ -160,7 +165,7 @@ def generate_decided(
                 if index not in running:
                     continue
                 outputs[index] = output
-                if output.finished or decided(output.outputs[0].text):
+                if output.finished or decided[index](output.outputs[0].text):
                     running.discard(index)
                     bar.update()
                     over += [] if output.finished else [output.request_id]

@@ -178,9 +178,11 @@ class DttHF(Defended, HFLM):
     ) -> torch.Tensor:
         """Generate as lm-eval does, int64 [batch, length]; a row whose response is decided ends early."""
         prompt_length = context.shape[1]
-        if self._decided is not None:
+        if self._decided:
+            rows = zip(context, generation_kwargs["attention_mask"], strict=True)
+            decided = [self._decided[tuple(ids[mask.bool()].tolist())] for ids, mask in rows]
             settled = SettledText(self.tokenizer, self.tok_decode, stop)
-            ending = EndDecided(prompt_length, self._ends, settled, self._decided)
+            ending = EndDecided(prompt_length, self._ends, settled, decided)
             generation_kwargs["logits_processor"] = LogitsProcessorList([ending])
         if "suppress_tokens" in generation_kwargs:  # the user's come beside the DefensiveTokens, never for them
             ours = self.model.generation_config.suppress_tokens or []

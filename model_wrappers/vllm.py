@@ -181,13 +181,14 @@ class DttVLLM(Defended, VLLM):
     ) -> Sequence[Any]:
         """Generate as lm-eval does; a request whose response is decided ends early."""
         outputs: Sequence[Any]
+        decided = [self._decided[tuple(ids)] for ids in requests] if generate and self._decided else None
         requests = [self._for_engine(ids) for ids in requests]
-        if generate and self._decided is not None:
+        if decided is not None:
             outputs = generate_decided(
                 self.model.llm_engine,
                 requests,
                 sampling_params,
-                self._decided,
+                decided,
                 lora_request=self.lora_request,
                 progress=self.batch_size == "auto",
             )

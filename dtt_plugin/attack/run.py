@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -241,7 +242,8 @@ class _Run:
     def _told(self, numbers: list[int], progress: Progress) -> bool:
         """Note a step; the search in progress is saved now and then, and when it is to stop."""
         self.bar.update(len(self.file.suffixes) * self.steps + progress.step - self.bar.n)
-        self._show(progress.best_loss)
+        # Infinite where more records have just joined; then the last one that was noted, on fewer of them.
+        self._show(progress.best_loss if isfinite(progress.best_loss) else progress.curve[-1][1])
         if self.interrupt.asked or progress.step % _SAVE_EVERY == 0:
             write_json(self._state, {"records": numbers, "progress": progress.to_json()})
         return not self.interrupt.asked

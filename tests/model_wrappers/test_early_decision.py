@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.api.registry import get_model
+from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import postprocess_generated_text
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from dtt_plugin.errors import DttError
-from dtt_plugin.model_wrappers.early_decision import SettledText, count_generated
+from dtt_plugin.model_wrappers import defended
+from dtt_plugin.model_wrappers.early_decision import Rule, SettledText, count_generated
 from dtt_plugin.tasks.attacks import BENIGN
 from dtt_plugin.tasks.metrics import DECIDED, is_hacked, is_refusal
 from tests import conftest
@@ -152,6 +154,26 @@ def test_the_metrics_are_equal_and_the_tokens_fewer_in_a_batch(smollm2: str) -> 
     assert 4 * 3 < facts[1]["generated_tokens"] < facts[0]["generated_tokens"] / 2
     for one, other in zip(responses(early), responses(whole), strict=True):
         assert all(full.startswith(short) for (short,), (full,) in zip(one, other, strict=True))
+
+
+def test_requests_with_rules_of_their_own_share_a_batch(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = []
+    generate = HFLM._model_generate
+
+    def noted(self: Any, context: Any, **arguments: Any) -> Any:
+        batches.append(len(context))
+        return generate(self, context=context, **arguments)
+
+    def of_even_records(request: Any) -> Rule:
+        return (lambda _beginning: True) if request.doc["record_id"] % 2 == 0 else (lambda _beginning: False)
+
+    monkeypatch.setattr(HFLM, "_model_generate", noted)
+    whole = evaluate(tiny, False)
+    monkeypatch.setattr(defended, "rule_of", of_even_records)
+    early = evaluate(tiny, True)
+    assert batches == [8, 8]
+    for sample, full in zip(early["samples"]["injection_demo"], whole["samples"]["injection_demo"], strict=True):
+        assert (sample["resps"] == full["resps"]) is (sample["doc"]["record_id"] % 2 == 1)
 
 
 def test_an_undecided_response_is_generated_to_its_end(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,8 @@ def write_figures(
     board: Leaderboard = all_printable(leaderboard)
     name = _Names()
     for group in board.groups:
-        files += _save(folder / name("asr", group.title), asr_bars(group))
+        if group.attacks:
+            files += _save(folder / name("asr", group.title), asr_bars(group))
         if any(row.ratios for row in group.rows):
             files += _save(folder / name("gap-closed", group.title), gap_closed(group))
         if answers_of(group)[1]:

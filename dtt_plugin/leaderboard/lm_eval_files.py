@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dtt_plugin.checkpoint.defended import baked_facts
 from dtt_plugin.costs import recorded_costs
@@ -40,6 +40,7 @@ from dtt_plugin.leaderboard.samples import (
     thoughts,
 )
 from dtt_plugin.leaderboard.untrusted import as_list, as_number, as_table, as_text, load_json, read_file
+from dtt_plugin.leaderboard.utility import UTILITY, no_responses, read_answers
 from dtt_plugin.prompt.defenses import NONE, TOKENS, parse_defense
 from dtt_plugin.public_names import is_hub_model
 
@@ -160,8 +161,9 @@ def _read_results(path: Path, problems: list[str], unscored: bool) -> list[Run]:
     tasks = as_table(results, "results")
     if not tasks or not as_table(results, "configs") or not as_table(results, "config"):
         raise DttError(f"{path} is not a results file of lm-eval; give the folder of lm-eval's --output_path.")
-    ours = [task for task, scores in tasks.items() if _metrics(scores) & {"hacked", REFUSAL}]
+    ours = [task for task, scores in tasks.items() if _metrics(scores) & {"hacked", REFUSAL} or task in UTILITY]
     unmeasured = [task for task, scores in tasks.items() if _PREDICT_ONLY in _metrics(scores)]
+    ours = [task for task in ours if task not in unmeasured]
     if unmeasured and not ours and not unscored:
         raise DttError(
             f"{path} was run with --predict_only, so nothing in it is measured; count its responses with `dtt rescore`,"
@@ -190,63 +192,125 @@ def _read_task(path: Path, results: dict[str, Any], task: str) -> Run:
     samples_path = path.with_name(f"samples_{task}_{match[1]}.jsonl")
     if not os.path.isfile(samples_path):
         raise DttError(f"{path}: {samples_path.name} is missing; run lm-eval with --log_samples.")
+    read = _read_utility if task in UTILITY else _read_attacked
+    return replace(read(path, samples_path, results, task), stamp=match[1])
+
+
+def _read_utility(path: Path, samples_path: Path, results: dict[str, Any], task: str) -> Run:
+    """Read a run of a task on which nothing is attacked."""
+    metric, (samples, hashes, correct) = UTILITY[task], read_answers(samples_path, task)
+    _check_size_and_hash(path, samples_path, results, task, len(samples), hashes)
+    rate = as_number(as_table(results, "results", task).get(f"{metric.name},{metric.filter}"))
+    if rate is not None and abs(rate - correct.mean()) > 1e-6:
+        raise _mixed(path, samples_path)
+    told = _arm(path, results, task, samples[0])
+    run = _told(path, samples_path, results, task, told, [sample["doc_id"] for sample in samples])
+    return replace(
+        run,
+        data_digest=sha256_json([[sample["doc_id"], as_text(sample.get("doc_hash"))] for sample in samples]),
+        measures={metric.name: correct},
+        prompts_digest=prompts_digest(samples, told.bos),
+        reader=no_responses,
+    )
+
+
+def _read_attacked(path: Path, samples_path: Path, results: dict[str, Any], task: str) -> Run:
     samples = sorted_samples(samples_path)
     scored = _PREDICT_ONLY not in _metrics(as_table(results, "results", task))
     samples = samples if scored else scored_by_rules(samples_path, samples)
     scores = read_scores(samples_path, samples)
     _check_same_run(path, samples_path, results, task, samples, scores)
-    config, task_config = as_table(results, "config"), as_table(results, "configs", task)
-    facts = as_table(config, "dtt_plugin")
-    loaded = _model(results, config, facts)
-    baked = as_table(facts, "baked") if facts else baked_facts(loaded) or {}
-    model = as_text(baked.get("base_model")) or loaded
-    bos = as_text(next(iter(as_list(results.get("tokenizer_bos_token"))), ""))
-    defense, method = _defense(path, facts, baked, task_config, prompt_of(samples[0], 0).removeprefix(bos), model)
-    cut = not facts and as_table(task_config, "metadata").get("think_end_token") is not None
+    told = _arm(path, results, task, samples[0])
+    task_config = as_table(results, "configs", task)
+    cut = not told.facts and as_table(task_config, "metadata").get("think_end_token") is not None
     unfinished, misread = thoughts(samples, scores.outcomes, cut)
-    sizes = as_table(results, "n-samples", task)
-    attack = _attack(task_config, facts, [record_id_of(sample) for sample in samples])
+    record_ids = [record_id_of(sample) for sample in samples]
+    run = _told(path, samples_path, results, task, told, record_ids, frame_of(samples[0], told.bos))
+    attack = _attack(task_config, told.facts, record_ids)
     # What is optimised differs from arm to arm; the records and the static attacks are what rows have in common.
     alike = {ADAPTIVE} if attack else set()
     variants = [
         [record_id_of(s), [[v["attack"], v["messages"]] for v in s["doc"]["variants"] if v["attack"] not in alike]]
         for s in samples
     ]
-    identity = read_identity(results, task, baked=bool(baked), frame=frame_of(samples[0], bos))
+    identity = run.identity
     if attack:  # another method or budget is another table
         identity = replace(identity, facts={**identity.facts, "attack": attack.name})
-    version = as_table(results, "versions").get(task)
-    return Run(
-        path=path,
-        samples=samples_path,
-        model=model,
-        defense=defense,
-        method=method,
-        tokens_sha256=as_text(facts.get("tokens_sha256")) or as_text(baked.get("tokens_sha256")),
-        task=task,
-        version=str(version)[:50],
-        prompt_format=_prompt_format(results, facts),
+    return replace(
+        run,
         data_digest=sha256_json(variants),
-        generation=json.dumps(as_table(task_config, "generation_kwargs"), sort_keys=True, ensure_ascii=False),
-        limited=sizes["original"] != len(samples) if "original" in sizes else config.get("limit") is not None,
-        early_decision=bool(facts.get("early_decision")),
-        n=len(samples),
-        record_ids=tuple(record_id_of(sample) for sample in samples),
         outcomes=scores.outcomes,
         made=scores.made,
         measures=scores.measures,
         clusters=clusters_of(samples),
-        stamp=match[1],
-        seconds=as_number(results.get("total_evaluation_time_seconds")),
         unfinished=unfinished,
         misread=misread,
         thoughts_cut=cut,
-        costs=recorded_costs(as_table(baked, "costs") | as_table(facts, "costs")) if method else {},
         identity=identity,
         attack=attack,
-        prompts_digest=prompts_digest(samples, bos),
+        prompts_digest=prompts_digest(samples, told.bos),
         scored=scored,
         reader=read_responses,
+    )
+
+
+class _Arm(NamedTuple):
+    """What a results file tells of the arm."""
+
+    facts: dict[str, Any]
+    """By the dtt_ models."""
+    baked: dict[str, Any]
+    model: str
+    defense: str
+    method: str
+    bos: str
+
+
+def _arm(path: Path, results: dict[str, Any], task: str, sample: Mapping[str, Any]) -> _Arm:
+    config, task_config = as_table(results, "config"), as_table(results, "configs", task)
+    facts = as_table(config, "dtt_plugin")
+    loaded = _model(results, config, facts)
+    baked = as_table(facts, "baked") if facts else baked_facts(loaded) or {}
+    model = as_text(baked.get("base_model")) or loaded
+    bos = as_text(next(iter(as_list(results.get("tokenizer_bos_token"))), ""))
+    defense, method = _defense(path, facts, baked, task_config, prompt_of(sample, 0).removeprefix(bos), model)
+    return _Arm(facts, baked, model, defense, method, bos)
+
+
+def _told(
+    path: Path,
+    samples_path: Path,
+    results: dict[str, Any],
+    task: str,
+    told: _Arm,
+    record_ids: Sequence[int],
+    frame: str = "",
+) -> Run:
+    """Return a run as its results file tells it, without what was measured."""
+    task_config, n = as_table(results, "configs", task), len(record_ids)
+    sizes = as_table(results, "n-samples", task)
+    costs = recorded_costs(as_table(told.baked, "costs") | as_table(told.facts, "costs"))
+    limit = as_table(results, "config").get("limit")
+    return Run(
+        path=path,
+        samples=samples_path,
+        model=told.model,
+        defense=told.defense,
+        method=told.method,
+        tokens_sha256=as_text(told.facts.get("tokens_sha256")) or as_text(told.baked.get("tokens_sha256")),
+        task=task,
+        version=str(as_table(results, "versions").get(task))[:50],
+        prompt_format=_prompt_format(results, told.facts),
+        data_digest="",
+        generation=json.dumps(as_table(task_config, "generation_kwargs"), sort_keys=True, ensure_ascii=False),
+        limited=sizes["original"] != n if "original" in sizes else limit is not None,
+        early_decision=bool(told.facts.get("early_decision")),
+        n=n,
+        record_ids=tuple(record_ids),
+        outcomes={},
+        seconds=as_number(results.get("total_evaluation_time_seconds")),
+        costs=costs if told.method else {},
+        identity=read_identity(results, task, baked=bool(told.baked), frame=frame),
     )
 
 
@@ -262,31 +326,40 @@ def _check_same_run(
 
     lm-eval's own hash covers the documents and prompts, the fingerprint the arm, the rates the outcomes.
     """
-    mixed = DttError(f"{samples_path} does not belong to {path.name}; keep lm-eval's output folders as they are.")
-    effective = as_table(results, "n-samples", task).get("effective")
-    if effective is not None and effective != len(samples):
-        raise DttError(
-            f"{samples_path} has {len(samples)} samples and {path.name} tells of {str(effective)[:20]}; a file is cut"
-            " short or from another run, run lm-eval again."
-        )
-    expected = as_table(results, "task_hashes").get(task)
     parts = ("doc_hash", "prompt_hash", "target_hash")
     in_order = sorted(samples, key=lambda sample: sample["doc_id"] if type(sample.get("doc_id")) is int else -1)
     hashes = "".join(as_text(sample.get(part)) for sample in in_order for part in parts)
-    if isinstance(expected, str) and expected != sha256_bytes(hashes.encode("utf-8", "replace")):
-        raise mixed
+    _check_size_and_hash(path, samples_path, results, task, len(samples), hashes)
     fingerprint = as_table(results, "config", "dtt_plugin").get("fingerprint")
     if fingerprint is not None:
         seen = {as_text(as_table(request_of(sample, 0), "arg_2").get("fingerprint")) for sample in samples}
         if seen != {as_text(fingerprint)}:
-            raise mixed
+            raise _mixed(path, samples_path)
     logged = as_table(results, "results", task)
     for name, column in scores.outcomes.items():
         metric = name if name == REFUSAL else f"hacked_{name}" if f"hacked_{name},none" in logged else "hacked"
         rate = as_number(logged.get(f"{metric},none"))
         made = scores.made.get(name)
         if rate is not None and abs(rate - (column if made is None else column[made]).mean()) > 1e-6:
-            raise mixed
+            raise _mixed(path, samples_path)
+
+
+def _mixed(path: Path, samples_path: Path) -> DttError:
+    return DttError(f"{samples_path} does not belong to {path.name}; keep lm-eval's output folders as they are.")
+
+
+def _check_size_and_hash(
+    path: Path, samples_path: Path, results: dict[str, Any], task: str, n: int, hashes: str
+) -> None:
+    effective = as_table(results, "n-samples", task).get("effective")
+    if effective is not None and effective != n:
+        raise DttError(
+            f"{samples_path} has {n} samples and {path.name} tells of {str(effective)[:20]}; a file is cut short or"
+            " from another run, run lm-eval again."
+        )
+    expected = as_table(results, "task_hashes").get(task)
+    if isinstance(expected, str) and expected != sha256_bytes(hashes.encode("utf-8", "replace")):
+        raise _mixed(path, samples_path)
 
 
 def _model(results: dict[str, Any], config: dict[str, Any], facts: dict[str, Any]) -> str:

@@ -118,7 +118,7 @@ def _from_json(path: Path, entry: dict[str, Any]) -> Run:
         _need(known, name)
     values = {name: _values(digits, n, name) for name, digits in entry["outcomes"].items()}
     whole = all(np.isin(column[~np.isnan(column)], (0, 1)).all() for column in values.values())
-    _need(bool(values) and whole, "outcomes")
+    _need(bool(values or entry["measures"]) and whole, "outcomes")
     missing = {name: np.isnan(column) for name, column in values.items()}
     _need(not any(column.all() for column in missing.values()), "outcomes")
     outcomes: dict[str, Outcomes] = {name: np.nan_to_num(column).astype(np.bool_) for name, column in values.items()}

@@ -24,7 +24,7 @@ from dtt_plugin.tasks.thoughts import Reading, read
 _TOKENS_IN_FRONT = re.compile(r"(\[DefensiveToken\d+\])+", re.ASCII)
 _MOST_RECORD_ID = 2**31
 # Metrics that follow from the attacks' outcomes, or that a run tells in words.
-_TOLD_OTHERWISE = ("hacked", "hacked_max", "hacked_any", "unfinished", "bypass")
+_TOLD_OTHERWISE = ("hacked", "hacked_max", "hacked_any", "hacked_worst", "unfinished", "bypass")
 _STANDARD_ERROR = "_clustered_stderr"
 
 
@@ -216,12 +216,16 @@ def clusters_of(samples: Sequence[Mapping[str, Any]]) -> Ints | None:
 
 def prompts_digest(samples: Sequence[Mapping[str, Any]], bos: str) -> str:
     """Return the digest of all prompts, the DefensiveTokens in front apart."""
-    prompts = [[record_id_of(s), [_without_tokens(prompt_of(s, i), bos) for i in _places(s)]] for s in samples]
+    prompts = [[_number(s), [_without_tokens(prompt_of(s, i), bos) for i in _places(s)]] for s in samples]
     return sha256_json(prompts)
 
 
+def _number(sample: Mapping[str, Any]) -> Any:
+    return as_table(sample, "doc").get("record_id", sample.get("doc_id"))
+
+
 def _places(sample: Mapping[str, Any]) -> range:
-    return range(len(sample["doc"]["variants"]))
+    return range(len(as_list(as_table(sample, "doc").get("variants"))) or 1)
 
 
 def frame_of(sample: Mapping[str, Any], bos: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dtt_plugin.leaderboard.board import Cell, Group, Row, Suite, SuiteRow
 from dtt_plugin.leaderboard.runs import Run
 from dtt_plugin.leaderboard.statistics import Rate
+from dtt_plugin.leaderboard.utility import UTILITY
 from dtt_plugin.public_names import public_name
 
 MEASURES: Mapping[str, Callable[[Row], Rate | None]] = {
@@ -16,7 +17,8 @@ MEASURES: Mapping[str, Callable[[Row], Rate | None]] = {
     "answered under attack": lambda row: row.measures.get("answered_under_attack"),
     "refusal": lambda row: row.refusal,
     "empty": lambda row: row.measures.get("empty"),
-    "utility": lambda row: row.measures.get("utility"),
+    "utility, GSM8K": lambda row: row.measures.get("exact_match"),
+    "utility, IFEval": lambda row: row.measures.get("prompt_level_strict_acc"),
 }
 """What stands behind the benchmarks' columns. Each is taken from one benchmark: no average over benchmarks is made."""
 NOT_DISCRIMINATING, INCOMPLETE = "not discriminating", "incomplete"
@@ -38,11 +40,11 @@ def suites(runs: Sequence[Run], groups: Sequence[Group]) -> tuple[Suite, ...]:
 
 
 def _suite(runs: Sequence[Run], found: Mapping[str, tuple[Group, Row]]) -> Suite:
-    tasks = list(dict.fromkeys(run.task for run in runs))
+    tasks = list(dict.fromkeys(map(_column, runs)))
     # Of two runs of one arm on one task the later one, as in the tables.
     arms: dict[tuple[str, str], dict[str, tuple[Group, Row]]] = {}
     for run in (run for run in runs if run.arm == run.defense):
-        arms.setdefault((run.defense, run.tokens_sha256), {})[run.task] = found[run.label]
+        arms.setdefault((run.defense, run.tokens_sha256), {})[_column(run)] = found[run.label]
     sources: dict[str, str] = {}
     for name, of_row in MEASURES.items():
         sizes = {
@@ -65,6 +67,12 @@ def _suite(runs: Sequence[Run], found: Mapping[str, tuple[Group, Row]]) -> Suite
     first = runs[0]
     title = " · ".join(part for part in first.title.split(" · ") if part != first.task)
     return Suite(title, attacked, sources, tuple(rows))
+
+
+def _column(run: Run) -> str:
+    """Return a run's task, and for a question that stands in the trusted role that it does."""
+    role = run.identity.facts.get("lone_user") if run.task in UTILITY else None
+    return f"{run.task}, lone_user={role}" if role else run.task
 
 
 def _cell(group: Group, row: Row, rate: Rate | None) -> Cell | None:

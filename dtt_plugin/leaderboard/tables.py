@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 from dtt_plugin.leaderboard import published
 from dtt_plugin.leaderboard.board import Bound, Cell, Cost, Group, Leaderboard, Row, Suite, row_dict
 from dtt_plugin.leaderboard.runs import ADAPTIVE
+from dtt_plugin.leaderboard.suite import INCOMPLETE
 from dtt_plugin.leaderboard.verdicts import verdict
 from dtt_plugin.leaderboard.wording import (
     NOISE,
     NONE,
     UNDEFINED,
     cost_text,
+    interval_text,
     percent,
     rate_text,
     ratio_text,
@@ -137,23 +139,38 @@ def any_title(group: Group) -> str:
 
 def suite_sheet(suite: Suite) -> Sheet:
     """Return the table over benchmarks: the headline ASR of each, then one column per measure."""
-    header = ["arm", *(f"ASR {plain(task)}" for task in suite.benchmarks)]
-    header += [f"{name} ({plain(task)})" for name, task in suite.measures.items()]
-    rows = [
-        [
-            plain(row.arm),
-            *(cell_text(row.benchmarks.get(task)) for task in suite.benchmarks),
-            *(cell_text(row.measures.get(name)) for name in suite.measures),
-        ]
-        for row in suite.rows
-    ]
-    remark = "ASR: the highest of a benchmark's attacks, or any attack where one was optimised. No average is made."
+    columns = {f"ASR {plain(task)}": [row.benchmarks.get(task) for row in suite.rows] for task in suite.benchmarks}
+    columns |= {
+        f"{name} ({plain(task)})": [row.measures.get(name) for row in suite.rows]
+        for name, task in suite.measures.items()
+    }
+    shared = {title: _shared_marks(cells) for title, cells in columns.items()}
+    header = ["arm", *(f"{title}: {', '.join(marks)}" if (marks := shared[title]) else title for title in columns)]
+    texts = [[cell_text(cell, shared[title]) for cell in cells] for title, cells in columns.items()]
+    rows = [[plain(row.arm), *cells] for row, *cells in zip(suite.rows, *texts, strict=True)]
+    remark = (
+        "Each with its 95 % interval. ASR: the highest of a benchmark's attacks, or any attack where one was optimised."
+        f" No average is made. {INCOMPLETE}: a part of the records, by --limit."
+    )
     return Sheet(f"{plain(suite.title)} · all benchmarks", [remark], header, rows)
 
 
-def cell_text(cell: Cell | None) -> str:
-    """Return an arm's figure on one benchmark, with its marks."""
-    return NONE if cell is None else rate_text(cell.rate) + "".join(f" ({mark})" for mark in cell.marks)
+def _marks(cell: Cell) -> tuple[str, ...]:
+    return (f"n = {cell.rate.n}", *cell.marks)
+
+
+def _shared_marks(cells: Sequence[Cell | None]) -> list[str]:
+    """Return what is to be said of all figures of a column."""
+    known = [_marks(cell) for cell in cells if cell]
+    return [mark for mark in known[0] if all(mark in marks for marks in known)] if known else []
+
+
+def cell_text(cell: Cell | None, told: Sequence[str] = ()) -> str:
+    """Return an arm's figure on one benchmark, with what the heading does not tell of it."""
+    if cell is None:
+        return NONE
+    marks = [mark for mark in _marks(cell) if mark not in told]
+    return f"{percent(cell.rate.rate)} %{interval_text(cell.rate)}" + (f" ({', '.join(marks)})" if marks else "")
 
 
 def attack_matrix(group: Group) -> Sheet | None:

@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 
+from dtt_plugin.cli import main
 from dtt_plugin.data.benchmark_files import load_benchmark
 from dtt_plugin.data.records import data_folder
 from dtt_plugin.errors import DttError
+from dtt_plugin.leaderboard import tables
+from dtt_plugin.leaderboard.comparison import build
+from dtt_plugin.leaderboard.lm_eval_files import read_run, read_runs
 from dtt_plugin.tasks.utility import local
 from tests import conftest
 from tests.conftest import our_tasks
@@ -114,3 +118,69 @@ def test_a_defended_model_is_asked_in_either_role(tiny: str, tiny_tokens: str) -
         prompts[role] = results["samples"]["utility_gsm8k"][0]["arguments"][0][0]
     assert "<|im_start|>user\nQ: Janet" in prompts["user"]
     assert prompts["system"] == prompts["user"].replace("<|im_start|>user", "<|im_start|>system")
+
+
+def written(folder: Path, tiny: str, **arguments: Any) -> Path:
+    """Run an injection task and both utility tasks on the tiny model; returns what lm-eval wrote."""
+    from lm_eval.loggers import EvaluationTracker
+
+    tracker = EvaluationTracker(output_path=str(folder))
+    results = conftest.evaluate(
+        "dtt_hf",
+        {"pretrained": tiny, "max_length": 4096, **arguments},
+        tasks=["injection_demo", "utility_gsm8k", "utility_ifeval"],
+        apply_chat_template=True,
+        evaluation_tracker=tracker,
+    )
+    samples = results.pop("samples")
+    tracker.save_results_aggregated(results=results, samples=samples)
+    for task, own in samples.items():
+        tracker.save_results_samples(task_name=task, samples=own)
+    return folder
+
+
+def test_what_a_defense_costs_in_use_stands_in_the_table_over_benchmarks(
+    tiny: str, tiny_tokens: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    written(out / "none", tiny)
+    written(out / "tokens", tiny, tokens=tiny_tokens)
+    samples = next(out.glob("none/*/samples_utility_gsm8k_*.jsonl"))
+    lines = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+    assert [(line["filter"], line["doc_id"]) for line in lines] == [
+        ("strict-match", 0), ("strict-match", 1), ("flexible-extract", 0), ("flexible-extract", 1)
+    ]  # fmt: skip
+    runs, problems = read_runs([out])
+    assert problems == []
+    assert sorted({run.task for run in runs}) == ["injection_demo", "utility_gsm8k", "utility_ifeval"]
+    assert all(run.n == 2 and run.limited for run in runs)
+    kept = tmp_path / "kept" / "all.outcomes.json"
+    page, figures = tmp_path / "page.html", tmp_path / "figures"
+    command = ["leaderboard", str(out), "--export", str(kept), "--html", str(page), "--figures", str(figures)]
+    assert main(command) == 0
+    assert "Janet" not in kept.read_text(encoding="utf-8")
+    assert "Janet" not in page.read_text(encoding="utf-8"), "the browser shows what was attacked"
+    sheets = []
+    for given in (out, kept):
+        (suite,) = build(read_runs([given])[0]).suites
+        assert suite.measures["utility, GSM8K"] == "utility_gsm8k"
+        assert suite.measures["utility, IFEval"] == "utility_ifeval"
+        assert suite.benchmarks == ("injection_demo",)
+        assert [row.arm for row in suite.rows] == ["none", "tokens (random)"]
+        assert all(row.measures["utility, GSM8K"].rate.n == 2 for row in suite.rows)
+        sheets.append(tables.suite_sheet(suite).rows)
+    assert sheets[0] == sheets[1]
+
+    # What is not as lm-eval wrote it is a sentence.
+    lines[2]["exact_match"] = 1.0 - lines[2]["exact_match"]
+    samples.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(DttError, match="does not belong to"):
+        read_run(samples)
+    samples.write_text("\n".join(map(json.dumps, lines[:3])))
+    with pytest.raises(DttError, match="has 1 samples and"):
+        read_run(samples)
+    samples.write_text("\n".join(map(json.dumps, [*lines[:2], lines[2] | {"exact_match": "yes"}, lines[3]])))
+    with pytest.raises(DttError, match="no exact_match of 0 or 1 for each document"):
+        read_run(samples)
+    capsys.readouterr()
+    assert main(["diff", str(kept), str(kept)]) == 2

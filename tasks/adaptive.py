@@ -14,7 +14,15 @@ from typing import Any
 from dtt_plugin.data.records import Record
 from dtt_plugin.data.suffixes import AttackFile, check_records, covered, read_attacks
 from dtt_plugin.errors import DttError
-from dtt_plugin.tasks.attacks import ADAPTIVE, ATTACKS, INJECTED_PROMPT, injected_data, injection_dataset
+from dtt_plugin.tasks.attacks import (
+    ADAPTIVE,
+    ATTACKS,
+    FORMS,
+    INJECTED_PROMPT,
+    Injection,
+    drawn_sentences,
+    injection_dataset,
+)
 from dtt_plugin.tasks.metrics import process_results, vouched
 
 logger = logging.getLogger(__name__)
@@ -24,18 +32,24 @@ STARTS = (NAIVE, *ATTACKS)
 _STOPS = (".", "!", "?")
 
 
-def data_before_suffix(start: str, records: Sequence[Record], sentences: Sequence[str]) -> list[str]:
+def data_before_suffix(
+    start: str, records: Sequence[Record], sentences: Sequence[str], prompts: Sequence[str] = ()
+) -> list[str]:
     """Return every record's untrusted data with the injected prompt in it, to which a suffix is appended.
 
     Args:
         start: one of `STARTS`.
         records: the benchmark's records, all of them: sentences are drawn in their order.
         sentences: as for `injected_data`.
+        prompts: per record, what the attacker wants followed; none: the benchmark's injected prompt.
     """
+    prompts = prompts or [INJECTED_PROMPT] * len(records)
     if start != NAIVE:
-        return injected_data(start, records, sentences)
+        drawn = drawn_sentences(sentences, prompts)
+        parts = zip(records, prompts, drawn, strict=True)
+        return [FORMS[start](Injection(r["input"], prompt, sentence, r["output"])) for r, prompt, sentence in parts]
     texts = [record["input"].rstrip() for record in records]
-    return [f"{text}{'' if text.endswith(_STOPS) else '.'} {INJECTED_PROMPT}" for text in texts]
+    return [f"{t}{'' if t.endswith(_STOPS) else '.'} {prompt}" for t, prompt in zip(texts, prompts, strict=True)]
 
 
 def attacks_to_send(path: str) -> AttackFile:
@@ -88,13 +102,17 @@ def adaptive_dataset(
             {"role": "user", "content": data[number] + suffix},
         ]
         rows.append({**row, "variants": [*row["variants"], {"attack": ADAPTIVE, "messages": messages}]})
-    left_out = len(records) - len(rows)
-    if left_out or not attacks.finished:
-        unfinished = "" if attacks.finished else ", and the attack is not finished"
-        logger.warning("%s: %d records have no suffix and are left out%s.", path, left_out, unfinished)
+    tell_left_out(path, attacks, len(records) - len(rows))
     import datasets
 
     return {"test": datasets.Dataset.from_list(rows)}
+
+
+def tell_left_out(path: str, attacks: AttackFile, left_out: int) -> None:
+    """Say in the log that records have no suffix."""
+    if left_out or not attacks.finished:
+        unfinished = "" if attacks.finished else ", and the attack is not finished"
+        logger.warning("%s: %d records have no suffix and are left out%s.", path, left_out, unfinished)
 
 
 @vouched

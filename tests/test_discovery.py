@@ -20,6 +20,7 @@ TASKS = [
     "injection_demo",
     "alpacafarm_injection_adaptive",
     "injection_demo_adaptive",
+    "injection_records_adaptive",
 ]
 HIGHEST_START_UP_COST_US = 1000
 

@@ -10,6 +10,7 @@ import torch
 from dtt_plugin.attack.options import AttackOptions
 from dtt_plugin.checkpoint.state import state
 from dtt_plugin.errors import DttError
+from dtt_plugin.prompt.defense_texts import PROMPT_DEFENSES
 from dtt_plugin.prompt.defenses import NONE, TOKENS, parse_defense
 from dtt_plugin.prompt.formats import MODEL_FORMAT, check_format, defensive_token_names
 from dtt_plugin.prompt.renderer import PromptRenderer, missing_bos, model_template
@@ -19,6 +20,7 @@ from dtt_plugin.training.chat_model import load_chat_model
 from dtt_plugin.training.soft_prompt import SoftPrompt
 
 _MUCH_FASTER = 1.3
+_WORDS = "some words"
 
 
 class AttackedArm(NamedTuple):
@@ -40,13 +42,24 @@ def arm_tokens(options: AttackOptions) -> tuple[tuple[str, ...], DefensiveTokens
     """Return the arm's defenses, and its tokens where it has any.
 
     Raises:
-        DttError: a bad token file, or a defense that needs one.
+        DttError: a bad token file, a defense that needs one, or one that changes the text under attack.
     """
     loaded = load_tokens(options.tokens, model=options.tokens_model) if options.tokens else None
     defenses = parse_defense(options.defense, default=TOKENS if loaded else NONE)
     if TOKENS in defenses and loaded is None:
         raise DttError(f"--defense {options.defense} needs a token file; add --tokens FILE.")
+    if changing := [name for name in defenses if _changes_text(name)]:
+        raise DttError(
+            f"--defense {options.defense}: {changing[0]} rewrites the untrusted data, so that a suffix would not be"
+            " read as it was optimised; attack the arm without it, and evaluate that file here as a transferred attack."
+        )
     return defenses, loaded if TOKENS in defenses else None
+
+
+def _changes_text(defense: str) -> bool:
+    """Return whether a defense rewrites the data, and does not just set something around it."""
+    mark = PROMPT_DEFENSES[defense].mark if defense in PROMPT_DEFENSES else None
+    return mark is not None and _WORDS not in mark(_WORDS)
 
 
 def load_arm(options: AttackOptions, *, dtype: str) -> AttackedArm:

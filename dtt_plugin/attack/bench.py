@@ -38,7 +38,7 @@ class Bench:
         if options.method in (CONTINUATION, CANCEL) and not self.arm.model.k:
             raise DttError(f"--method {options.method} attacks DefensiveTokens; give an arm with --tokens FILE.")
         self.usable = usable_tokens(self.arm.renderer.tokenizer, len(self.arm.model.embed.weight))
-        self._data = data_before_suffix(options.start, benchmark.records, benchmark.sentences)
+        self._data = data_before_suffix(options.start, benchmark.records, benchmark.sentences, benchmark.prompts)
         self._stages: list[SoftPrompt] = [self.arm.model]
         if options.method == CONTINUATION:
             self._stages = [*weaker(self.arm.model, options.along), self.arm.model]
@@ -47,7 +47,8 @@ class Bench:
     def place(self, number: int) -> Place:
         """Return a record's prompt with a gap for the suffix."""
         record = self.benchmark.records[number]
-        return Place(self.arm.renderer, self.arm.model.k, record, self._data[number], self.budget.suffix_tokens)
+        tokens, rule = self.budget.suffix_tokens, self.benchmark.rule(number)
+        return Place(self.arm.renderer, self.arm.model.k, record, self._data[number], tokens, rule)
 
     def objective(self, number: int, model: SoftPrompt) -> Objective:
         """Return what to minimise on a record."""

@@ -12,7 +12,6 @@ from dtt_plugin.data.records import read_json
 from dtt_plugin.data.suffixes import IMPORTED, AttackFile, Suffix, record_digest, records_digest, write_attacks
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.reading import read_bytes
-from dtt_plugin.tasks.attacks import INJECTED_PROMPT
 
 
 class Imported(NamedTuple):
@@ -35,7 +34,7 @@ def import_strings(path: Path, options: AttackOptions) -> Imported:
     Raises:
         DttError: no such file, or as many texts as fit no choice of records.
     """
-    benchmark = load_benchmark(options.task)
+    benchmark = load_benchmark(options.task, options.own)
     chosen = options.chosen(len(benchmark.records))
     texts = _texts(path)
     if len(texts) not in (1, len(chosen)):
@@ -55,7 +54,7 @@ def import_strings(path: Path, options: AttackOptions) -> Imported:
         method=IMPORTED,
         task=options.task,
         records_sha256=records_digest(benchmark.records),
-        injected_prompt=INJECTED_PROMPT,
+        injected_prompt=benchmark.injected_prompt,
         start=options.start,
         arm=None,
         n_records=len(benchmark.records),

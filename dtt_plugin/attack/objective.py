@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from dtt_plugin.attack.place import Place
 from dtt_plugin.errors import DttError
+from dtt_plugin.tasks.metrics import hacked_is_decided, is_hacked
 from dtt_plugin.training.failures import is_out_of_memory
 from dtt_plugin.training.soft_prompt import Example, SoftPrompt, end_ids
 
@@ -201,6 +202,15 @@ class Objective:
     def answer_to(self, suffix: Sequence[int], decided: Callable[[str], bool]) -> str:
         """Return the greedy response to a suffix, as far as `decided` needs it."""
         return self.answer(self._embedded(suffix), decided)
+
+    def is_hit(self, vectors: torch.Tensor) -> bool:
+        """Return whether the greedy response behind vectors (suffix, d) is hacked, by the task's own rule."""
+        rule = self.place.rule
+        return is_hacked(self.answer(vectors, lambda beginning: hacked_is_decided(beginning, rule)), rule)
+
+    def is_hit_by(self, suffix: Sequence[int]) -> bool:
+        """Return whether the greedy response to a suffix is."""
+        return self.is_hit(self._embedded(suffix))
 
     @torch.no_grad()
     def check_cache(self) -> None:

@@ -56,6 +56,8 @@ class AttackOptions:
     """As the dtt_ models take it; by default `tokens` where a token file is given, else `none`."""
     prompt_format: str | None = None
     task: str = "injection_demo"
+    own: Path | None = None
+    """The user's own records, for the task injection_records."""
     records: str = ":"
     """Which records of the task, as Python slices a list."""
     method: str = GCG

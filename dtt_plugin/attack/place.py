@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dtt_plugin.data.records import Record
 from dtt_plugin.errors import DttError
 from dtt_plugin.prompt.renderer import PromptRenderer
+from dtt_plugin.tasks.attacks import HACKED
+from dtt_plugin.tasks.rules import Rule
 
 _PLACEHOLDER = " zqxjkvw"
 _FILLERS = (" !", " x", "!", "x")
@@ -25,13 +27,16 @@ class Place:
         record: trusted instruction.
         data: untrusted data with the injected prompt, to which the suffix is appended.
         tokens: length of the suffix.
+        rule: whether the injected prompt was followed.
 
     Raises:
         DttError: no suffix of that length stands there as it was optimised.
     """
 
-    def __init__(self, renderer: PromptRenderer, k: int, record: Record, data: str, tokens: int) -> None:
-        self.renderer, self._k = renderer, k
+    def __init__(
+        self, renderer: PromptRenderer, k: int, record: Record, data: str, tokens: int, rule: Rule = HACKED
+    ) -> None:
+        self.renderer, self._k, self.rule = renderer, k, rule
         self._instruction, self._data = record["instruction"], data
         self._tokenizer = renderer.tokenizer
         front, found, self._tail_text = self._text(_PLACEHOLDER).rpartition(_PLACEHOLDER)

@@ -31,7 +31,6 @@ from dtt_plugin.data.suffixes import (
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.replacing import write_json
 from dtt_plugin.progress import Bar
-from dtt_plugin.tasks.attacks import INJECTED_PROMPT
 
 if TYPE_CHECKING:
     from dtt_plugin.attack.search import Progress
@@ -58,7 +57,7 @@ def attack(options: AttackOptions, *, progress: bool = False) -> Attacked:
         DttError: bad input, a file that is there already, or too little memory.
     """
     started = time.perf_counter()
-    benchmark = load_benchmark(options.task)
+    benchmark = load_benchmark(options.task, options.own)
     options.chosen(len(benchmark.records))
     with _locked(options.out), _told_plainly():
         run = _Run(options, benchmark, _before(options), progress=progress)
@@ -154,7 +153,7 @@ class _Run:
             method=self.options.method,
             task=self.options.task,
             records_sha256=records_digest(self.records),
-            injected_prompt=INJECTED_PROMPT,
+            injected_prompt=self.bench.benchmark.injected_prompt,
             start=self.options.start,
             arm=self.bench.arm.facts,
             n_records=len(self.records),

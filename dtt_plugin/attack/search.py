@@ -16,7 +16,6 @@ import torch
 from dtt_plugin.attack.candidates import draw
 from dtt_plugin.attack.objective import Objective
 from dtt_plugin.attack.options import Budget
-from dtt_plugin.tasks.metrics import hacked_is_decided, is_hacked
 
 CURVE_EVERY = 10
 _MOST_DRAWS = 4
@@ -156,7 +155,7 @@ class Search:
             progress.best_loss = float("inf")  # losses on fewer records do not compare
 
     def _hit(self, objective: Objective, suffix: Sequence[int]) -> bool:
-        return is_hacked(objective.answer_to(suffix, hacked_is_decided))
+        return objective.is_hit_by(suffix)
 
     def _step(self, progress: Progress, slope: torch.Tensor | None, generator: torch.Generator) -> None:
         """Take the best of the candidates that can be sent."""

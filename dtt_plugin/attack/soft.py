@@ -12,7 +12,6 @@ import torch
 
 from dtt_plugin.attack.objective import Objective
 from dtt_plugin.attack.search import CURVE_EVERY
-from dtt_plugin.tasks.metrics import hacked_is_decided, is_hacked
 
 RATE = 0.1
 """Adam's learning rate, in root mean squares of the vocabulary's vectors."""
@@ -56,4 +55,4 @@ def soft_attack(objective: Objective, steps: int) -> SoftResult:
 
 def _is_hit(objective: Objective, vectors: torch.Tensor) -> bool:
     typed = vectors.detach()[0].to(objective.soft_prompt.embed.weight.dtype)
-    return is_hacked(objective.answer(typed, hacked_is_decided))
+    return objective.is_hit(typed)

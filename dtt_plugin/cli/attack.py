@@ -46,7 +46,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--tokens-model", metavar="NAME", help="which entry of an upstream JSON")
     add("--defense", metavar="NAME", help="as in the model arguments: none, tokens, reminder, tokens+sandwich, ...")
     add("--prompt-format", metavar="NAME", help="by default the token file's, or the model's own")
-    add("--task", metavar="NAME", help="injection_demo (default) or alpacafarm_injection")
+    add(
+        "--task", metavar="NAME", help="injection_demo (default), alpacafarm_injection, or injection_records with --own"
+    )
+    add("--own", type=Path, metavar="FILE", help="your own records, see the task injection_records")
     add("--records", metavar="A:B", help="which records (default all); for universal the ones to make it on")
     add(
         "--method",
@@ -83,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
 
     names = {field.name for field in fields(AttackOptions)}
     given = {name: value for name, value in vars(args).items() if name in names}
+    if "own" in given:
+        given.setdefault("task", "injection_records")
     if "along" in given:
         given["along"] = tuple(given["along"])
     options = AttackOptions(**given)

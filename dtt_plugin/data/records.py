@@ -38,6 +38,13 @@ class Record(TypedDict):
     output: str
 
 
+class OwnRecord(Record):
+    """A record with an injected prompt of its own, and the rule that says when it was followed."""
+
+    injection: str
+    success: dict[str, Any]
+
+
 class IgnoreSentences(NamedTuple):
     """The ignore-attack sentences, each with `PLACEHOLDER`."""
 

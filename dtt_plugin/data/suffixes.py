@@ -21,6 +21,8 @@ from dtt_plugin.safe_text import HALF_PAIR
 
 FORMAT = "dtt.attacks/1"
 IMPORTED = "imported"
+EACH_ITS_OWN = "each record's own"
+"""The injected prompt of records that have one each."""
 SOFT = "soft"
 """The method that optimises vectors: an upper bound, without text that could be sent."""
 ARM_FACTS = ("weights", "defense", "tokens_sha256", "prompt_format", "renderer_sha256")
@@ -92,7 +94,10 @@ class AttackFile:
 
 def record_digest(record: Record) -> str:
     """Return 16 hex digits that tell a record from others."""
-    return sha256_json([record["instruction"], record["input"], record["output"]])[:16]
+    parts: Mapping[str, Any] = dict(record)
+    # Of a user's own records also the injection and its rule; all of a benchmark share theirs.
+    names = ("instruction", "input", "output", *(name for name in ("injection", "success") if name in parts))
+    return sha256_json([parts[name] for name in names])[:16]
 
 
 def records_digest(records: Sequence[Record]) -> str:

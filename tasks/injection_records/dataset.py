@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dtt_plugin.data.benchmark_files import read_json_lines
-from dtt_plugin.data.records import read_json
+from dtt_plugin.data.records import OwnRecord, read_json
+from dtt_plugin.data.suffixes import EACH_ITS_OWN, check_records, covered
 from dtt_plugin.errors import DttError, MissingDataError
 from dtt_plugin.files.reading import read_bytes
-from dtt_plugin.tasks.attacks import FORMS, Injection, drawn_sentences
+from dtt_plugin.tasks.adaptive import attacks_to_send, data_before_suffix, tell_left_out
+from dtt_plugin.tasks.attacks import ADAPTIVE, FORMS, Injection, drawn_sentences
 from dtt_plugin.tasks.description import BENIGN, Entry, Variant, benchmark_dataset
 from dtt_plugin.tasks.rules import Rule, parse_rule
 
@@ -19,7 +22,7 @@ CONTROL_NAME = "probe_in_instruction"
 DEFAULT_ATTACKS = ("naive", "before", "ignore", "completion")
 _SENTENCES = Path(__file__).parents[1] / "injection_demo" / "records.json"
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
-_TAKEN = {*FORMS, CONTROL_NAME, BENIGN, "refusal", "max", "any"}
+_TAKEN = {*FORMS, CONTROL_NAME, BENIGN, ADAPTIVE, "refusal", "max", "any", "worst"}
 """Names of other variants, and of metrics behind `hacked_`."""
 _FIELDS = ("id", "instruction", "data", "injection", "injections", "success", "answer", "attacked")
 
@@ -54,26 +57,84 @@ def own_records(
     Raises:
         DttError: a record is not as the README says; names line and field.
     """
+    attacks = [attacks] if isinstance(attacks, str) else attacks
+    if unknown := [name for name in attacks if name not in FORMS]:
+        raise DttError(f"attacks: {unknown[0]!r} is no attack; choose from {', '.join(FORMS)}.")
+    return benchmark_dataset("injection_records", _entries(_given(records), attacks), variants)
+
+
+def own_adaptive(
+    *, records: str = "", attacks: str = "", variants: Sequence[str] | None = None, **_metadata: Any
+) -> dict[str, Any]:
+    """Return the user's records that have a suffix in a file of attacks, with it as one more variant.
+
+    Args:
+        records: JSONL or JSON file.
+        attacks: file of `dtt attack --own`.
+        variants: those to keep; None: all.
+        _metadata: lm-eval passes its model arguments along; they don't concern the data.
+
+    Raises:
+        DttError: a record is not as the README says, or the suffixes were made for other records.
+    """
+    read, file = _given(records), attacks_to_send(attacks)
+    own = as_attacked(read)
+    check_records(Path(attacks), file, own, task="injection_records", injected=EACH_ITS_OWN)
+    suffixes = covered(file.suffixes)
+    prompts = [record["injection"] for record in own]
+    data = data_before_suffix(file.start, own, ignore_sentences(), prompts)
+    entries = []
+    for number, (entry, record) in enumerate(zip(_entries(read, ()), read, strict=True)):
+        found: list[Variant] = []
+        if (suffix := suffixes.get(number)) is not None:
+            text, rule = data[number] + suffix, record.probes[0].success
+            sent = Variant(ADAPTIVE, "attack", record.instruction, text, rule, answer=record.answered)
+            found = [*entry.variants, sent]
+        entries.append(replace(entry, variants=found))  # one without variants is left out
+    tell_left_out(attacks, file, len(read) - len(suffixes))
+    return benchmark_dataset("injection_records_adaptive", entries, variants)
+
+
+def _given(records: Any) -> list[_Record]:
     if not isinstance(records, str) or not records:
         raise MissingDataError(
             'injection_records needs a file with your records: --metadata \'{"records": "mine.jsonl"}\'; the task\'s'
             " README has an example, and `dtt doctor --records mine.jsonl` checks it."
         )
-    attacks = [attacks] if isinstance(attacks, str) else attacks
-    if unknown := [name for name in attacks if name not in FORMS]:
-        raise DttError(f"attacks: {unknown[0]!r} is no attack; choose from {', '.join(FORMS)}.")
-    read = read_records(Path(records))
-    sentences = read_json(_SENTENCES)["ignore_sentences"]
+    return read_records(Path(records))
+
+
+def ignore_sentences() -> list[str]:
+    """Return the sentences that the ignore attacks draw from."""
+    sentences: list[str] = read_json(_SENTENCES)["ignore_sentences"]
+    return sentences
+
+
+def as_attacked(read: Sequence[_Record]) -> list[OwnRecord]:
+    """Return records as `dtt attack` takes them, each with its first injection."""
+    return [
+        OwnRecord(
+            instruction=record.instruction,
+            input=record.data,
+            output=record.answer,
+            injection=record.probes[0].text,
+            success={"rule": record.probes[0].success.rule, "texts": list(record.probes[0].success.texts)},
+        )
+        for record in read
+    ]
+
+
+def _entries(read: Sequence[_Record], attacks: Sequence[str]) -> list[Entry]:
+    sentences = ignore_sentences()
     most = max(len(record.probes) for record in read)
     drawn = [
         drawn_sentences(sentences, [record.probes[i].text if i < len(record.probes) else "" for record in read])
         for i in range(most)
     ]
-    entries = [
+    return [
         _entry(record, [drawn[i][place] for i in range(len(record.probes))], attacks)
         for place, record in enumerate(read)
     ]
-    return benchmark_dataset("injection_records", entries, variants)
 
 
 def _entry(record: _Record, sentences: Sequence[str], attacks: Sequence[str]) -> Entry:

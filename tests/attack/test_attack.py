@@ -107,11 +107,12 @@ def test_gcg_needs_fewer_steps_than_chance(options: AttackOptions) -> None:
     assert steps["gcg"] <= steps["random-search"]
 
 
-@pytest.mark.parametrize("method", ["gcg", "universal", "soft"])
+@pytest.mark.parametrize("method", ["gcg", "universal", "soft", "continuation"])
 def test_a_run_that_was_interrupted_resumes_to_the_same_bytes(
-    method: str, options: AttackOptions, deaf: str, monkeypatch: pytest.MonkeyPatch
+    method: str, options: AttackOptions, deaf: str, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = replace(options, model=deaf, method=method, steps=12)
+    under = tokens if method == "continuation" else None
+    whole = replace(options, model=deaf, method=method, steps=12, tokens=under)
     attack(whole)
     cut = replace(whole, out=options.out.with_name("cut.jsonl"))
     name = "_soft" if method == "soft" else "_told"
@@ -132,7 +133,7 @@ def test_a_run_that_was_interrupted_resumes_to_the_same_bytes(
     for _ in range(2):
         attack(cut)
     assert cut.out.read_bytes() == whole.out.read_bytes()
-    assert sorted(path.name for path in cut.out.parent.iterdir()) == ["a.jsonl", "cut.jsonl"]
+    assert sorted(path.name for path in cut.out.parent.glob("*.jsonl*")) == ["a.jsonl", "cut.jsonl"]
 
 
 def test_a_finished_run_goes_on_with_more_records(options: AttackOptions, deaf: str) -> None:
@@ -185,6 +186,20 @@ def test_the_file_names_the_arm_as_the_evaluation_does(
     assert other_facts(attacked.arm, evaluated) == []
     assert other_facts(attacked.arm, {**evaluated, "defense": "none", "tokens_sha256": "0"}) != []
     assert other_facts(None, evaluated) == list(ARM_FACTS)
+
+
+@pytest.mark.parametrize("defense", ["spotlight_datamark", "spotlight_encode", "reminder+spotlight_encode"])
+def test_defenses_that_rewrite_the_data_are_refused_by_name(defense: str, options: AttackOptions) -> None:
+    name = defense.rpartition("+")[2]
+    with pytest.raises(DttError, match=f"{name} rewrites the untrusted data.* as a transferred attack"):
+        attack(replace(options, defense=defense))
+    assert not options.out.exists()
+
+
+def test_defenses_that_stand_around_the_data_are_attacked(options: AttackOptions) -> None:
+    for defense in ("spotlight_delimit", "isolation", "incontext", "instructional"):
+        out = options.out.with_name(defense)
+        assert attack(replace(options, defense=defense, out=out, records="0", steps=1)).file.finished
 
 
 @pytest.mark.parametrize("method", ["continuation", "cancel"])
@@ -283,6 +298,16 @@ def test_quantised_weights_are_refused_by_name(tmp_path: Path, monkeypatch: pyte
     folder = str(make_checkpoint(tmp_path / "tiny"))
     with pytest.raises(DttError, match="quantised weights, which give an attack no gradient"):
         attack(AttackOptions(folder, tmp_path / "a.jsonl"))
+
+
+def test_a_model_that_transformers_can_not_load_is_refused_by_class(tmp_path: Path) -> None:
+    """For instance one that only vLLM has."""
+    folder = make_checkpoint(tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "only_in_vllm"}))
+    with pytest.raises(DttError, match="can't be loaded as a causal language model"):
+        attack(AttackOptions(str(folder), tmp_path / "a.jsonl"))
+    assert not (tmp_path / "a.jsonl").exists()
 
 
 def test_a_benchmarks_records_are_those_of_its_task() -> None:

@@ -11,7 +11,7 @@ ifneq ($(wildcard ../shared/data),)
 export DTT_DATA_DIR ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help setup demo test test-all lint format bench results experiments clean
+.PHONY: help setup demo test test-all lint format bench gpu-check results experiments clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -57,6 +57,9 @@ format: $(READY)  ## let ruff format the code
 
 bench: $(READY)  ## the alignment benchmark
 	$(BIN)/python -m benchmarks.alignment
+
+gpu-check: $(READY)  ## what only a GPU can show, six minutes, no network; docs/gpu.md
+	$(BIN)/python -m benchmarks.gpu_check --json docs/gpu.json --markdown docs/gpu.md
 
 results: $(READY)  ## the evidence of docs/results.md, hours; MODEL=folder of Qwen2.5-Coder-0.5B-Instruct
 	$(BIN)/python -m benchmarks.results --model '$(MODEL)'

@@ -66,7 +66,7 @@ def goals(*, amx: bool, with_scipy: bool) -> list[Goal]:
     ]
 
 
-def _matrix(folder: Path, dtype: Any) -> Any:
+def matrix(folder: Path, dtype: Any) -> Any:
     from dtt_plugin.alignment.engine import NumpyEngine
     from dtt_plugin.checkpoint.opening import open_checkpoint
 
@@ -79,7 +79,7 @@ def _matrix(folder: Path, dtype: Any) -> Any:
 
 
 def floor(folder: Path) -> dict[str, Any]:
-    x, y = (_matrix(folder / side, np.float32) for side in ("source", "target"))
+    x, y = (matrix(folder / side, np.float32) for side in ("source", "target"))
     started = time.perf_counter()
     x.T @ y
     return {"seconds": time.perf_counter() - started}
@@ -117,7 +117,7 @@ def scipy(folder: Path) -> dict[str, Any]:
     source, target = (open_checkpoint(str(folder / side)) for side in ("source", "target"))
     vocabularies = load_vocabulary(source), load_vocabulary(target)
     anchors = choose_anchors(*vocabularies, source.input_embedding(), target.input_embedding(), AlignmentOptions())
-    x, y = (_matrix(folder / side, np.float64) for side in ("source", "target"))
+    x, y = (matrix(folder / side, np.float64) for side in ("source", "target"))
     loaded = time.perf_counter()
     W, _ = orthogonal_procrustes(x, y)
     solved = time.perf_counter()

@@ -60,7 +60,8 @@ def main() -> int:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(worker(args)))
+        taken = steps(args.model, args.worker, dtype=args.dtype, candidates=args.candidates, n=args.steps)
+        print(json.dumps(taken))
         return 0
     dtype = args.dtype
     if dtype == "auto":
@@ -114,8 +115,17 @@ def nano_job(args: argparse.Namespace) -> dict[str, Any]:
     return {"messages": messages, "start": " !" * TOKENS, "target": "Hacked", "batch": 8}
 
 
-def worker(args: argparse.Namespace) -> dict[str, Any]:
-    """Take the steps of one of ours; returns seconds and the loss at each step."""
+def steps(
+    model: str,
+    method: str,
+    *,
+    dtype: str,
+    candidates: int,
+    n: int,
+    tokens: Path | None = None,
+    positions_at_once: int | None = None,
+) -> dict[str, Any]:
+    """Take n steps of one of ours; returns seconds and the loss at each step."""
     import torch
 
     from dtt_plugin.attack.bench import Bench
@@ -143,13 +153,13 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
             return False
 
     with tempfile.TemporaryDirectory() as folder:
-        options = AttackOptions(args.model, Path(folder) / "none", task="injection_demo")
-        bench = Bench(options, load_benchmark("injection_demo"), dtype=args.dtype)
+        options = AttackOptions(model, Path(folder) / "none", tokens=tokens, task="injection_demo")
+        bench = Bench(options, load_benchmark("injection_demo"), dtype=dtype)
     place = bench.place(0)
     target = words(place)[0]
     clock, processor = time.perf_counter(), time.process_time()
-    if args.worker == CACHED:
-        objective = Objective(bench.arm.model, place, target, options.positions_at_once)
+    if method == CACHED:
+        objective = Objective(bench.arm.model, place, target, positions_at_once or options.positions_at_once)
     else:
         objective = WholePrompts(bench.arm.model, place, target, 8 * len(place.head))
     losses: list[float] = []
@@ -158,7 +168,7 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
         losses.append(progress.best_loss)
         return True
 
-    budget = Budget("benchmark", args.candidates, args.steps, TOKENS)
+    budget = Budget("benchmark", candidates, n, TOKENS)
     search = Endless([objective], bench.usable, budget, greedy=True, told=told)
     progress = begin(place.start, "0")
     search.run(progress)

@@ -1,6 +1,7 @@
-"""Pictures of a report page, as docs/ has them: light, dark, and as narrow as a telephone.
+"""Pictures of a report page, as docs/ has them: light, dark, and as narrow as a telephone; or of the docs' first page.
 
     python -m benchmarks.screenshots REPORT.html [--out docs/results]
+    python -m benchmarks.screenshots site/index.html --name site --only light    # after `make docs`
 
 Needs Chromium (`apt-get install chromium-headless-shell`, or name one in CHROMIUM) and the extra `test`.
 """
@@ -25,8 +26,8 @@ PICTURES: dict[str, dict[str, Any]] = {
 """Per picture, how the page is opened; only what a screen shows at once is taken."""
 
 
-def take(report: Path, out: Path) -> list[Path]:
-    """Write `report-NAME.png` for each picture into `out`, and return the files.
+def take(report: Path, out: Path, *, name: str = "report", only: str | None = None) -> list[Path]:
+    """Write `NAME-PICTURE.png` for each picture, or `only` for one, into `out`, and return the files.
 
     Raises:
         DttError: there is no report, or no Chromium.
@@ -43,10 +44,10 @@ def take(report: Path, out: Path) -> list[Path]:
     with sync_playwright() as playwright:
         flags = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's own does not start as root
         browser = playwright.chromium.launch(executable_path=chromium, args=flags)
-        for name, options in PICTURES.items():
-            page = browser.new_page(**options)
+        for picture in [only] if only else PICTURES:
+            page = browser.new_page(**PICTURES[picture])
             page.goto(report.resolve().as_uri())
-            files.append(out / f"report-{name}.png")
+            files.append(out / f"{name}-{picture}.png")
             page.screenshot(path=files[-1])
             page.close()
         browser.close()
@@ -57,9 +58,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path)
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--name", default="report", help="what the files' names begin with (default: %(default)s)")
+    parser.add_argument("--only", choices=[*PICTURES])
     args = parser.parse_args()
     try:
-        files = take(args.report, args.out)
+        files = take(args.report, args.out, name=args.name, only=args.only)
     except DttError as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,10 +1,10 @@
-"""Two synthetic checkpoints that look like two related models to an alignment."""
+"""Synthetic checkpoints: two that look like related models to an alignment, and a random model that can chat."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -52,3 +52,109 @@ def write_pair(folder: Path, rows: int, width: int, *, relative_residual: float 
 
 def _write(file: Any, block: NDArray[np.float32]) -> None:
     file.write(block.astype(ml_dtypes.bfloat16).tobytes())
+
+
+class Shape(NamedTuple):
+    """Of a llama."""
+
+    rows: int
+    width: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    intermediate: int
+
+
+BEGIN, END = "<|im_start|>", "<|im_end|>"
+_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_chat_model(folder: Path, shape: Shape, *, device: str, seed: int = 0) -> Path:
+    """Write a random bfloat16 chat model, a shard a layer, and return its folder.
+
+    Its tokenizer has a token for each byte, `shape.rows` with what stands for nothing: a prompt has as many tokens as
+    bytes.
+
+    Args:
+        folder: to be made.
+        shape: of the model; its head is a matrix of its own.
+        device: where the numbers are drawn.
+        seed: of the weights.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    _write_settings(folder, shape)
+    generator = torch.Generator(device).manual_seed(seed)
+    key_value_width = shape.width // shape.heads * shape.key_value_heads
+    matrices = {
+        "self_attn.q_proj": (shape.width, shape.width),
+        "self_attn.k_proj": (key_value_width, shape.width),
+        "self_attn.v_proj": (key_value_width, shape.width),
+        "self_attn.o_proj": (shape.width, shape.width),
+        "mlp.gate_proj": (shape.intermediate, shape.width),
+        "mlp.up_proj": (shape.intermediate, shape.width),
+        "mlp.down_proj": (shape.width, shape.intermediate),
+    }
+    shards: list[dict[str, tuple[int, ...]]] = [{EMBEDDING: (shape.rows, shape.width)}]
+    for layer in range(shape.layers):
+        names = {f"model.layers.{layer}.{name}.weight": size for name, size in matrices.items()}
+        norms = ("input_layernorm", "post_attention_layernorm")
+        shards.append(names | {f"model.layers.{layer}.{name}.weight": (shape.width,) for name in norms})
+    shards.append({"model.norm.weight": (shape.width,), "lm_head.weight": (shape.rows, shape.width)})
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        tensors = {}
+        for name, size in shard.items():
+            tensor = torch.ones(size, dtype=torch.bfloat16, device=device)
+            if len(size) == 2:
+                scale = ROW_NORM if name == EMBEDDING else 1
+                tensor.normal_(0, scale / size[1] ** 0.5, generator=generator)
+            tensors[name] = tensor.cpu()
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder
+
+
+def _write_settings(folder: Path, shape: Shape) -> None:
+    """Write config and tokenizer."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # Byte 0, so no attack on the model tries them.
+    nothing = [f"Ā{row}" for row in range(shape.rows - len(alphabet) - 2)]
+    vocabulary = {token: row for row, token in enumerate([*alphabet, *nothing])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (BEGIN, END)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"eos_token": END, "pad_token": END, "chat_template": _TEMPLATE}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": shape.width,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.key_value_heads,
+        "vocab_size": shape.rows,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+        "bos_token_id": None,
+        "eos_token_id": shape.rows - 1,
+        "pad_token_id": None,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": config["eos_token_id"]}))

@@ -81,3 +81,17 @@ def test_the_table_over_benchmarks_is_made_from_the_outcomes_beside_it(capsys: p
     rows = [line for line in table.splitlines() if line.startswith("|")]
     assert len(rows) == 4
     assert "\n".join(rows) in (DOCS / "suite-results.md").read_text()
+
+
+def test_the_report_in_the_docs_is_made_from_the_outcomes_beside_it(tmp_path: Path) -> None:
+    made = tmp_path / "report.html"
+    assert main(["leaderboard", str(DOCS / "results" / "outcomes"), "--without-samples", "--html", str(made)]) == 0
+    kept = DOCS / "results" / "report.html"
+    assert made.read_bytes() == kept.read_bytes(), "make it anew by the commands in docs/suite-results.md"
+
+
+def test_every_file_of_the_results_is_linked_from_a_page() -> None:
+    pages = [DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md", *DOCS.glob("*.md")]
+    text = "".join(page.read_text() for page in pages)
+    unlinked = [path.name for path in (DOCS / "results").iterdir() if f"results/{path.name})" not in text]
+    assert unlinked == []

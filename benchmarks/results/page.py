@@ -21,7 +21,6 @@ from dtt_plugin.leaderboard.curves import FORMAT, read_curve
 from dtt_plugin.leaderboard.figures import write_figures
 from dtt_plugin.leaderboard.flips import flips
 from dtt_plugin.leaderboard.lm_eval_files import read_runs
-from dtt_plugin.leaderboard.page import write_report
 from dtt_plugin.leaderboard.runs import Run
 from dtt_plugin.leaderboard.wording import p_text, percent, rate_text
 from dtt_plugin.tokens.files import load_tokens
@@ -42,8 +41,8 @@ TITLES = {
 def write_page(docs: Path) -> None:
     """Write `docs/results.md` and `docs/results/`; the runs are read from the working directory.
 
-    A section whose measurements are not complete keeps the text and the figures that the page has; the report
-    is written where all full runs are there. Runs over a part of the records count for the curves only.
+    A section whose measurements are not complete keeps the text and the figures that the page has. Runs over a
+    part of the records count for the curves only.
     """
     folder = docs / "results"
     folder.mkdir(exist_ok=True)
@@ -70,7 +69,6 @@ def write_page(docs: Path) -> None:
         runs = [run for name in plan.CELLS for run in full[name]]
         board = build(runs)
         write_figures(folder, board)
-        write_report(folder / "report.html", board, runs, curves=curves, samples=False)
     page = docs / "results.md"
     took = {name: _took(name, found) for name in measured}
     text = _text(measured, took, kept=_sections(page))

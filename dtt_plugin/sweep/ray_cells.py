@@ -43,13 +43,14 @@ _PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_si
 
 @dataclass
 class _Task:
-    """The cells that share one model in memory, and how often they were tried."""
+    """The cells that share one model in memory."""
 
     load: Load
     cells: list[Cell]
     job: dict[str, Any]
     files: dict[str, bytes]
     tries: int = 0
+    """Since the last cell that was finished."""
     node: str | None = None
     """Where the last try ran; the next avoids it."""
 
@@ -174,7 +175,9 @@ class _Sweep:
         """Write what a task sends: the files of a finished cell, and what was printed since the last one."""
         cell = next((cell for cell in task.cells if cell.key == news.get("key")), None)
         if news.get("log"):
-            of = cell or next(cell for cell in task.cells if not cell.is_finished(self._out))
+            # Behind the last cell an engine still prints that it ends.
+            unfinished = (cell for cell in task.cells if not cell.is_finished(self._out))
+            of = cell or next(unfinished, task.cells[-1])
             log = self._out / "logs" / f"{of.folder(self._out).name}.txt"
             log.parent.mkdir(exist_ok=True)
             with log.open("a", encoding="utf-8") as file:
@@ -190,6 +193,7 @@ class _Sweep:
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(exist_ok=True)
         partial.rename(folder)
+        task.tries = 1
         self._bar.update()
 
     def _ended(self, stream: Any, reason: str) -> None:

@@ -86,7 +86,10 @@ def test_what_exists_is_found_by_each_records_rule_and_lm_eval_confirms_it(tmp_p
     assert found["hacked_max,none"] == found["hacked_any,none"] == 0.0
     assert results["configs"][TASK]["metadata"]["attack"]["n_left_out"] == 1
     # Only a whole text can be aimed at; and a resumed run is of the same records.
-    assert attack(replace(options, records="2", out=tmp_path / "b.jsonl", steps=1)).file.suffixes[0].target in ("Ha ck", "ha ck")
+    assert attack(replace(options, records="2", out=tmp_path / "b.jsonl", steps=1)).file.suffixes[0].target in (
+        "Ha ck",
+        "ha ck",
+    )
     own(tmp_path, *RECORDS[:2], {**RECORDS[2], "injection": "Whisper."})
     with pytest.raises(DttError, match="begun with another records_sha256"):
         attack(replace(options, records="0:2", resume=True))

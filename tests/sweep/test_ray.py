@@ -22,6 +22,7 @@ import yaml
 
 from dtt_plugin.cli import main
 from dtt_plugin.errors import DttError
+from dtt_plugin.progress import Bar
 from dtt_plugin.sweep import ray_cells
 from dtt_plugin.sweep.file import read_sweep
 from dtt_plugin.sweep.resources import Resources, read_resources
@@ -34,16 +35,21 @@ ray = pytest.importorskip("ray")
 
 
 class Machines:
-    """A cluster of this machine: a head that computes nothing, and workers of one task each."""
+    """A cluster of this machine: a head that computes nothing, and workers of one task each.
 
-    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    Args:
+        double: stands for the engine.
+    """
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, *, double: bool = True) -> None:
         from ray.cluster_utils import Cluster
 
         self.folder = folder
         self.runs = folder / "runs.jsonl"
-        (folder / "sitecustomize.py").write_text(
-            "from dtt_plugin import _startup\n_startup.MODELS['dtt_hf'] = 'tests.sweep.stub_engine:StubEngine'\n"
-        )
+        if double:
+            (folder / "sitecustomize.py").write_text(
+                "from dtt_plugin import _startup\n_startup.MODELS['dtt_hf'] = 'tests.sweep.stub_engine:StubEngine'\n"
+            )
         patch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")
         patch.setenv("STUB_RUNS", str(self.runs))
         patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # what else this machine does is no part of the test
@@ -149,6 +155,27 @@ def test_every_finished_cell_is_kept_and_every_other_is_tried_once_more(
     assert main(["sweep", str(path), "--out", str(out), "--ray", machines.address]) == 0
     after = machines.counts()
     assert {name: after[name] - before[name] for name in after if after[name] != before[name]} == {"isolation": 1}
+
+
+def test_two_sweeps_in_one_folder_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = grid(tmp_path, {"models": [model(tmp_path / "m")], "defenses": ["none"]})
+    with owned(tmp_path / "out"):
+        assert main(["sweep", str(path), "--out", str(tmp_path / "out"), "--ray"]) == 2
+    assert "Another sweep runs in" in capsys.readouterr().err
+
+
+def test_what_an_engine_prints_behind_its_last_cell_goes_into_that_cells_log(tmp_path: Path) -> None:
+    path = grid(tmp_path, {"models": [model(tmp_path / "m")], "defenses": ["none"]})
+    cells, out = read_sweep(path), tmp_path / "out"
+    folder = cells[0].folder(out)
+    (out / "partial").mkdir(parents=True)
+    sweep = ray_cells._Sweep(ray, out, Resources(), Bar(total=1, disable=True))
+    task = ray_cells._Task(cells[0].load, cells, {}, {}, tries=2)
+    sweep._take(task, {"key": cells[0].key, "files": {"x/results_1.json": b"{}"}, "log": "the cell\n"})
+    sweep._take(task, {"log": "the engine ends\n"})
+    assert cells[0].is_finished(out)
+    assert (out / "logs" / f"{folder.name}.txt").read_text() == "the cell\nthe engine ends\n"
+    assert task.tries == 1, "whatever fails next fails for the first time"
 
 
 def start(path: Path, out: Path, address: str) -> subprocess.Popen[str]:
@@ -306,3 +333,28 @@ def test_two_hundred_cells_on_four_workers_cost_little_more_than_their_own_time(
     print(f"{seconds:.1f} s for 200 cells, {own:.1f} s of evaluation on 4 workers")
     assert seconds - own / 4 < 0.5 * 200
     machines.end()
+
+
+@pytest.mark.slow
+def test_two_workers_are_faster_than_one_and_answer_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real engine: four tiny models, two cells each."""
+    machines = Machines(tmp_path, monkeypatch, double=False)
+    models = [str(make_checkpoint(tmp_path / f"m{number}", seed=number)) for number in range(4)]
+    for name in models:
+        config = json.loads((Path(name) / "config.json").read_text())
+        (Path(name) / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    entry = {"models": models, "defenses": ["none", "sandwich"]}
+    path = grid(tmp_path, entry, limit=4, gen_kwargs={"max_gen_toks": 64}, batch_size=8)
+    seconds, answers = [], []
+    for workers in (1, 2):
+        machines.add()
+        out = tmp_path / f"out{workers}"
+        started = time.monotonic()
+        assert main(["sweep", str(path), "--out", str(out), "--ray", machines.address]) == 0
+        seconds.append(time.monotonic() - started)
+        samples = sorted(out.glob("runs/*/*/samples_*.jsonl"))
+        answers.append([[json.loads(line)["resps"] for line in file.read_text().splitlines()] for file in samples])
+    machines.end()
+    print(f"8 cells in 4 loads: {seconds[0]:.1f} s on one worker, {seconds[1]:.1f} s on two")
+    assert len(answers[0]) == 8
+    assert answers[0] == answers[1]

@@ -26,6 +26,7 @@ from dtt_plugin.leaderboard.tables import (
     published_sheet,
     remarks,
 )
+from dtt_plugin.leaderboard.utility import UTILITY
 from dtt_plugin.leaderboard.verdicts import verdict
 from dtt_plugin.leaderboard.wording import (
     cost_text,
@@ -103,7 +104,7 @@ def render(
         leaderboard = public.all_of(leaderboard)
         geometries = [replace(g, model=public.text(g.model)) for g in geometries]
     board: Leaderboard = all_printable(leaderboard)
-    shown = [run for run in runs if run.reader and run.outcomes] if samples else []
+    shown = [run for run in runs if run.reader and run.task not in UTILITY] if samples else []
     book = make_book(shown)
     described = [{"label": run.label, "title": f"{run.model} · {run.task}"} for run in shown]
     html: str = environment.get_template("template.html.j2").render(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup, escape
 
-from dtt_plugin.leaderboard.board import Bound, Group
+from dtt_plugin.leaderboard.board import Bound, Group, Suite
 from dtt_plugin.leaderboard.curves import Curve
 from dtt_plugin.leaderboard.runs import ADAPTIVE
 from dtt_plugin.leaderboard.statistics import Rate
@@ -117,22 +117,45 @@ def _bar(axis: _Axis, rate: Rate, y: float, series: int, height: float) -> list[
     return parts
 
 
-def answers_of(group: Group) -> tuple[str, list[tuple[str, Rate, Rate]]]:
-    """Return what a table tells of use, and per row its name, headline ASR and share of right answers."""
+class Trade(NamedTuple):
+    """What a defense gives, and what it costs in use."""
+
+    title: str
+    asr: str
+    """What the ASR is of."""
+    measure: str
+    points: Sequence[tuple[str, Rate, Rate]]
+    """Per arm its name, headline ASR and share of right answers."""
+
+
+def trade_of(group: Group) -> Trade | None:
+    """Return what a table tells of use; None where no answer is scored."""
     for measure in ("utility", "answered", "answered_under_attack", "processed", "control"):
         rows = [row for row in group.rows if measure in row.measures]
         points = [(arm_name(row, group), row.headline, row.measures[measure]) for row in rows]
         known = [(name, asr, answered) for name, asr, answered in points if asr]
         if known:
-            return measure.replace("_", " "), known
-    return "", []
+            return Trade(group.title, "attack success rate", measure.replace("_", " "), known)
+    return None
 
 
-def tradeoff(group: Group) -> Markup | None:
-    """Return ASR against right answers, one point a row, intervals on both axes; None where no answer is scored."""
-    measure, points = answers_of(group)
-    if not points:
+def trade_of_suite(suite: Suite) -> Trade | None:
+    """Return utility against the ASR of the benchmark with the most records; None where no utility was measured."""
+    measure = next((name for name in suite.measures if name.startswith("utility")), None)
+    sizes = [(cell.rate.n, task) for row in suite.rows for task, cell in row.benchmarks.items()]
+    if measure is None or not sizes:
         return None
+    _, task = max(sizes, key=lambda pair: pair[0])
+    both = [row for row in suite.rows if task in row.benchmarks and measure in row.measures]
+    points = [(row.arm, row.benchmarks[task].rate, row.measures[measure].rate) for row in both]
+    return Trade(suite.title, f"attack success rate, {task}", measure, points) if points else None
+
+
+def tradeoff(trade: Trade | None) -> Markup | None:
+    """Return ASR against right answers, one point an arm, intervals on both axes."""
+    if trade is None:
+        return None
+    _, attacked, measure, points = trade
     across, up = _Axis(0, 1, 60, 480), _Axis(0, 1, 320, 16)
     parts: list[Markup] = []
     for step in range(6):
@@ -150,7 +173,7 @@ def tradeoff(group: Group) -> Markup | None:
         parts.append(_text(522, 28 + 22 * number, name[:40], "small"))
     parts.append(_text(270, 356, f"{measure}, share of responses", "small", "middle"))
     across_text = {"transform": "translate(14 168) rotate(-90)", "text_anchor": "middle", "class_": "small"}
-    parts.append(element("text", "attack success rate", **across_text))
+    parts.append(element("text", attacked, **across_text))
     return _svg(max(364, 40 + 22 * len(points)), f"Attack success against {measure}", *parts, width=820)
 
 

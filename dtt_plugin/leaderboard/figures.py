@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.replacing import replacing
 from dtt_plugin.leaderboard.board import Group, Leaderboard
-from dtt_plugin.leaderboard.charts import Steps, answers_of, steps_of, steps_of_bounds
+from dtt_plugin.leaderboard.charts import Steps, Trade, steps_of, steps_of_bounds, trade_of, trade_of_suite
 from dtt_plugin.leaderboard.curves import Curve
 from dtt_plugin.leaderboard.palette import COLOURS
 from dtt_plugin.leaderboard.wording import WEAK_NATIVE, weak_mark
@@ -51,8 +51,9 @@ def write_figures(
     Args:
         folder: it is made if it does not exist.
         leaderboard: every group gets an `asr` figure, with ratios a `gap-closed` one, where answers are scored a
-            `tradeoff`, and where an attack was optimised an `asr-against-steps`; the files are named after kind and
-            table. Soft attacks are in one `soft-attacks` figure.
+            `tradeoff`, and where an attack was optimised an `asr-against-steps`; a table over benchmarks with utility
+            gets a `tradeoff-utility`. The files are named after kind and table. Soft attacks are in one
+            `soft-attacks` figure.
         geometries: of token files, one `geometry` figure per embedding space.
         curves: of training logs, all in one `curves` figure.
 
@@ -64,13 +65,16 @@ def write_figures(
     files: list[Path] = []
     board: Leaderboard = all_printable(leaderboard)
     name = _Names()
+    for suite in board.suites:
+        if trade := trade_of_suite(suite):
+            files += _save(folder / name("tradeoff-utility", suite.title), tradeoff(trade))
     for group in board.groups:
-        if group.attacks:
+        if group.attacks or not group.measures:
             files += _save(folder / name("asr", group.title), asr_bars(group))
         if any(row.ratios for row in group.rows):
             files += _save(folder / name("gap-closed", group.title), gap_closed(group))
-        if answers_of(group)[1]:
-            files += _save(folder / name("tradeoff", group.title), tradeoff(group))
+        if trade := trade_of(group):
+            files += _save(folder / name("tradeoff", group.title), tradeoff(trade))
         if steps := steps_of(group):
             files += _save(folder / name("asr-against-steps", group.title), against_steps(steps))
     if steps := steps_of_bounds(board.bounds):
@@ -169,9 +173,9 @@ def gap_closed(group: Group) -> Figure:
     return figure
 
 
-def tradeoff(group: Group) -> Figure:
-    """Return ASR against right answers, one point a row, with intervals on both axes."""
-    measure, points = answers_of(group)
+def tradeoff(trade: Trade) -> Figure:
+    """Return ASR against right answers, one point an arm, with intervals on both axes."""
+    title, attacked, measure, points = trade
     with _figure(6, 4) as (figure, axes):
         for number, (name, asr, answered) in enumerate(points):
             x, y = ((100 * rate.rate, [[100 * abs(rate.rate - end)] for end in rate.ends]) for rate in (answered, asr))
@@ -182,8 +186,8 @@ def tradeoff(group: Group) -> Figure:
         axes.set_xlim(0, 100)
         axes.set_ylim(0, 100)
         axes.set_xlabel(f"{measure}, % (95 % interval)")
-        axes.set_ylabel("attack success rate, % (95 % interval)")
-        axes.set_title(group.title, fontsize=9)
+        axes.set_ylabel(f"{attacked}, % (95 % interval)")
+        axes.set_title(title, fontsize=9)
         axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
@@ -207,7 +211,7 @@ def against_steps(steps: Steps) -> Figure:
                     ecolor="black", markeredgecolor="black", elinewidth=0.9, capsize=2,
                 )  # fmt: skip
         axes.set_xlim(left=0)
-        axes.set_ylim(0, 100)
+        axes.set_ylim(0, 102)  # a line at 100 is seen whole
         axes.set_xlabel(steps.across, fontsize=7)
         axes.set_ylabel("share of records, %")
         axes.set_title(steps.title, fontsize=9)

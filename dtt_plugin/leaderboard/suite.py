@@ -70,9 +70,10 @@ def _suite(runs: Sequence[Run], found: Mapping[str, tuple[Group, Row]]) -> Suite
 
 
 def _column(run: Run) -> str:
-    """Return a run's task, and for a question that stands in the trusted role that it does."""
+    """Return a run's task, with the attack that was optimised, or the role of a question that is not the usual one."""
     role = run.identity.facts.get("lone_user") if run.task in UTILITY else None
-    return f"{run.task}, lone_user={role}" if role else run.task
+    more = [run.attack.name] if run.attack else [f"lone_user={role}"] if role else []
+    return ", ".join([run.task, *more])
 
 
 def _cell(group: Group, row: Row, rate: Rate | None) -> Cell | None:

@@ -238,6 +238,16 @@ def test_files_of_attacks_that_tell_no_bound_are_a_sentence(tmp_path: Path, caps
     assert "holds attacks, and no run" in capsys.readouterr().err
 
 
+def test_two_budgets_are_two_columns_of_the_table_over_benchmarks(tmp_path: Path) -> None:
+    arm(tmp_path, 30, 35, stamp=0)
+    arm(tmp_path, 30, 39, name="gcg@medium", stamp=1)
+    write_run(tmp_path, outcomes={"ignore": planted(30, 40)}, facts=WEIGHTS, stamp=2)
+    (suite,) = build(read_runs([tmp_path])[0]).suites
+    assert suite.benchmarks == (f"{TASK}, gcg@lite", f"{TASK}, gcg@medium", "alpacafarm_injection")
+    (row,) = suite.rows
+    assert [row.benchmarks[task].rate.hits for task in suite.benchmarks] == [40, 40, 30]
+
+
 def test_two_budgets_are_never_in_one_table(tmp_path: Path) -> None:
     arm(tmp_path / "same", 30, 35, stamp=0)
     arm(tmp_path / "same", 2, 12, defense="reminder", name="gcg@medium", stamp=1)

@@ -258,10 +258,12 @@ def test_figures_of_tables_with_one_title_have_names_of_their_own(tmp_path: Path
 
 def test_the_tradeoff_is_drawn_where_answers_are_scored(tmp_path: Path) -> None:
     rows = [row("none", measures={"answered": rate(150)}), row("reminder", (2, 3, 4), measures={"answered": rate(100)})]
-    marks: list[Any] = list(tradeoff(board(rows).groups[0]).axes[0].containers)
+    trade = charts.trade_of(board(rows).groups[0])
+    assert trade is not None
+    marks: list[Any] = list(tradeoff(trade).axes[0].containers)
     points = [(mark.lines[0].get_xdata()[0], mark.lines[0].get_ydata()[0]) for mark in marks]
     assert points == [pytest.approx((100 * 150 / 208, 100 * 90 / 208)), pytest.approx((100 * 100 / 208, 100 * 4 / 208))]
     files = write_figures(tmp_path, board(rows))
     assert "tradeoff-owner-model-alpacafarm_injection.svg" in [path.name for path in files]
-    svg = ET.fromstring(str(charts.tradeoff(board(rows).groups[0])))
+    svg = ET.fromstring(str(charts.tradeoff(trade)))
     assert "answered, share of responses" in [text.text for text in svg.iter("text")]

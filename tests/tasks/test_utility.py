@@ -160,6 +160,8 @@ def test_what_a_defense_costs_in_use_stands_in_the_table_over_benchmarks(
     assert main(command) == 0
     assert "Janet" not in kept.read_text(encoding="utf-8")
     assert "Janet" not in page.read_text(encoding="utf-8"), "the browser shows what was attacked"
+    assert "ASR against utility" in page.read_text(encoding="utf-8")
+    assert list(figures.glob("tradeoff-utility-*.png"))
     sheets = []
     for given in (out, kept):
         (suite,) = build(read_runs([given])[0]).suites

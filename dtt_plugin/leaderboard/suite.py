@@ -22,10 +22,11 @@ MEASURES: Mapping[str, Callable[[Row], Rate | None]] = {
 }
 """What stands behind the benchmarks' columns. Each is taken from one benchmark: no average over benchmarks is made."""
 NOT_DISCRIMINATING, INCOMPLETE = "not discriminating", "incomplete"
-# What a task decides, or how long its prompts are: runs of one arm on two tasks may differ in it.
+# What a task decides, or how long its prompts are, or what a column's heading says: runs of one arm on two tasks may
+# differ in it.
 _OF_THE_TASK = {
     *("filters", "few-shot examples", "few-shot seed", "few-shot as turns", "attack", "prompt frame", "lone_user"),
-    *("max_model_len", "max_length", "enforce_eager"),
+    *("max_model_len", "max_length", "enforce_eager", "dtype"),
 }
 
 
@@ -40,11 +41,13 @@ def suites(runs: Sequence[Run], groups: Sequence[Group]) -> tuple[Suite, ...]:
 
 
 def _suite(runs: Sequence[Run], found: Mapping[str, tuple[Group, Row]]) -> Suite:
-    tasks = list(dict.fromkeys(map(_column, runs)))
+    mixed = len({run.identity.facts.get("dtype") for run in runs}) > 1
+    columns = {run.label: _column(run, mixed) for run in runs}
+    tasks = list(dict.fromkeys(columns.values()))
     # Of two runs of one arm on one task the later one, as in the tables.
     arms: dict[tuple[str, str], dict[str, tuple[Group, Row]]] = {}
     for run in (run for run in runs if run.arm == run.defense):
-        arms.setdefault((run.defense, run.tokens_sha256), {})[_column(run)] = found[run.label]
+        arms.setdefault((run.defense, run.tokens_sha256), {})[columns[run.label]] = found[run.label]
     sources: dict[str, str] = {}
     for name, of_row in MEASURES.items():
         sizes = {
@@ -69,11 +72,12 @@ def _suite(runs: Sequence[Run], found: Mapping[str, tuple[Group, Row]]) -> Suite
     return Suite(title, attacked, sources, tuple(rows))
 
 
-def _column(run: Run) -> str:
-    """Return a run's task, with the attack that was optimised, or the role of a question that is not the usual one."""
+def _column(run: Run, mixed: bool) -> str:
+    """Return a run's task, with what sets it apart: an optimised attack, a question's unusual role, its dtype."""
     role = run.identity.facts.get("lone_user") if run.task in UTILITY else None
     more = [run.attack.name] if run.attack else [f"lone_user={role}"] if role else []
-    return ", ".join([run.task, *more])
+    dtype = [str(run.identity.facts.get("dtype") or "dtype unknown")] if mixed else []
+    return ", ".join([run.task, *more, *dtype])
 
 
 def _cell(group: Group, row: Row, rate: Rate | None) -> Cell | None:

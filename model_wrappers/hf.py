@@ -97,7 +97,17 @@ class DttHF(Defended, HFLM):
         kwargs.setdefault("use_safetensors", True)  # never unpickle weights
         if kwargs.get("device") in (None, "cuda", "cuda:0") and not torch.cuda.is_available():
             kwargs["device"] = "mps" if torch.backends.mps.is_available() else "cpu"
-        super().__init__(model, **kwargs)
+        try:
+            super().__init__(model, **kwargs)
+        except (KeyError, AttributeError) as error:
+            # transformers finds no weight to tie where PEFT has put a layer of its own.
+            if not (peft := kwargs.get("peft")):
+                raise
+            raise DttError(
+                f"peft={peft} can't be put onto {model} ({type(error).__name__}: {error}): an adapter of an output head"
+                " that is also the input embedding is not supported; give the head weights of its own"
+                " (tie_word_embeddings=false), or an adapter of other layers."
+            ) from error
         if self.backend != "causal":
             raise DttError(f"pretrained={model}: dtt_hf needs a causal language model, this is a {self.backend} one.")
         if "generation_config" not in arguments:

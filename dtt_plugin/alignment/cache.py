@@ -17,6 +17,7 @@ from dtt_plugin.checkpoint.state import DigestNotes
 from dtt_plugin.checkpoint.tensors import TensorLocation
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.cache import ALIGNMENTS
+from dtt_plugin.files.locks import LOCK_SUFFIX, locked
 from dtt_plugin.files.replacing import keep_newest
 from dtt_plugin.progress import Bar
 
@@ -47,14 +48,14 @@ def matrix_digest(location: TensorLocation, advance: Callable[[int], object] = i
 
 
 def matrix_digests(
-    locations: Sequence[TensorLocation], cache: AlignmentCache | None, *, progress: bool = False
+    locations: Sequence[TensorLocation], cache: AlignmentCache | None, *, at_once: int = 2, progress: bool = False
 ) -> list[str]:
-    """Return the digest of each tensor; two are read at a time."""
+    """Return the digest of each tensor; `at_once` are read at a time."""
     digest = cache.digest if cache else matrix_digest
     total = sum(location.nbytes for location in locations)
     with (
         Bar(total=total, unit="B", unit_scale=True, desc="reading", leave=False, disable=not progress) as bar,
-        ThreadPoolExecutor(2, thread_name_prefix="dtt-digest") as pool,
+        ThreadPoolExecutor(at_once, thread_name_prefix="dtt-digest") as pool,
     ):
         return list(pool.map(lambda location: digest(location, bar.update), locations))
 
@@ -91,14 +92,12 @@ class AlignmentCache:
         Raises:
             DttError: the cache folder can't be written.
         """
-        from filelock import FileLock
-
         with ExitStack() as stack:
             with self._written():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 # In one order everywhere, so that two processes never wait for each other.
                 for key in sorted(set(keys)):
-                    stack.enter_context(FileLock(self.folder / f"{key}.lock"))
+                    stack.enter_context(locked(self.folder / f"{key}{LOCK_SUFFIX}"))
             yield
 
     def load(self, key: str) -> Alignment | None:

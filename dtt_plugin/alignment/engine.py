@@ -28,6 +28,8 @@ SMALL_PRODUCT = 2**36
 # Reflections of an eigenproblem that are applied at once, and to how many rows.
 _REFLECTIONS = 128
 _ROWS_AT_ONCE = 256
+# Rows that are converted at once, where the result is needed once.
+_FEW_ROWS = 32
 
 
 class Eigh(NamedTuple):
@@ -49,7 +51,13 @@ class Cross(Protocol):
     """The sum over blocks of x^T y, in float64."""
 
     def add(self, x: NDArray[Any], y: NDArray[Any], *, bfloat16: bool) -> None:
-        """Add x^T y: x (b, d_s), y (b, d_t); `bfloat16` promises that the values are bfloat16 numbers."""
+        """Add x^T y: x (b, d_s), y (b, d_t); `bfloat16` promises that the values are bfloat16 numbers.
+
+        The block before it is in the sum when this returns; x and y may be needed until `finish`, or the next one.
+        """
+
+    def finish(self) -> None:
+        """Return when every block is in the sum."""
 
     def total(self) -> Matrix:
         """Return the sum, (d_s, d_t)."""
@@ -61,8 +69,8 @@ class Engine(Protocol):
     name: str
     work_dtype: Any
 
-    def float_block(self, raw: NDArray[Any]) -> NDArray[Any]:
-        """Convert a block as it is stored to `work_dtype`."""
+    def float_block(self, raw: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Convert a block as it is stored to `work_dtype`; into `out`, if given."""
 
     def cross(self, d_s: int, d_t: int) -> Cross:
         """Return an empty sum of products."""
@@ -79,6 +87,9 @@ class Engine(Protocol):
     def svd(self, a: Matrix) -> Svd:
         """Return the thin singular value decomposition of `a`."""
 
+    def divide(self, b: NDArray[Any], a: NDArray[Any]) -> NDArray[Any]:
+        """Return b a^-1, (n, d), for `a` (d, d), best in Fortran's order; both may be overwritten."""
+
 
 class NumpyEngine:
     """numpy and SciPy; the products of blocks in `work_dtype`."""
@@ -88,9 +99,12 @@ class NumpyEngine:
         self.name = f"numpy {self.work_dtype.name}"
         self.workers = workers or Workers()
 
-    def float_block(self, raw: NDArray[Any]) -> NDArray[Any]:
+    def float_block(self, raw: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Convert a block."""
-        return raw.astype(self.work_dtype, copy=False)
+        if out is None:
+            return raw.astype(self.work_dtype, copy=False)
+        np.copyto(out, raw, casting="unsafe")
+        return out
 
     def cross(self, d_s: int, d_t: int) -> Cross:
         """Return an empty sum of products."""
@@ -178,6 +192,20 @@ class NumpyEngine:
         except linalg.LinAlgError as error:
             raise DttError(f"The singular values did not converge ({error}); check the embeddings.") from error
 
+    def divide(self, b: NDArray[Any], a: NDArray[Any]) -> NDArray[Any]:
+        """Factorise once; rows of b are shared by all threads."""
+        from scipy import linalg
+
+        # SciPy's, because numpy's solvers convert to float64; a^T x^T = b^T, in the order that needs no copy.
+        factors = linalg.lu_factor(a, overwrite_a=True, check_finite=False)
+
+        def strip_of_rows(strip: slice) -> None:
+            solved = linalg.lu_solve(factors, b[strip].T, trans=1, overwrite_b=True, check_finite=False)
+            b[strip] = solved.T
+
+        self.workers.over_strips(len(b), strip_of_rows)
+        return b
+
 
 class _NumpyCross:
     """Strips of the sum, each added to by whoever is free, block after block; no block waits for a whole other one."""
@@ -192,20 +220,33 @@ class _NumpyCross:
     def add(self, x: NDArray[Any], y: NDArray[Any], *, bfloat16: bool) -> None:
         def strip_of_rows(strip: slice) -> None:
             np.matmul(x.T[strip], y, out=self._product[strip])
-            self._sum[strip] += self._product[strip]
+            _add(self._sum[strip], self._product[strip])
 
         self._earlier, self._latest = self._latest, self._workers.after(self._latest, len(self._sum), strip_of_rows)
         # Two blocks at most are in memory for this.
         _finish(self._earlier)
 
-    def total(self) -> Matrix:
+    def finish(self) -> None:
         _finish(self._latest)
+
+    def total(self) -> Matrix:
+        self.finish()
         return self._sum
 
 
 def _finish(tasks: list[Future[None]]) -> None:
     for task in tasks:
         task.result()
+
+
+def _add(total: Matrix, more: NDArray[Any]) -> None:
+    """Add `more`, in a narrower type, to `total`: a few rows at a time, converted in the processor's cache."""
+    few = np.empty((_FEW_ROWS, total.shape[1]))
+    for start in range(0, len(total), _FEW_ROWS):
+        rows = total[start : start + _FEW_ROWS]
+        converted = few[: len(rows)]
+        converted[:] = more[start : start + _FEW_ROWS]
+        rows += converted
 
 
 class TorchEngine(NumpyEngine):
@@ -278,7 +319,7 @@ class _TorchCpuCross(_NumpyCross):
 
         def strip_of_rows(strip: slice) -> None:
             self._torch.mm(source[strip], target, out=self._out[strip])
-            self._sum[strip] += self._product[strip]
+            _add(self._sum[strip], self._product[strip])
 
         with _float32_products(self._torch, bfloat16=bfloat16):
             self._workers.over_strips(len(self._sum), strip_of_rows)
@@ -302,6 +343,9 @@ class _TorchDeviceCross:
             with _float32_products(torch, bfloat16=False):
                 torch.mm(source.T, target, out=self._product)
         self._sum += self._product
+
+    def finish(self) -> None:
+        pass  # the sum is asked for behind all of it
 
     def total(self) -> Matrix:
         total: Matrix = self._sum.cpu().numpy()

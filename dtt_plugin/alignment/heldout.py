@@ -116,8 +116,6 @@ def _first_order(
     Returns:
         Predictions and targets, both (n, d); None, None where K is too large for one step.
     """
-    from scipy import linalg
-
     a = engine.matmul(engine.matmul(x, polar.W.astype(np.float32)), V)  # (n, d)
     b = engine.matmul(y, V)  # (n, d)
     K = engine.matmul(a.T, b)  # V^T W^T E V: (d, d)
@@ -133,9 +131,7 @@ def _first_order(
     K *= 0.5
     K.flat[:: len(K) + 1] += 1
     turned = engine.matmul(a, K)
-    # SciPy's, because numpy's solvers convert to float64; the transpose is in the order that needs no copy.
-    factors = linalg.lu_factor(K.T, overwrite_a=True, check_finite=False)
-    return linalg.lu_solve(factors, turned.T, trans=1, overwrite_b=True, check_finite=False).T, b
+    return engine.divide(turned, K.T), b
 
 
 def retrieval(predicted: NDArray[np.float32], targets: NDArray[np.float32]) -> Retrieval:

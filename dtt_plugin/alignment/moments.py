@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +23,8 @@ from dtt_plugin.progress import Bar
 # Numbers per block and matrix: large enough for full speed, small beside M.
 _BLOCK = 2**24
 _FEWEST_ROWS = 256
+# Rows whose squares are summed at once.
+_FEW_ROWS = 64
 _Item = TypeVar("_Item")
 
 
@@ -73,6 +77,12 @@ class _Sums:
     held_source: list[NDArray[Any]] = field(default_factory=list)
     held_target: list[NDArray[Any]] = field(default_factory=list)
 
+    def finish(self) -> None:
+        """Return when every block that was added is in the sums."""
+        for cross in (self.cross, self.source_gram, self.target_gram):
+            if cross is not None:
+                cross.finish()
+
 
 def measure(
     source: Side,
@@ -108,6 +118,7 @@ def measure(
     union = np.unique(np.concatenate([anchors.source_rows for _, anchors in targets]))
     block = max(_FEWEST_ROWS, _BLOCK // max(d_s, *widths))
     n_rows = sum(len(anchors.source_rows) for _, anchors in targets)
+    before: _Sums | None = None
     with Bar(total=n_rows, unit="row", desc="aligning", leave=False, disable=not progress) as bar:
         for index, x, y in _one_ahead(_blocks(source, targets, union, block, options, engine)):
             total = sums[index]
@@ -124,6 +135,10 @@ def measure(
             total.held_source.append(x.values[x.held_out])
             total.held_target.append(y.values[x.held_out])
             bar.update(len(x.values))
+            # Now every earlier block is done with, and its memory may be taken for the next but one.
+            if before is not None and before is not total:
+                before.finish()
+            before = total
     return [
         _finished(total, len(anchors.source_rows), source, side, options)
         for total, (side, anchors) in zip(sums, targets, strict=True)
@@ -153,21 +168,47 @@ def _blocks(
     engine: Engine,
 ) -> Iterator[tuple[int, _Block, _Block]]:
     """Yield, block of source rows by block, every target's number with the rows of both sides that it shares."""
+    widths = [side.embedding.shape[1] for side in (source, *(side for side, _ in targets))]
+    most = min(block, len(union)) * max(widths)
+    # One block of each side is multiplied, one waits, and one is being made.
+    converted, stored = [_Ring(3, most, engine.work_dtype) for _ in "xy"], [_Ring(1, most, "V8") for _ in "xy"]
     # Nothing is multiplied before the first block is there, so that one is short.
     for rows in np.split(union, range(max(block // 4, 1), len(union), block)):
-        x_raw = source.embedding.read_rows_at(rows)
+        x_raw = _read(source, rows, stored[0])
         for index, (side, anchors) in enumerate(targets):
             first, last = np.searchsorted(anchors.source_rows, [rows[0], rows[-1] + 1])
             x_rows, y_rows = anchors.source_rows[first:last], anchors.target_rows[first:last]
             if not len(x_rows):
                 continue
             x_part = x_raw if len(x_rows) == len(rows) else x_raw[np.searchsorted(rows, x_rows)]
-            y_raw, held = side.embedding.read_rows_at(y_rows), anchors.held_out[first:last]
-            yield (
-                index,
-                _prepared(x_part, x_rows, source, held, options, engine),
-                _prepared(y_raw, y_rows, side, held, options, engine),
+            y_raw, held = _read(side, y_rows, stored[1]), anchors.held_out[first:last]
+            x, y = (
+                _prepared(engine.float_block(raw, ring.take(raw.shape)), raw, at, of, held, options)
+                for raw, at, of, ring in ((x_part, x_rows, source, converted[0]), (y_raw, y_rows, side, converted[1]))
             )
+            yield index, x, y
+
+
+class _Ring:
+    """As many arrays as are in use at a time, handed out in turn.
+
+    Memory that the system gives anew is cleared first, which takes longer than converting a block into it.
+    """
+
+    def __init__(self, n: int, size: int, dtype: Any) -> None:
+        self._arrays = cycle([np.empty(size, dtype) for _ in range(n)])
+
+    def take(self, shape: tuple[int, ...], dtype: Any = None) -> NDArray[Any]:
+        """Return an array of this shape, filled with anything; a new one where it does not fit."""
+        memory = next(self._arrays)
+        found = memory if dtype is None else memory.view(dtype)
+        n = math.prod(shape)
+        return found[:n].reshape(shape) if n <= len(found) else np.empty(shape, found.dtype)
+
+
+def _read(side: Side, rows: Rows, ring: _Ring) -> NDArray[Any]:
+    embedding = side.embedding
+    return embedding.read_rows_at(rows, ring.take((len(rows), *embedding.shape[1:]), embedding.numpy_dtype))
 
 
 def _one_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
@@ -180,18 +221,16 @@ def _one_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
 
 
 def _prepared(
+    values: NDArray[Any],
     raw: NDArray[Any],
     rows: Rows,
     side: Side,
     held_out: NDArray[np.bool_],
     options: AlignmentOptions,
-    engine: Engine,
 ) -> _Block:
-    """Convert a block to the work type, check it and weight it."""
-    values = engine.float_block(raw)
+    """Check a block, which was converted from `raw`, and weight it."""
     with np.errstate(over="ignore", invalid="ignore"):
-        # Float32 sums of squares come out too small by 1e-6, which the residual, a difference, would show.
-        squares = np.einsum("ij,ij->i", values, values, dtype=np.float64)  # (b,)
+        squares = _squares(values)
     if not np.isfinite(squares).all():
         _reject(raw, rows, side, squares)
     if options.weight == "norm":
@@ -199,6 +238,22 @@ def _prepared(
         values = values / lengths.astype(values.dtype)[:, None]
         squares = (squares > 0).astype(np.float64)
     return _Block(values, squares, raw.dtype.name == "bfloat16" and options.weight == "none", held_out)
+
+
+def _squares(values: NDArray[Any]) -> Matrix:
+    """Return the squared lengths of rows, (b,).
+
+    Float32 sums of squares come out too small by 1e-6, which the residual, a difference, would show. So they are
+    summed in float64, from a few rows that are converted in the processor's cache.
+    """
+    squares = np.empty(len(values))
+    few = np.empty((_FEW_ROWS, values.shape[1]))
+    for start in range(0, len(values), _FEW_ROWS):
+        part = values[start : start + _FEW_ROWS]
+        rows = few[: len(part)]
+        rows[:] = part
+        squares[start : start + _FEW_ROWS] = np.vecdot(rows, rows)
+    return squares
 
 
 def _reject(raw: NDArray[Any], rows: Rows, side: Side, squares: NDArray[Any]) -> None:

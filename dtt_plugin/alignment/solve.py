@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,20 +88,25 @@ def align_many(
     options = options or AlignmentOptions()
     for target in targets:
         _check_widths(source, target, options)
+    if cache is None:
+        with one_thread_per_call():
+            # Nothing depends on the digests before W is there.
+            identify = partial(_jobs, source, targets, options, None, at_once=1)
+            return _solve(source, targets, identify, options, device, progress=progress)
     started = time.perf_counter()
     jobs = _jobs(source, targets, options, cache, progress=progress)
     digest_seconds = time.perf_counter() - started
-    with cache.locked([job.key for job in jobs]) if cache else contextlib.nullcontext():
-        found = [cache.load(job.key) if cache else None for job in jobs]
+    with cache.locked([job.key for job in jobs]):
+        found = [cache.load(job.key) for job in jobs]
         todo = [job for job, alignment in zip(jobs, found, strict=True) if alignment is None]
         with one_thread_per_call() if todo else contextlib.nullcontext():
-            solved = iter(_solve(source, todo, options, device, progress=progress))
+            missing = [job.target for job in todo]
+            solved = iter(_solve(source, missing, lambda: todo, options, device, progress=progress))
         results = []
         for job, alignment in zip(jobs, found, strict=True):
             if alignment is None:
                 alignment = next(solved)
-                if cache:
-                    cache.store(job.key, alignment)
+                cache.store(job.key, alignment)
                 seconds = {"digests": digest_seconds, **alignment.seconds}
                 alignment = replace(alignment, seconds=seconds)
             else:
@@ -125,10 +132,11 @@ def _jobs(
     options: AlignmentOptions,
     cache: AlignmentCache | None,
     *,
-    progress: bool,
+    at_once: int = 2,
+    progress: bool = False,
 ) -> list[_Job]:
     embeddings = [checkpoint.input_embedding() for checkpoint in (source, *targets)]
-    digests = matrix_digests(embeddings, cache, progress=progress)
+    digests = matrix_digests(embeddings, cache, at_once=at_once, progress=progress)
     vocabularies = [
         "" if options.match == "rows" else vocabulary_digest(checkpoint) for checkpoint in (source, *targets)
     ]
@@ -146,18 +154,28 @@ def _jobs(
 
 
 def _solve(
-    source: Checkpoint, jobs: Sequence[_Job], options: AlignmentOptions, device: str, *, progress: bool
+    source: Checkpoint,
+    targets: Sequence[Checkpoint],
+    identify: Callable[[], Sequence[_Job]],
+    options: AlignmentOptions,
+    device: str,
+    *,
+    progress: bool,
 ) -> list[Alignment]:
-    """Solve `jobs` in one pass over the source."""
-    if not jobs:
+    """Solve for all targets in one pass over the source.
+
+    `identify` returns their jobs. It runs beside the steps that take one thread, and so costs no time where there is a
+    second.
+    """
+    if not targets:
         return []
     started = time.perf_counter()
     by_token = options.match == "tokens"
     source_side = Side(source.name, source.input_embedding(), load_vocabulary(source) if by_token else None)
     pairs = []
-    for job in jobs:
-        vocabulary = load_vocabulary(job.target) if by_token else None
-        side = Side(job.target.name, job.target.input_embedding(), vocabulary)
+    for target in targets:
+        vocabulary = load_vocabulary(target) if by_token else None
+        side = Side(target.name, target.input_embedding(), vocabulary)
         anchors = choose_anchors(source_side.vocabulary, vocabulary, source_side.embedding, side.embedding, options)
         pairs.append((side, anchors))
     width = source_side.embedding.shape[1]
@@ -170,14 +188,23 @@ def _solve(
     alignments = []
     # Two steps per target, each of several seconds from this width on.
     hidden = not progress or max(min(side.embedding.shape[1], width) for side, _ in pairs) < _SLOW_WIDTH
-    with Bar(total=2 * len(jobs), desc="solving", unit="step", leave=False, disable=hidden) as bar:
-        for job, (side, anchors) in zip(jobs, pairs, strict=True):
+    with (
+        Bar(total=2 * len(pairs), desc="solving", unit="step", leave=False, disable=hidden) as bar,
+        ThreadPoolExecutor(1, thread_name_prefix="dtt-identify") as beside,
+    ):
+        jobs = beside.submit(identify)
+        for number, (side, anchors) in enumerate(pairs):
             seconds = {"vocabulary": vocabulary_seconds, "stream": stream_seconds}
-            alignment = _finish(source_side, side, anchors, moments.pop(0), job, options, engine, bar)
+            of = partial(_nth, jobs, number)
+            alignment = _finish(source_side, side, anchors, moments.pop(0), of, options, engine, bar)
             seconds |= alignment.seconds
             costs = {"align_seconds": sum(seconds.values()), "peak_memory_mb": peak_memory_mb()}
             alignments.append(replace(alignment, seconds=seconds, costs=costs))
     return alignments
+
+
+def _nth(jobs: Future[Sequence[_Job]], number: int) -> _Job:
+    return jobs.result()[number]
 
 
 def _finish(
@@ -185,7 +212,7 @@ def _finish(
     target: Side,
     anchors: Anchors,
     moments: Moments,
-    job: _Job,
+    identified: Callable[[], _Job],
     options: AlignmentOptions,
     engine: Engine,
     bar: Any,
@@ -195,6 +222,7 @@ def _finish(
     held: HeldOut | None = None
     if options.method == "procrustes":
         polar = polar_factor(moments.M, engine)
+        job = identified()
         if job.same:
             polar = replace(polar, W=np.eye(len(moments.M)), orthogonality_error=0.0)
         W, figures = polar.W, _figures(moments, polar)
@@ -205,6 +233,7 @@ def _finish(
     else:
         linear = fit_linear(options.method, moments, engine, seed=options.seed)
         W, figures, held = linear.W, linear.figures, linear.held_out
+        job = identified()
         solve_seconds = time.perf_counter() - started
         bar.update()
     bar.update()

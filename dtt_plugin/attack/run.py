@@ -5,15 +5,13 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from filelock import FileLock, Timeout
 
 from dtt_plugin import __version__
 from dtt_plugin.attack.benchmark import Benchmark, load_benchmark
@@ -29,6 +27,7 @@ from dtt_plugin.data.suffixes import (
     write_attacks,
 )
 from dtt_plugin.errors import DttError
+from dtt_plugin.files.locks import LOCK_SUFFIX, locked
 from dtt_plugin.files.replacing import write_json
 from dtt_plugin.progress import Bar
 
@@ -68,28 +67,24 @@ def attack(options: AttackOptions, *, progress: bool = False) -> Attacked:
 
 def _before(options: AttackOptions) -> AttackFile | None:
     """Return what an earlier part of the run wrote."""
+    if not options.out.exists():
+        return None
     if options.resume:
         return read_attacks(options.out)
-    if options.out.exists():
-        raise DttError(f"{options.out} already exists; go on with --resume, or name another --out.")
-    return None
+    raise DttError(f"{options.out} already exists; go on with --resume, or name another --out.")
 
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    lock = FileLock(out.with_name(f"{out.name}.lock"))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise DttError(f"Another dtt attack writes to {out}; wait for it, or name another --out.") from error
-    except OSError as error:
-        raise DttError(f"--out {out} can't be written ({error.strerror}); name another file.") from error
-    try:
+    with ExitStack() as stack:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(out.with_name(f"{out.name}{LOCK_SUFFIX}"), wait=False))
+        except BlockingIOError as error:
+            raise DttError(f"Another dtt attack writes to {out}; wait for it, or name another --out.") from error
+        except OSError as error:
+            raise DttError(f"--out {out} can't be written ({error.strerror}); name another file.") from error
         yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
 
 
 @contextmanager
@@ -142,6 +137,8 @@ class _Run:
         self.steps = self.bench.budget.steps
         self.interrupt = _Interrupt()
         self.file = self._begun() if before is None else self._continued(before)
+        if before is None:
+            self._state.unlink(missing_ok=True)  # of another run
         self.saved = self._read_state()
         write_attacks(options.out, self.file)
         n = 1 if options.method == UNIVERSAL else len(self.chosen)
@@ -188,8 +185,7 @@ class _Run:
         """Return the search that an earlier part left unfinished, and its records."""
         from dtt_plugin.attack.search import Progress
 
-        if not self.options.resume or not self._state.is_file():
-            self._state.unlink(missing_ok=True)
+        if not self._state.is_file():
             return None
         try:
             content = read_json(self._state)

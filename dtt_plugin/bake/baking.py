@@ -20,6 +20,7 @@ from dtt_plugin.bake.tokenizer import TokenizerFiles
 from dtt_plugin.bake.verify import verify as verify_checkpoint
 from dtt_plugin.bake.weights import write_overlay, write_weights
 from dtt_plugin.checkpoint.defended import IDS_KEY, is_defended_checkpoint
+from dtt_plugin.checkpoint.families import text_configs
 from dtt_plugin.checkpoint.folder import check_within, read_json_table
 from dtt_plugin.checkpoint.opening import Checkpoint, open_checkpoint
 from dtt_plugin.costs import peak_memory_mb, recorded_costs
@@ -228,11 +229,11 @@ def _carry_over(checkpoint: Checkpoint, folder: Path) -> None:
 
 def _write_config(plan: BakePlan, folder: Path) -> None:
     config = copying.deepcopy(plan.checkpoint.config())
-    text = config.get("text_config")
-    for table in (config, text) if isinstance(text, dict) else (config,):
-        if table is text or not isinstance(text, dict) or "vocab_size" in table:
+    tables = text_configs(config)
+    for table in tables:
+        if table is tables[-1] or "vocab_size" in table:
             table["vocab_size"] = plan.n_rows
-        table["tie_word_embeddings"] = False  # in both, since an engine may read either
+        table["tie_word_embeddings"] = False  # in all, since an engine may read any
     config[IDS_KEY] = list(plan.token_ids)
     if plan.untie:
         _leave_head_unquantized(config.get("quantization_config"))
@@ -258,7 +259,7 @@ def _write_generation_config(plan: BakePlan, folder: Path) -> None:
     path = plan.checkpoint.folder / "generation_config.json"
     config = read_json_table(path, missing={})
     if not config:  # what transformers would have derived from config.json
-        base = plan.checkpoint.config()
+        base = {**text_configs(plan.checkpoint.config())[-1], **plan.checkpoint.config()}
         keys = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
         config = {key: base[key] for key in keys if base.get(key) is not None}
     suppressed, top_k = config.get("suppress_tokens") or [], config.get("top_k") or 0

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from dtt_plugin import __version__
 from dtt_plugin.bake.baking import bake
 from dtt_plugin.checkpoint.defended import baked_facts
@@ -20,6 +18,7 @@ from dtt_plugin.checkpoint.state import state
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.cache import BAKED, disk_bytes
 from dtt_plugin.files.digests import sha256_json
+from dtt_plugin.files.locks import LOCK_SUFFIX, locked, remove_free_locks
 from dtt_plugin.files.replacing import discard, remove_leftovers, replacing
 from dtt_plugin.tokens.files import DefensiveTokens
 
@@ -73,7 +72,7 @@ def bake_cached(
     folder = baked_folder() / key
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f"{key}.lock"):
+        with locked(_lock(folder)):
             if not _is_whole(folder):
                 # Damaged, or linked to a model that was moved away: nothing in it is the only copy of anything.
                 discard(folder)
@@ -100,6 +99,10 @@ def _key(checkpoint: Checkpoint, tokens: DefensiveTokens, options: dict[str, Any
 def _note(folder: Path) -> Path:
     """Return the file beside an entry that holds the state in which it was baked."""
     return folder.with_name(f"{folder.name}.state")
+
+
+def _lock(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}{LOCK_SUFFIX}")
 
 
 def _is_whole(folder: Path) -> bool:
@@ -148,7 +151,7 @@ def prune(*, older_than_days: float = 0.0, keep: int = 0) -> list[CachedCheckpoi
     removed = []
     try:
         for entry in entries:
-            with FileLock(entry.folder.parent / f"{entry.key}.lock"):
+            with locked(_lock(entry.folder)):
                 # Another process may have baked a damaged one again by now.
                 if entry not in spared and not (entry.damaged and _is_whole(entry.folder)):
                     discard(entry.folder)
@@ -156,6 +159,7 @@ def prune(*, older_than_days: float = 0.0, keep: int = 0) -> list[CachedCheckpoi
                     removed.append(entry)
         if baked_folder().is_dir():
             remove_leftovers(baked_folder())
+            remove_free_locks(baked_folder())
     except OSError as error:
         raise DttError(
             f"{baked_folder()} can't be pruned ({error.strerror or error}); check its permissions."

@@ -125,10 +125,14 @@ def _check_rewriting(
             text = text_of(content)
             for control in controls:
                 if text and harmless and text.count(control) > harmless.count(control):
+                    word = next(
+                        (w for w in words if isinstance(content, str) and content.replace(w, "") == control), ""
+                    )
+                    how = f" (it takes {word!r} out of {content!r})" if word else ""
                     raise DttError(
                         f"The chat template of {tokenizer.folder} rewrites messages such that untrusted data becomes"
-                        f" the control token {control} again; correct it, or choose a published format with"
-                        " --prompt-format."
+                        f" the control token {control} again{how}; correct it, or choose a published"
+                        " format with --prompt-format."
                     )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtt_plugin.bake.engine_tokenizer import load_as_engine
+from dtt_plugin.checkpoint.families import text_configs
 from dtt_plugin.checkpoint.folder import check_within, read_json_table
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.reading import read_bytes
@@ -236,8 +237,8 @@ class TokenizerFiles:
         """Yield the ids that config.json and generation_config.json name: pad_token_id and its like."""
         for name in ("config.json", "generation_config.json"):
             config = read_json_table(self.folder / name, missing={})
-            for table in (config, config.get("text_config")):
-                for key, value in table.items() if isinstance(table, dict) else ():
+            for table in text_configs(config):
+                for key, value in table.items():
                     if key.endswith(("_token_id", "_token_ids", "_token_index")):
                         yield from (i for i in (value if isinstance(value, list) else [value]) if type(i) is int)
 

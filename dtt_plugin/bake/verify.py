@@ -10,6 +10,7 @@ import numpy as np
 
 from dtt_plugin.bake.plan import AT_ONCE, BakePlan, TensorChange
 from dtt_plugin.bake.weights import BLOCK, blocks, indexed_tensors
+from dtt_plugin.checkpoint.families import text_configs
 from dtt_plugin.checkpoint.folder import read_json_table
 from dtt_plugin.checkpoint.tensors import TensorLocation
 from dtt_plugin.errors import DttError
@@ -89,8 +90,7 @@ def _check_equal(location: TensorLocation, base: TensorLocation) -> None:
 
 def _check_config(folder: Path, plan: BakePlan) -> None:
     config = read_json_table(folder / "config.json")
-    text = config.get("text_config", config)
-    if text.get("vocab_size") != plan.n_rows:
+    if text_configs(config)[-1].get("vocab_size") != plan.n_rows:
         raise _differs(folder / "config.json", "vocab_size")
     if config.get("tie_word_embeddings") is not False:
         raise _differs(folder / "config.json", "tie_word_embeddings")

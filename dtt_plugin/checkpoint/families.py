@@ -42,6 +42,16 @@ OTHER_HEAD = _names(
 """Their head has another name than lm_head or embed_out, so that a new one would not be found."""
 
 
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
+"""Where models of several kinds of data have their language model's configuration."""
+
+
+def text_configs(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a configuration and those of its language model inside, the innermost last."""
+    inner = next((config[name] for name in _TEXT_CONFIGS if isinstance(config.get(name), dict)), None)
+    return [config, *(text_configs(inner) if inner is not None else ())]
+
+
 def families(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield the `model_type` of a configuration and of every one in it (text_config ...)."""
     if isinstance(family := config.get("model_type"), str):

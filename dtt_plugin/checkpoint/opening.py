@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from dtt_plugin.checkpoint.families import TIED_BY_DEFAULT
+from dtt_plugin.checkpoint.families import TIED_BY_DEFAULT, text_configs
 from dtt_plugin.checkpoint.folder import (
     COPIED_HEADS,
     EMBEDDING_NAMES,
@@ -88,7 +88,7 @@ class Checkpoint:
         if len(found) > 1:
             found = [location for location in found if not is_copy(location.name)] or found
         if len(found) > 1:
-            rows = self._text_config().get("vocab_size")
+            rows = text_configs(self.config())[-1].get("vocab_size")
             found = [location for location in found if location.shape[0] == rows] or found
         if len(found) > 1:
             names = ", ".join(location.name for location in found)
@@ -113,7 +113,7 @@ class Checkpoint:
     @property
     def says_tied(self) -> bool:
         """What config.json says of head and embedding; where it says nothing, what its family does."""
-        for table in (self.config(), self._text_config()):
+        for table in text_configs(self.config()):
             if table.get("tie_word_embeddings") is not None:
                 return bool(table["tie_word_embeddings"])
         return self.config().get("model_type") in TIED_BY_DEFAULT
@@ -129,11 +129,6 @@ class Checkpoint:
             and name.endswith(kind)
             and (other.shape, other.dtype) == (location.shape, location.dtype)
         ]
-
-    def _text_config(self) -> dict[str, Any]:
-        config = self.config()
-        text = config.get("text_config")
-        return text if isinstance(text, dict) else config
 
     def _check_embedding(self, location: TensorLocation) -> TensorLocation:
         companions = {location.name.removesuffix(".weight") + ending for ending in _QUANTIZED_ENDINGS}

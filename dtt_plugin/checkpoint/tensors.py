@@ -88,9 +88,10 @@ class TensorLocation:
         values = self._read(start * self.row_nbytes, (stop - start) * self.row_nbytes)
         return values.reshape(stop - start, *self.shape[1:])
 
-    def read_rows_at(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Read the rows with the numbers `rows` in that order: (len(rows), ...) in the stored type."""
-        out = np.empty((len(rows), *self.shape[1:]), self.numpy_dtype)
+    def read_rows_at(self, rows: NDArray[np.int64], out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Read the rows numbered `rows` in that order: (len(rows), ...) in the stored type; into `out`, if given."""
+        if out is None:
+            out = np.empty((len(rows), *self.shape[1:]), self.numpy_dtype)
         breaks = np.flatnonzero(np.diff(rows) != 1) + 1
         view = out.view(np.uint8).reshape(-1)
         with self._open() as descriptor:

@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from dtt_plugin.data.records import ASSETS
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.digests import sha256_file
+from dtt_plugin.files.locks import LOCK_SUFFIX, locked
 from dtt_plugin.files.replacing import temporary_sibling
 from dtt_plugin.paths import cache_folder
 from dtt_plugin.quiet import do_job
@@ -80,7 +79,7 @@ def demo_model(name: str = SMOLLM2) -> str:
     model = MODELS[name]
     folder = cache_folder("models") / model.name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{folder.name}.lock"):
+    with locked(folder.with_name(f".{folder.name}{LOCK_SUFFIX}")):
         if not (folder / _ORIGIN).is_file():
             _get(model, folder)
     return str(folder)

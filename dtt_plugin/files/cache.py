@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtt_plugin.errors import DttError
+from dtt_plugin.files.locks import LOCK_SUFFIX, remove_free_locks
 from dtt_plugin.files.replacing import TEMPORARY_SUFFIX, discard, remove_leftovers
 from dtt_plugin.paths import cache_folder
 
@@ -42,7 +43,7 @@ class Cache:
         """Return what is in it, the latest used first."""
         found = []
         for path in self.folder.glob(self.pattern):
-            if path.name.startswith(".") or path.name.endswith((".lock", TEMPORARY_SUFFIX)):
+            if path.name.startswith(".") or path.name.endswith((LOCK_SUFFIX, TEMPORARY_SUFFIX)):
                 continue
             with suppress(FileNotFoundError):  # another process dropped it
                 found.append(Entry(path, disk_bytes(path), path.lstat().st_mtime))
@@ -61,6 +62,7 @@ class Cache:
                 discard(entry.path)
             if self.folder.is_dir():
                 remove_leftovers(self.folder)
+                remove_free_locks(self.folder)
         except OSError as error:
             raise DttError(
                 f"{self.folder} can't be pruned ({error.strerror or error}); check its permissions."

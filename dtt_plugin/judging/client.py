@@ -15,10 +15,9 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from filelock import FileLock
-
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.digests import sha256_json
+from dtt_plugin.files.locks import LOCK_SUFFIX, locked
 from dtt_plugin.files.reading import read_bytes
 from dtt_plugin.paths import cache_folder
 from dtt_plugin.safe_text import one_line
@@ -145,7 +144,8 @@ class Judge:
     def _keep(self, question: str, answer: str) -> None:
         self._kept.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"key": self._key_of(question), "answer": answer}).encode() + b"\n"
-        with self._writing, FileLock(f"{self._kept}.lock"), self._appending() as file:
+        lock = self._kept.with_suffix(LOCK_SUFFIX)
+        with self._writing, locked(lock), self._appending() as file:
             file.write(line)
 
     @contextmanager

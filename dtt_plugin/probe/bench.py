@@ -14,7 +14,7 @@ from dtt_plugin.probe.prompts import LABEL_TOKENS, N_RECORDS, probe_prompts
 from dtt_plugin.probe.verdict import Effect, Figure, closed_share
 from dtt_plugin.progress import Bar
 from dtt_plugin.training.chat_model import load_chat_model
-from dtt_plugin.training.labels import self_labels
+from dtt_plugin.training.labels import check_prompt, self_labels
 from dtt_plugin.training.records import TrainingData
 from dtt_plugin.training.soft_prompt import SoftPrompt
 
@@ -62,13 +62,14 @@ class Bench:
 
     def _answers(self) -> tuple[list[list[int]], list[list[int]]]:
         """Return the model's own undisturbed answers to the attacked and to the clean records; `dtt train`'s cache."""
+        check_prompt(self.chat.tokenizer, self.prompts.clean[0])
         attacked = [one.record for one in self.prompts.attacked]
         answers = self_labels(
             self.undefended,
             self.chat.encode,
             [*attacked, *self.prompts.clean_records],
+            tokenizer=self.chat.tokenizer,
             new_tokens=LABEL_TOKENS,
-            pad=self.chat.tokenizer.pad_token_id,
             weights=str(state(str(open_checkpoint(self.name, need="all").folder))),
         )
         self.bar.update(len(answers))

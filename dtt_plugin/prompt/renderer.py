@@ -92,6 +92,7 @@ class PromptRenderer:
         self.template_args = dict(template_args or {})
         if bos is None:
             bos = missing_bos(tokenizer, model_template, prompt_format)
+        self._bos = bos
         names = defensive_token_names(k) if TOKENS in self.defenses else []
         self.template, self._undefended_template = (
             chat_template(prompt_format, model_template=model_template, k=n, bos=bos) for n in (len(names), 0)
@@ -178,8 +179,11 @@ class PromptRenderer:
             except DttError:  # a role that the template refuses; the prompts that are sent are checked, too
                 continue
             self.check_tokens(ids)
+            undefended = self._apply(self._undefended_template, messages)
             if self._token_ids:
-                self._compare_arms(ids, self.encode(self._front + self._apply(self._undefended_template, messages)))
+                self._compare_arms(ids, self.encode(self._front + undefended))
+            if self._bos and not self._front:
+                self._compare_with_stock(undefended)
             return sum(i in self._defensive_ids for i in ids)
         return 0
 
@@ -215,10 +219,7 @@ class PromptRenderer:
         rest = [*defended[: self._start], *defended[self._start + len(self._token_ids) :]]
         if rest == undefended:
             return
-        place = len(os.path.commonprefix([rest, list(undefended)]))  # noqa: RUF071  ids, not paths
-        with_tokens, without = (
-            self.tokenizer.convert_ids_to_tokens(list(ids[place : place + 3])) for ids in (rest, undefended)
-        )
+        place, with_tokens, without = self._first_difference(rest, undefended)
         logger.warning(
             "The arms with and without DefensiveTokens differ by more than these tokens: from token %d of the prompt on"
             " they read %s with them and %s without, since this tokenizer treats the beginning of a text in a way of"
@@ -227,6 +228,27 @@ class PromptRenderer:
             with_tokens,
             without,
         )
+
+    def _compare_with_stock(self, undefended: str) -> None:
+        """Say where a tokenizer that adds the BOS by itself begins a prompt otherwise than behind a rendered one."""
+        stock, ours = list(self.tokenizer(undefended.removeprefix(self._bos)).input_ids), self.encode(undefended)
+        if stock[:1] != ours[:1] or stock == ours:  # a baked tokenizer adds none
+            return
+        place, theirs, here = self._first_difference(stock, ours)
+        logger.warning(
+            "lm-eval's own models begin this undefended model's prompts otherwise: from token %d on they read %s there"
+            " and %s here, in every arm, since this tokenizer treats the beginning of a text in a way of its own;"
+            " compare runs of the dtt_ models, or of a defended checkpoint, among each other.",
+            place,
+            theirs,
+            here,
+        )
+
+    def _first_difference(self, one: Sequence[int], other: Sequence[int]) -> tuple[int, list[str], list[str]]:
+        """Return the place from which two prompts differ, and what each of them has there."""
+        place = len(os.path.commonprefix([list(one), list(other)]))  # noqa: RUF071  ids, not paths
+        there, here = (self.tokenizer.convert_ids_to_tokens(list(ids[place : place + 3])) for ids in (one, other))
+        return place, there, here
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> Prompt:
         """Return the prompt of a conversation.

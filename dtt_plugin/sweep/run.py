@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +17,7 @@ from dtt_plugin import __version__
 from dtt_plugin.checkpoint.opening import open_checkpoint
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.digests import sha256_json
+from dtt_plugin.files.locks import LOCK_SUFFIX, locked
 from dtt_plugin.quiet import Event, run_quietly
 from dtt_plugin.safe_text import printable
 from dtt_plugin.sweep.file import ADAPTERS, Cell, Load, TokenSource
@@ -80,22 +81,17 @@ def owned(out: Path) -> Iterator[None]:
     Raises:
         DttError: another sweep runs in it, or it is no place for results.
     """
-    from filelock import FileLock, Timeout
-
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DttError(f"--out {out} can't be a folder ({error.strerror}); give another.") from error
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise DttError(f"Another sweep runs in {out}; wait for it, or give another --out.") from error
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(out / LOCK_SUFFIX, wait=False))
+        except BlockingIOError as error:
+            raise DttError(f"Another sweep runs in {out}; wait for it, or give another --out.") from error
         shutil.rmtree(out / "partial", ignore_errors=True)
         yield
-    finally:
-        lock.release()
 
 
 def _sharing_a_model(cells: Sequence[Cell]) -> list[list[Cell]]:

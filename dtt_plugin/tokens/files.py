@@ -22,6 +22,7 @@ from dtt_plugin.public_names import public_name, public_text
 from dtt_plugin.safe_text import HALF_PAIR
 from dtt_plugin.tokens.methods import METHODS
 from dtt_plugin.tokens.peft import read_adapter, write_adapter
+from dtt_plugin.tokens.training_log import train_seconds
 
 FORMAT = "dtt.tokens/1"
 TENSOR = "defensive_tokens"
@@ -145,7 +146,8 @@ def _load_safetensors(path: Path, model: str | None) -> DefensiveTokens:
     )
     if metadata.get("sha256", tokens.digest) != tokens.digest:
         raise DttError(f"{path}: the values don't match the digest in the file; it is damaged, make it again.")
-    return tokens
+    seconds = train_seconds(path, tokens.digest)
+    return tokens if seconds is None else replace(tokens, metadata={**tokens.metadata, "train_seconds": str(seconds)})
 
 
 def _read_rows(location: TensorLocation, dtypes: Set[str]) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from dtt_plugin.data.records import Record
 from dtt_plugin.tasks.attacks import ATTACKS, injected_data
+from dtt_plugin.tasks.thoughts import read
 from dtt_plugin.training.mixture import Encode
 from dtt_plugin.training.records import WITNESS, WITNESS_PROMPT
 from dtt_plugin.training.soft_prompt import SoftPrompt
@@ -33,6 +34,6 @@ class HeldOut:
         rates = {}
         for attack, prompts in self.prompts.items():
             responses = model.generate(prompts, _NEW_TOKENS, pad=self.tokenizer.pad_token_id)
-            texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
-            rates[attack] = sum(text.strip().lower().startswith(WITNESS[:-1].lower()) for text in texts) / self.n
+            answers = [read(text).answer or "" for text in self.tokenizer.batch_decode(responses)]
+            rates[attack] = sum(text.strip().lower().startswith(WITNESS[:-1].lower()) for text in answers) / self.n
         return rates

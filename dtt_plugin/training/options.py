@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dtt_plugin.checkpoint.defended import MOST_TOKENS
 from dtt_plugin.errors import DttError
+from dtt_plugin.tokens.training_log import log_of
 
 LABELS = ("self", "data")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -86,7 +87,7 @@ class TrainingOptions:
     @property
     def log(self) -> Path:
         """The training log, JSON lines beside the token file."""
-        return self.out.with_name(f"{self._stem}.log.jsonl")
+        return log_of(self.out)
 
     def at_step(self, step: int) -> Path:
         """The token file of a step at which `eval_every` measured."""

@@ -9,17 +9,17 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from dtt_plugin.checkpoint.opening import open_checkpoint
 from dtt_plugin.checkpoint.state import state
 from dtt_plugin.data.records import read_json
 from dtt_plugin.errors import DttError
+from dtt_plugin.files.locks import LOCK_SUFFIX
+from dtt_plugin.files.locks import locked as locked_file
 from dtt_plugin.tokens.files import DefensiveTokens
 from dtt_plugin.training.options import TrainingOptions
 from dtt_plugin.training.records import TrainingData
@@ -78,8 +78,8 @@ def check_folder(options: TrainingOptions, run: dict[str, Any]) -> str:
     now = datetime.now().isoformat()
     path = options.checkpoints / RUN_FILE
     if not path.is_file():
-        if options.resume:
-            raise DttError(f"--resume: {options.checkpoints} holds no run to go on with; leave the option out.")
+        if options.resume and options.out.exists():
+            raise DttError(f"--resume: {options.out} is finished; leave the option out to train it anew.")
         return now
     if not options.resume:
         raise DttError(
@@ -118,17 +118,15 @@ def locked(options: TrainingOptions) -> Iterator[None]:
         DttError: another process holds it.
     """
     options.checkpoints.mkdir(exist_ok=True)
-    lock = FileLock(options.checkpoints / ".lock")
     try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise DttError(
-            f"Another dtt train writes to {options.checkpoints}; wait for it, or name another --out."
-        ) from error
-    try:
-        yield
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked_file(options.checkpoints / LOCK_SUFFIX, wait=False))
+            except BlockingIOError as error:
+                raise DttError(
+                    f"Another dtt train writes to {options.checkpoints}; wait for it, or name another --out."
+                ) from error
+            yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
         with suppress(OSError):
             options.checkpoints.rmdir()

@@ -24,6 +24,7 @@ from dtt_plugin.prompt.formats import MODEL_FORMAT
 from dtt_plugin.public_names import public_name
 from dtt_plugin.tokens.files import DefensiveTokens, save_tokens
 from dtt_plugin.tokens.licence import inherited, origin_of
+from dtt_plugin.tokens.training_log import end_of_run
 from dtt_plugin.training.failures import told_plainly
 from dtt_plugin.training.options import TrainingOptions
 from dtt_plugin.training.processes import from_main, is_main, main_first, share, wait
@@ -142,12 +143,13 @@ def _train(
     loss = fmean(log.losses) if log.losses else None
     if interrupt.stopped:
         return Trained(None, done, loss, log.seconds)
-    tokens = result(done)
+    tokens, seconds = result(done), log.seconds
     wait()  # the others have written their part of the last checkpoint
     if is_main():
         save_tokens(options.out, tokens)
+        log.write(end_of_run(tokens.digest, step=done, seconds=seconds))
         shutil.rmtree(options.checkpoints)
-    return Trained(tokens, done, loss, log.seconds)
+    return Trained(tokens, done, loss, seconds)
 
 
 def _arguments(options: TrainingOptions, steps: int) -> Any:
@@ -203,16 +205,17 @@ def _labels(
     options: TrainingOptions, run: _Run, chat: ChatModel, undefended: SoftPrompt, records: Sequence[Record]
 ) -> list[list[int]]:
     """Return the response to learn, per record."""
-    from dtt_plugin.training.labels import data_labels, self_labels
+    from dtt_plugin.training.labels import check_prompt, data_labels, self_labels
 
+    check_prompt(chat.tokenizer, chat.encode(records[0]["instruction"], records[0]["input"]))
     if options.labels != "self":
         return data_labels(chat.tokenizer, chat.model, records, new_tokens=options.label_tokens)
     return self_labels(
         undefended,
         chat.encode,
         records,
+        tokenizer=chat.tokenizer,
         new_tokens=options.label_tokens,
-        pad=chat.tokenizer.pad_token_id,
         weights=run.identity["weights"],
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -136,6 +137,17 @@ def test_a_run_that_was_interrupted_resumes_to_the_same_bytes(
     assert sorted(path.name for path in cut.out.parent.glob("*.jsonl*")) == ["a.jsonl", "cut.jsonl"]
 
 
+def test_resuming_what_was_not_begun_begins_it(options: AttackOptions, deaf: str) -> None:
+    whole = replace(options, model=deaf, records="0:2", steps=2)
+    attack(whole)
+    fresh = replace(whole, out=options.out.with_name("fresh.jsonl"), resume=True)
+    progress = begin([1] * 10, "another").to_json()
+    fresh.out.with_name("fresh.jsonl.state").write_text(json.dumps({"records": [0], "progress": progress}))
+    attack(fresh)
+    assert fresh.out.read_bytes() == whole.out.read_bytes()
+    assert sorted(path.name for path in fresh.out.parent.iterdir()) == ["a.jsonl", "fresh.jsonl"]
+
+
 def test_a_finished_run_goes_on_with_more_records(options: AttackOptions, deaf: str) -> None:
     whole = replace(options, model=deaf, records="0:2", steps=2, method="random-search")
     attack(whole)
@@ -244,7 +256,6 @@ def test_bad_input_is_told_in_a_sentence(options: AttackOptions, tmp_path: Path,
         "--records x is not possible": {"records": "x"},
         "--task hellaswag can't be attacked": {"task": "hellaswag"},
         "needs a token file": {"defense": "tokens"},
-        "--resume|can't be read": {"resume": True},
         "choose fewer with --records": {"method": "universal", "records": ":"},
         "transfer them first": {"tokens": Path(write_tokens(tmp_path / "wide.safetensors", width=48))},
         "given with --method continuation only": {"along": (tokens,)},
@@ -253,6 +264,10 @@ def test_bad_input_is_told_in_a_sentence(options: AttackOptions, tmp_path: Path,
         with pytest.raises(DttError, match=sentence):
             attack(replace(options, **changed))
         options.out.unlink(missing_ok=True)
+    options.out.write_text("no attacks\n")
+    with pytest.raises(DttError, match=re.escape(options.out.name)):
+        attack(replace(options, resume=True))
+    options.out.unlink()
     attack(replace(options, records="0", steps=1))
     with pytest.raises(DttError, match="begun with another budget"):
         attack(replace(options, records="0", steps=2, resume=True))

@@ -521,3 +521,20 @@ def test_a_pipe_in_the_place_of_a_file_does_not_block(tmp_path: Path) -> None:
     (base / "config.json").unlink()
     os.mkfifo(base / "config.json")
     refused(base, tmp_path / "out", r"config\.json is (not a file|a pipe)")
+
+
+def test_the_tokenizer_that_is_read_and_the_one_that_is_written_are_loaded_once_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    loaded: list[str] = []
+    plain = transformers.AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        transformers.AutoTokenizer,
+        "from_pretrained",
+        lambda name, *args, **options: loaded.append(name) or plain(name, *args, **options),
+    )
+    base = tiny(tmp_path / "base")
+    bake(str(base), random_tokens(32), tmp_path / "baked")
+    assert len(loaded) == len(set(loaded)) == 2
+    assert loaded[0] == str(base)

@@ -110,13 +110,31 @@ def test_families_that_were_always_tied_once_are_untied(tmp_path: Path, family: 
     assert after.get_output_embeddings().weight.data_ptr() != after.get_input_embeddings().weight.data_ptr()
 
 
-def test_both_levels_of_a_configuration_say_that_the_model_is_untied(tmp_path: Path) -> None:
-    """vLLM reads the flag of the text model, whose default may be true."""
+@pytest.mark.parametrize(
+    "names", [["text_config"], ["llm_config"], ["language_config"], ["thinker_config", "text_config"]]
+)
+def test_every_level_of_a_configuration_has_the_new_vocabulary_and_says_that_the_model_is_untied(
+    names: list[str], tmp_path: Path
+) -> None:
+    """vLLM reads size and flag of the text model, whose default may be true."""
     base = tiny(tmp_path / "base")
-    configure(base, text_config={"vocab_size": N_TOKENS})
-    bake(str(base), random_tokens(32), tmp_path / "baked")
+    inner: dict[str, Any] = {"vocab_size": N_TOKENS, "eos_token_id": 7}
+    for name in reversed(names):
+        inner = {name: inner}
+    configure(base, **inner, vision_config={"vocab_size": N_TOKENS})
+    config = json.loads((base / "config.json").read_text())
+    del config["eos_token_id"]
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "generation_config.json").unlink()
+    report = bake(str(base), random_tokens(32), tmp_path / "baked")
     config = json.loads((tmp_path / "baked" / "config.json").read_text())
-    assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is False
+    assert config["vision_config"] == {"vocab_size": N_TOKENS}
+    assert (config["vocab_size"], config["tie_word_embeddings"]) == (report.rows, False)
+    for name in names:
+        config = config[name]
+        assert config["tie_word_embeddings"] is False
+    assert config["vocab_size"] == report.rows
+    assert json.loads((tmp_path / "baked" / "generation_config.json").read_text())["eos_token_id"] == 7
 
 
 def test_embeddings_per_layer_need_reserved_tokens(tmp_path: Path) -> None:

@@ -511,6 +511,19 @@ def test_a_template_that_makes_tokens_of_broken_ones_is_not_baked(tmp_path: Path
         bake(str(base), random_tokens(32), tmp_path / "baked")
 
 
+def test_a_template_that_takes_switches_out_of_the_users_text_is_refused_by_name(tmp_path: Path) -> None:
+    """Nemotron Nano v2 takes /think and /no_think out of what the user says, also out of the middle of a token."""
+    base = tiny(tmp_path / "base", special=(BOS, START, END, "<SPECIAL_10>", "<SPECIAL_11>"))
+    switches = "replace('</think>', '<_end>') | replace('/think', '') | replace('/no_think', '')"
+    switches += " | replace('<_end>', '</think>')"
+    (base / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ '<SPECIAL_10>System\n' + m['content'] }}{% else %}"
+        "{{ '<SPECIAL_11>User\n' }}{{ m['content'] | " + switches + " | trim }}{% endif %}\n{% endfor %}"
+    )
+    with pytest.raises(DttError, match=r"becomes the control token .* again \(it takes '/\w*think' out of '<.*>'\)"):
+        bake(str(base), random_tokens(32), tmp_path / "baked")
+
+
 def test_a_bracket_that_completes_any_of_many_tokens_is_found(tmp_path: Path) -> None:
     longer, shorter = ([f"<|{n}{'x' * size}|>" for n in range(10)] for size in (20, 1))
     base = tiny(tmp_path / "base", special=(BOS, START, END, *longer, *shorter, "[TOOL_1]"))

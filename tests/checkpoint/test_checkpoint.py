@@ -52,6 +52,8 @@ def test_every_tensor_of_every_shard_is_located(tmp_path: Path) -> None:
         ({"tie_word_embeddings": False}, True, False),
         ({"text_config": {"tie_word_embeddings": True}}, True, True),
         ({"text_config": {"tie_word_embeddings": False}}, False, True),
+        ({"llm_config": {"tie_word_embeddings": True}}, True, True),
+        ({"thinker_config": {"text_config": {"tie_word_embeddings": True}}}, True, True),
         ({}, True, False),
         ({}, False, True),
     ],

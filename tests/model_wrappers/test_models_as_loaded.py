@@ -185,6 +185,24 @@ def test_an_adapter_on_embedding_or_head_is_refused_with_tokens(
         dtt_hf(folder, peft=str(tmp_path / "adapter"), tokens=tokens)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]},
+    ],
+)
+def test_an_adapter_of_a_head_that_is_the_embedding_is_refused(
+    options: dict[str, Any], tiny: str, tiny_tokens: str, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(load(Path(tiny)), peft.LoraConfig(r=2, **options)).save_pretrained(tmp_path / "adapter")
+    for tokens in ({}, {"tokens": tiny_tokens}):
+        with pytest.raises(DttError, match=r"adapter can't be put onto .*that is also the input embedding"):
+            dtt_hf(tiny, peft=str(tmp_path / "adapter"), **tokens)
+
+
 def test_an_adapter_beside_the_embedding_runs_with_tokens(tiny: str, tiny_tokens: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     peft.get_peft_model(load(Path(tiny)), peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(

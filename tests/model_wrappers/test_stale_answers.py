@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.api.registry import get_model
+from transformers import AutoTokenizer
 
 from dtt_plugin.bake import bake_cached
 from dtt_plugin.training import labels as labels_module
@@ -128,7 +129,8 @@ def test_a_baked_checkpoint_is_that_of_the_files_as_they_are_now(name: str, tmp_
 def make_labels(model: str, **changed: Any) -> list[list[int]]:
     undefended = SoftPrompt(load(Path(model)), torch.empty(0, 32))
     records: Any = [{"instruction": "Add.", "input": "1 + 1", "output": ""}] * 2
-    options: dict[str, Any] = {"new_tokens": 5, "pad": 0, "weights": "sha256:0"} | changed
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    options: dict[str, Any] = {"tokenizer": tokenizer, "new_tokens": 5, "weights": "sha256:0"} | changed
     return self_labels(undefended, lambda *_: [3, 4, 5], records, **options)
 
 

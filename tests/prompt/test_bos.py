@@ -15,6 +15,7 @@ from dtt_plugin.prompt.formats import PUBLISHED_FORMATS, defensive_token_names
 from dtt_plugin.tokens.files import load_tokens
 from tests.checkpoints import BOS, CHAT_TEMPLATE, make_checkpoint
 from tests.conftest import write_tokens
+from tests.zephyr import BEGINNINGS, make_zephyr
 
 CONVERSATION = [{"role": "system", "content": "Sum up."}, {"role": "user", "content": "Some data"}]
 ADDED = {"post_processor": True}
@@ -127,3 +128,20 @@ def test_the_first_conversation_that_the_template_can_render_decides() -> None:
     assert bos_to_render("model", bos="<s>", adds_bos=False, render=without_system) == ""
     assert bos_to_render("model", bos="<s>", adds_bos=True, render=lambda _: None) == ""
     assert bos_to_render("llama3", bos="<s>", adds_bos=True, render=without_system) == ""
+
+
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+def test_a_model_of_zephyrs_kind_has_the_same_ids_everywhere_or_says_where_not(
+    beginning: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the baked checkpoint's own tokenizer makes of its own template is what lm-eval's hf sends."""
+    from transformers import AutoTokenizer
+
+    model = make_zephyr(tmp_path / "m", beginning)
+    ids = check_ids(str(model), tmp_path, "model", vllm=False)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    stock = tokenizer(tokenizer.apply_chat_template(CONVERSATION, tokenize=False, add_generation_prompt=True)).input_ids
+    assert ids[0] == stock[0] == tokenizer.bos_token_id
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert ("lm-eval's own models begin this undefended model's prompts otherwise" in caplog.text) == (ids != stock)
+    assert (ids == stock) == (beginning == "a space in front of every text")

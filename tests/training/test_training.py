@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from filelock import FileLock
 
 from dtt_plugin.bake import bake
 from dtt_plugin.cli import main, parser
+from dtt_plugin.costs import recorded_costs
 from dtt_plugin.data.records import Record
 from dtt_plugin.errors import DttError
+from dtt_plugin.files.locks import locked
 from dtt_plugin.tokens.files import DefensiveTokens, load_tokens, save_tokens
 from dtt_plugin.training import TrainingOptions, train
 from dtt_plugin.training.soft_prompt import Example, SoftPrompt, embedding_scale
@@ -111,6 +112,9 @@ def test_training_writes_tokens_and_log_and_lowers_the_loss(options: TrainingOpt
     assert len(losses) == 30
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
     assert [(entry["step"], entry["n"]) for entry in entries if "asr" in entry] == [(15, 4), (30, 4)]
+    assert entries[-1] == {"step": 30, "train_seconds": trained.seconds, "tokens_sha256": tokens.digest}
+    assert recorded_costs(tokens.metadata) == {"train_seconds": trained.seconds}
+    assert not recorded_costs(load_tokens(options.at_step(15)).metadata), "another file's"
     assert not options.checkpoints.exists()
     kept = {step: load_tokens(options.at_step(step)) for step in (15, 30)}
     assert kept[15].metadata["steps"] == "15"
@@ -190,9 +194,20 @@ def test_resuming_with_other_options_is_refused(options: TrainingOptions) -> Non
         train(replace(options, resume=True))
 
 
+def test_resuming_what_was_not_begun_begins_it_and_what_is_finished_is_not_trained_again(
+    options: TrainingOptions, tmp_path: Path
+) -> None:
+    train(replace(options, steps=1, resume=True))
+    fresh = options.out.read_bytes()
+    with pytest.raises(DttError, match=r"new\.safetensors is finished; leave the option out to train it anew"):
+        train(replace(options, steps=1, resume=True))
+    assert options.out.read_bytes() == fresh
+    assert not options.checkpoints.exists()
+
+
 def test_a_second_run_into_the_same_file_is_refused(options: TrainingOptions) -> None:
     options.checkpoints.mkdir()
-    with FileLock(options.checkpoints / ".lock"), pytest.raises(DttError, match="Another dtt train writes"):
+    with locked(options.checkpoints / ".lock"), pytest.raises(DttError, match="Another dtt train writes"):
         train(options)
 
 

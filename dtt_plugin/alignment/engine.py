@@ -197,11 +197,12 @@ class NumpyEngine:
         from scipy import linalg
 
         # SciPy's, because numpy's solvers convert to float64; a^T x^T = b^T, in the order that needs no copy.
-        factors = linalg.lu_factor(a, overwrite_a=True, check_finite=False)
+        lu, pivots = linalg.lu_factor(a, overwrite_a=True, check_finite=False)
 
         def strip_of_rows(strip: slice) -> None:
-            solved = linalg.lu_solve(factors, b[strip].T, trans=1, overwrite_b=True, check_finite=False)
-            b[strip] = solved.T
+            # SciPy's wrapper counts the pivots from 1 meanwhile, in their own memory.
+            factors = lu, pivots.copy()
+            b[strip] = linalg.lu_solve(factors, b[strip].T, trans=1, overwrite_b=True, check_finite=False).T
 
         self.workers.over_strips(len(b), strip_of_rows)
         return b

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,31 @@ def test_held_out_figures_tell_a_true_map_from_none(tmp_path: Path) -> None:
     assert abs(null["cosine"]) < 0.2
     assert null["precision_at_1"] < 0.2
     assert abs(unrelated.report["held_out"]["aligned"]["cosine"]) < 0.2
+
+
+def test_memory_of_a_block_is_not_taken_before_it_is_summed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dtt_plugin.alignment import engine
+
+    source, *targets = (
+        open_checkpoint(str(make_checkpoint(tmp_path / f"m{seed}", vocab_tokens=tokens, seed=seed)))
+        for seed, tokens in enumerate(
+            [default_vocab_tokens(), default_vocab_tokens()[::-1], default_vocab_tokens()[90:]]
+        )
+    )
+    expected = align_many(source, targets)
+    monkeypatch.setattr("dtt_plugin.alignment.workers.blas_threads", lambda: 3)
+    monkeypatch.setattr("dtt_plugin.alignment.moments._BLOCK", 1)
+    monkeypatch.setattr("dtt_plugin.alignment.moments._FEWEST_ROWS", 7)
+    plain = engine._add
+
+    def slow(*args: Any) -> None:
+        time.sleep(0.002)
+        plain(*args)
+
+    monkeypatch.setattr(engine, "_add", slow)
+    for one, other in zip(expected, align_many(source, targets), strict=True):
+        np.testing.assert_allclose(one.W, other.W, atol=1e-9)
+        assert one.report["residual"] == pytest.approx(other.report["residual"], rel=1e-12)
 
 
 def test_one_source_and_many_targets_give_what_single_runs_give(tmp_path: Path) -> None:

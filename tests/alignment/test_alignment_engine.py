@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dtt_plugin.alignment import engine as engines
+from dtt_plugin.alignment import workers
 from dtt_plugin.alignment.engine import NumpyEngine, TorchEngine, choose_engine
 from dtt_plugin.alignment.polar import polar_factor
 from dtt_plugin.errors import DttError
@@ -66,6 +67,28 @@ def test_the_way_torch_multiplies_is_left_as_it_was() -> None:
 def test_numpy_converts_every_bfloat16_exactly() -> None:
     every = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16).reshape(256, 256)
     np.testing.assert_array_equal(NumpyEngine().float_block(every), every.astype(np.float32))
+
+
+@pytest.mark.parametrize("n", [7, 1000])
+def test_division_by_a_matrix_is_that_by_its_inverse_however_many_threads_share_it(
+    n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "blas_threads", lambda: 3)
+    rng = np.random.default_rng(0)
+    a = (np.eye(600) + 0.01 * rng.standard_normal((600, 600))).astype(np.float32)
+    b = rng.standard_normal((n, 600)).astype(np.float32)
+    exact = b.astype(np.float64) @ np.linalg.inv(a.astype(np.float64))
+    for order in "FC":
+        found = NumpyEngine(np.float32).divide(b.copy(), np.array(a, order=order))
+        np.testing.assert_allclose(found, exact, atol=1e-5)
+
+
+def test_sums_in_a_narrower_type_are_added_exactly() -> None:
+    rng = np.random.default_rng(0)
+    total, more = rng.standard_normal((70, 33)), rng.standard_normal((70, 33)).astype(np.float32)
+    expected = total + more
+    engines._add(total, more)
+    np.testing.assert_array_equal(total, expected)
 
 
 def test_the_engine_follows_size_type_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -520,7 +520,9 @@ def test_a_template_that_takes_switches_out_of_the_users_text_is_refused_by_name
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ '<SPECIAL_10>System\n' + m['content'] }}{% else %}"
         "{{ '<SPECIAL_11>User\n' }}{{ m['content'] | " + switches + " | trim }}{% endif %}\n{% endfor %}"
     )
-    with pytest.raises(DttError, match=r"becomes the control token .* again \(it takes '/\w*think' out of '<.*>'\)"):
+    with pytest.raises(
+        DttError, match=r"becomes the control token .* again \(it takes '/\w*think' out of '.*/\w*think"
+    ):
         bake(str(base), random_tokens(32), tmp_path / "baked")
 
 

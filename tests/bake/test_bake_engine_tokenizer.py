@@ -529,11 +529,12 @@ def test_the_tokenizer_that_is_read_and_the_one_that_is_written_are_loaded_once_
     transformers = pytest.importorskip("transformers")
     loaded: list[str] = []
     plain = transformers.AutoTokenizer.from_pretrained
-    monkeypatch.setattr(
-        transformers.AutoTokenizer,
-        "from_pretrained",
-        lambda name, *args, **options: loaded.append(name) or plain(name, *args, **options),
-    )
+
+    def noted(name: str, *args: Any, **options: Any) -> Any:
+        loaded.append(name)
+        return plain(name, *args, **options)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", noted)
     base = tiny(tmp_path / "base")
     bake(str(base), random_tokens(32), tmp_path / "baked")
     assert len(loaded) == len(set(loaded)) == 2

@@ -15,11 +15,11 @@ from dtt_plugin.data.suffixes import SOFT, Suffix, read_attacks
 from dtt_plugin.errors import DttError
 from dtt_plugin.leaderboard import statistics
 from dtt_plugin.leaderboard.board import Bound
-from dtt_plugin.leaderboard.runs import Run, arm_called
+from dtt_plugin.leaderboard.runs import MOST_FLOPS, Run, arm_called
 
 ENDING = ".attacks.jsonl"
 """Of the files of attacks that are found in folders."""
-_MOST_STEPS, _MOST_FLOPS = 10_000_000, 10**40
+_MOST_STEPS = 10_000_000
 
 
 def read_bound(path: Path) -> Bound:
@@ -46,11 +46,11 @@ def read_bound(path: Path) -> Bound:
         arm=str(arm.get("defense") or "an unknown arm"),
         tokens_sha256=str(arm.get("tokens_sha256") or ""),
         attack=attacks.name,
-        finished=attacks.finished,
+        finished=bool(attacks.finished),
         n_records=attacks.n_records,
         rate=statistics.rate(np.array([step is not None for step in hits])),
         curve=hits_by_step(hits, steps),
-        flops=attacks.flops if type(attacks.flops) is int and 0 <= attacks.flops < _MOST_FLOPS else None,
+        flops=attacks.flops if type(attacks.flops) is int and 0 <= attacks.flops < MOST_FLOPS else None,
         file=str(path),
     )
 

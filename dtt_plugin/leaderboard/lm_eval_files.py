@@ -24,7 +24,7 @@ from dtt_plugin.leaderboard.bounds import ENDING as ATTACKS_ENDING
 from dtt_plugin.leaderboard.bounds import read_bound
 from dtt_plugin.leaderboard.identity import canonical, parse_arguments, read_identity
 from dtt_plugin.leaderboard.outcome_files import ENDING, is_outcome_file, read_outcomes
-from dtt_plugin.leaderboard.runs import ADAPTIVE, REFUSAL, UNKNOWN, AttackUsed, Run, labelled
+from dtt_plugin.leaderboard.runs import ADAPTIVE, MOST_FLOPS, REFUSAL, UNKNOWN, AttackUsed, Run, labelled
 from dtt_plugin.leaderboard.samples import (
     Scores,
     clusters_of,
@@ -427,7 +427,7 @@ def _attack(task_config: dict[str, Any], evaluated: dict[str, Any], record_ids: 
 
 
 def _count(value: Any) -> int | None:
-    return value if type(value) is int and value >= 0 else None
+    return value if type(value) is int and 0 <= value < MOST_FLOPS else None
 
 
 def _prompt_format(results: dict[str, Any], facts: dict[str, Any]) -> str:

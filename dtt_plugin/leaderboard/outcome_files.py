@@ -19,7 +19,7 @@ from dtt_plugin.errors import DttError
 from dtt_plugin.files.digests import sha256_json
 from dtt_plugin.files.replacing import replacing
 from dtt_plugin.leaderboard.identity import Identity, public_facts
-from dtt_plugin.leaderboard.runs import AttackUsed, Floats, Outcomes, Run
+from dtt_plugin.leaderboard.runs import MOST_FLOPS, AttackUsed, Floats, Outcomes, Run
 from dtt_plugin.public_names import public_name
 from dtt_plugin.safe_text import all_printable, json_text
 
@@ -151,7 +151,7 @@ def _attack(told: Any, n: int) -> AttackUsed | None:
     _need(all(isinstance(told[name], str) for name in ("name", "defense", "tokens_sha256")), "attack")
     _need(type(told["own"]) is bool and type(told["left_out"]) is int, "attack")
     budget, flops = told.get("budget_steps"), told.get("flops")
-    _need(all(value is None or (type(value) is int and value >= 0) for value in (budget, flops)), "attack")
+    _need(all(value is None or (type(value) is int and 0 <= value < MOST_FLOPS) for value in (budget, flops)), "attack")
     name, own, defense, digest = (told[name] for name in ("name", "own", "defense", "tokens_sha256"))
     return AttackUsed(name, own, defense, digest, steps, told["left_out"], budget, flops)
 

@@ -21,6 +21,8 @@ UNKNOWN = "unknown"
 """The method of tokens that nobody tells."""
 ADAPTIVE = "adaptive"
 """The variant of an adaptive task whose suffix was optimised."""
+MOST_FLOPS = 10**40
+"""No file that says more is believed."""
 Outcomes = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -216,6 +218,8 @@ class Run:
                 " They count as neither hacked nor refused, so the rates may be too low; raise max_gen_toks, or turn"
                 " thinking off."
             )
+        if self.attack and self.attack.flops:
+            found.append(f"the search for its suffixes took {self.attack.flops:.1e} FLOPs.")
         if self.attack and self.attack.left_out:
             found.append(f"{self.attack.left_out} records have no suffix and are left out.")
         if self.misread:

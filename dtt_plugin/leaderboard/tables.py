@@ -109,6 +109,9 @@ def sheets(board: Leaderboard) -> Iterator[Sheet]:
             rates[any_title(group)] = lambda row: rate_text(row.asr_any)
         rates["attack"] = lambda row: row.attack or NONE
         rates["refusal"] = lambda row: rate_text(row.refusal)
+        measures: _Columns = {plain(name.replace("_", " ")): partial(_measure, name) for name in group.measures}
+        if not attacked and all(row.refusal is None for row in group.rows):
+            rates, measures = measures, {}
         yield from _sheet(group, title, remarks(group), rates, group.rows)
         if attacked:
             tests: _Columns = {
@@ -120,7 +123,6 @@ def sheets(board: Leaderboard) -> Iterator[Sheet]:
             yield from _sheet(
                 group, f"{title} · tests and ratios", [], tests, [r for r in group.rows if not r.published]
             )
-        measures: _Columns = {plain(name.replace("_", " ")): partial(_measure, name) for name in group.measures}
         yield from _sheet(group, f"{title} · other measures", [], measures, group.rows)
         if matrix := attack_matrix(group):
             yield matrix

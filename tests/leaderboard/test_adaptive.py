@@ -75,6 +75,7 @@ def test_the_headline_is_the_worst_attack_and_asr_max_is_over_the_static_ones(ma
     assert next(row.run for row in group.rows) == "tokens (trained) (transferred attack, from none)"
     assert any("no attack was found within that budget, not that there is none" in note for note in group.notes)
     assert any("168 records have no suffix" in note for note in group.notes)
+    assert any("took 1.0e+15 FLOPs" in note for note in group.notes)
 
 
 def test_references_are_the_arms_under_their_own_attack(matrix: Path) -> None:

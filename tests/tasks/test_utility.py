@@ -168,6 +168,9 @@ def test_what_a_defense_costs_in_use_stands_in_the_table_over_benchmarks(
         assert suite.measures["utility, GSM8K"] == "utility_gsm8k"
         assert suite.measures["utility, IFEval"] == "utility_ifeval"
         assert suite.benchmarks == ("injection_demo",)
+        headers = [sheet.header for sheet in tables.sheets(build(read_runs([given])[0]))]
+        assert ["run", "exact match"] in headers
+        assert ["run"] not in headers
         assert [row.arm for row in suite.rows] == ["none", "tokens (random)"]
         assert all(row.measures["utility, GSM8K"].rate.n == 2 for row in suite.rows)
         sheets.append(tables.suite_sheet(suite).rows)

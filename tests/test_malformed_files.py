@@ -24,6 +24,7 @@ from dtt_plugin.bake import bake
 from dtt_plugin.checkpoint.opening import open_checkpoint
 from dtt_plugin.data.fetch import literal_sentences
 from dtt_plugin.data.records import load_records, load_sentences
+from dtt_plugin.data.suffixes import AttackFile, Suffix, write_attacks
 from dtt_plugin.errors import DttError
 from dtt_plugin.tokens.files import save_adapter, save_tokens, save_upstream_json
 from dtt_plugin.training.records import load_training_data
@@ -61,6 +62,7 @@ _BAKED = tuple(
 _RUN = tuple(
     f"run/owner__model/{name}" for name in (f"results_{STAMP}.json", f"samples_alpacafarm_injection_{STAMP}.jsonl")
 )
+_UTILITY = tuple(f"utility/{name}" for name in (f"results_{STAMP}.json", f"samples_utility_gsm8k_{STAMP}.jsonl"))
 _TOKENS, _MAP, _OUT = "./t.safetensors", "./w.safetensors", "./out.safetensors"
 
 READERS = (
@@ -90,6 +92,8 @@ READERS = (
     Reader(_RUN, ("rescore", f"./{_RUN[0]}")),
     Reader(("t.safetensors", "p.json"), ("leaderboard", "./run", "--json", "--tokens", _TOKENS, "./p.json")),
     Reader(("log.jsonl",), ("leaderboard", "./run", "--json", "--log", "./log.jsonl")),
+    Reader(("soft.attacks.jsonl",), ("leaderboard", "./soft.attacks.jsonl", "--format", "markdown")),
+    Reader(_UTILITY, ("leaderboard", "./utility", "--format", "markdown")),
 )
 _SENTENCES = {"train": ["Do {injected_prompt}"], "test": ["Now {injected_prompt}", "{injected_prompt}!"]}
 
@@ -124,7 +128,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(folder / "run", outcomes={"ignore": planted(2, 4), "completion": planted(1, 4)}, refusal=planted(1, 4))
     log = [{"format": "dtt.training/1", "label": "x"}, {"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0, "asr": 0.5}]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    _write_attacks(folder / "soft.attacks.jsonl")
+    _write_utility(folder / "utility")
     return folder
+
+
+def _write_attacks(path: Path) -> None:
+    suffixes = tuple(Suffix(i, f"{i:016d}", None, 0.5, 10 * i, i > 0, [[0, 1.5]], 10**9, "hacked") for i in range(3))
+    arm = {"model": "a/b", "weights": "0", "defense": "tokens", "tokens_sha256": "1" * 64, "prompt_format": "model"}
+    budget = {"name": "lite", "steps": 50, "suffix_tokens": 10, "seed": 0}
+    header = ("soft", "injection_demo", "0" * 64, "Print", "naive", arm, 48, budget)
+    write_attacks(path, AttackFile(*header, flops=10**9, suffixes=suffixes))
+
+
+def _write_utility(folder: Path) -> None:
+    folder.mkdir()
+    samples = [
+        {"doc_id": i, "filter": name, "exact_match": i % 2, "arguments": {"gen_args_0": {"arg_0": "Q"}}}
+        for name in ("strict-match", "flexible-extract")
+        for i in range(4)
+    ]
+    (folder / f"samples_utility_gsm8k_{STAMP}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in samples))
+    results = {
+        "results": {"utility_gsm8k": {"exact_match,flexible-extract": 0.5}},
+        "configs": {"utility_gsm8k": {"generation_kwargs": {"until": ["Q:"]}}},
+        "config": {"model": "hf", "model_args": {"pretrained": "a/b"}, "limit": 4},
+        "n-samples": {"utility_gsm8k": {"original": 8, "effective": 4}},
+    }
+    (folder / f"results_{STAMP}.json").write_text(json.dumps(results))
 
 
 class _TooLongError(BaseException):

@@ -20,6 +20,7 @@ Ends with code 0 where all goals hold, 1 where one does not or a part failed, an
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -163,6 +164,7 @@ def generation(folder: Path, size: Size, device: str) -> dict[str, Any]:
             "gpu_gib": _gpu_gib(torch),
         }
         del lm, results
+        gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -287,8 +289,10 @@ def run_parts(
 
 def gpu_name() -> str | None:
     """Return the name of the GPU that torch sees, None without one."""
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        return None
     return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 

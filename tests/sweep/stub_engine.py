@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ class StubEngine(LM):
         if self.defense == behaviour.get("at", self.defense) and not marker.exists():
             if behaviour.get("once"):
                 marker.touch()
+            while "after" in behaviour and not glob(behaviour["after"]):  # what the sweep has to hold by now
+                time.sleep(0.1)
             time.sleep(behaviour.get("seconds", 0))
             self._fail(behaviour.get("fail"))
         return ["Hacked!" if self.defense == "none" else "Fine." for _ in requests]

@@ -119,11 +119,12 @@ def test_every_finished_cell_is_kept_and_every_other_is_tried_once_more(
     tokens = write_tokens(tmp_path / "t.safetensors", width=32)
     good = model(tmp_path / "good")
     # A cell that is finished in the same instant as its machine dies may run again.
-    once: dict[str, Any] = {"until": str(tmp_path / "was-killed"), "once": True, "seconds": 3}
-    killed = model(tmp_path / "killed", fail="worker is killed", at="sandwich", **once)
-    memory = model(
-        tmp_path / "memory", fail="out of memory", at="isolation", seconds=3, until=str(tmp_path / "more-memory")
-    )
+    once: dict[str, Any] = {"until": str(tmp_path / "was-killed"), "once": True}
+    before_it = str(tmp_path / "out" / "runs" / "killed--reminder*")
+    killed = model(tmp_path / "killed", fail="worker is killed", at="sandwich", after=before_it, **once)
+    before_it = str(tmp_path / "out" / "runs" / "memory--incontext*")
+    more = str(tmp_path / "more-memory")
+    memory = model(tmp_path / "memory", fail="out of memory", at="isolation", after=before_it, until=more)
     disk = model(tmp_path / "disk", fail="disk is full on one machine", seconds=1)
     path = grid(
         tmp_path,
@@ -184,7 +185,7 @@ def start(path: Path, out: Path, address: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, text=True, stderr=subprocess.PIPE, start_new_session=True)
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 240) -> None:
+def wait_for(what: Callable[[], Any], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline
@@ -279,7 +280,7 @@ def test_a_machine_that_dies_loses_no_finished_cell(tmp_path: Path, monkeypatch:
     wait_for(lambda: machines.counts()["sandwich"] == 1 and len(finished(out)) == 1)
     machines.cluster.remove_node(machines.nodes.pop(), allow_graceful=False)
     machines.add()
-    _, told = sweep.communicate(timeout=300)
+    _, told = sweep.communicate(timeout=600)
     machines.end()
     assert sweep.returncode == 0, told
     assert "slow--sandwich can't be run: " in told
@@ -298,7 +299,7 @@ def test_a_head_that_dies_loses_no_finished_cell(tmp_path: Path, monkeypatch: py
     sweep = start(path, out, machines.address)
     wait_for(lambda: machines.counts()["sandwich"] == 1 and len(finished(out)) == 1)
     machines.cluster.head_node.kill_gcs_server()
-    sweep.communicate(timeout=300)
+    sweep.communicate(timeout=600)
     assert sweep.returncode != 0
     machines.end()
     assert len(finished(out)) == 1
@@ -306,7 +307,7 @@ def test_a_head_that_dies_loses_no_finished_cell(tmp_path: Path, monkeypatch: py
     machines = Machines(tmp_path, monkeypatch)
     machines.add()
     sweep = start(path, out, machines.address)
-    _, told = sweep.communicate(timeout=300)
+    _, told = sweep.communicate(timeout=600)
     machines.end()
     assert sweep.returncode == 0, told
     assert machines.counts() == {"none": 1, "sandwich": 2, "reminder": 1}

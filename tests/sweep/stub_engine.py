@@ -27,7 +27,15 @@ class StubEngine(LM):
         if self.tokens:
             assert Path(self.tokens).is_file()
 
-    def change_defense(self, defense: str) -> None:
+    def change_arm(
+        self,
+        *,
+        tokens: str | None = None,
+        tokens_model: str | None = None,
+        defense: str | None = None,
+        prompt_format: str | None = None,
+    ) -> None:
+        assert defense is not None
         self.defense = defense
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from inspect import signature
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import yaml
 
 from dtt_plugin.cli import main
 from dtt_plugin.errors import DttError
+from dtt_plugin.model_wrappers.defended import Defended
 from dtt_plugin.progress import Bar
 from dtt_plugin.sweep import ray_cells
 from dtt_plugin.sweep.file import read_sweep
@@ -29,7 +31,7 @@ from dtt_plugin.sweep.resources import Resources, read_resources
 from dtt_plugin.sweep.run import job_of, owned
 from tests.checkpoints import make_checkpoint
 from tests.conftest import ROOT, write_tokens
-from tests.sweep.stub_engine import BEHAVIOUR
+from tests.sweep.stub_engine import BEHAVIOUR, StubEngine
 
 ray = pytest.importorskip("ray")
 
@@ -156,6 +158,10 @@ def test_every_finished_cell_is_kept_and_every_other_is_tried_once_more(
     assert main(["sweep", str(path), "--out", str(out), "--ray", machines.address]) == 0
     after = machines.counts()
     assert {name: after[name] - before[name] for name in after if after[name] != before[name]} == {"isolation": 1}
+
+
+def test_the_double_takes_what_the_engine_takes() -> None:
+    assert signature(StubEngine.change_arm) == signature(Defended.change_arm)
 
 
 def test_two_sweeps_in_one_folder_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

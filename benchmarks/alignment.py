@@ -94,12 +94,12 @@ def ours(folder: Path) -> dict[str, Any]:
     alignment = align(source, target)
     save_alignment(folder / "ours.safetensors", alignment)
     seconds = time.perf_counter() - started
-    names = ("orthogonality_error", "relative_residual", "condition", "rank", "engine")
+    report = alignment.report.to_json()
+    names = ("orthogonality_error", "relative_residual", "condition", "rank", "engine", "held_out")
     return {
         "seconds": seconds,
         "stages": alignment.seconds,
-        **{name: alignment.report[name] for name in names},
-        "held_out": alignment.report["held_out"],
+        **{name: report[name] for name in names},
     }
 
 

@@ -31,9 +31,11 @@ SHARD = 5_000_000_000
 CHANGED = ("model.embed_tokens.weight", "lm_head.weight")
 
 BAKE = """
-import sys; from pathlib import Path; from dtt_plugin.bake import bake; from dtt_plugin.tokens.files import load_tokens
+import sys; from pathlib import Path; from dtt_plugin.bake import BakeOptions, bake
+from dtt_plugin.tokens.files import load_tokens
 report = bake(sys.argv[1], load_tokens(sys.argv[2]), Path(sys.argv[3]),
-              reuse_reserved="reuse" in sys.argv, overlay="overlay" in sys.argv, verify="unverified" not in sys.argv)
+              BakeOptions(reuse_reserved="reuse" in sys.argv, overlay="overlay" in sys.argv,
+                          verify="unverified" not in sys.argv))
 print(report.bytes_written)
 """
 REFERENCE = """

@@ -8,6 +8,7 @@ so at start-up, through ``dtt_plugin.pth``: a name is loaded when it is first us
 TYPE_CHECKING = False  # as type checkers know it, without importing typing
 if TYPE_CHECKING:
     from dtt_plugin.alignment import align, load_alignment, save_alignment
+    from dtt_plugin.bake import BakeOptions
     from dtt_plugin.bake import bake as bake_checkpoint
     from dtt_plugin.checkpoint.opening import open_checkpoint
     from dtt_plugin.leaderboard.comparison import build as compare_runs
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BakeOptions",
     "DefensiveTokens",
     "align",
     "bake_checkpoint",
@@ -34,6 +36,7 @@ __all__ = [
 if not TYPE_CHECKING:
     # `transfer` and `bake` are rooms of this package; their functions have a second word here.
     _WHERE = {
+        "BakeOptions": "bake.options:BakeOptions",
         "DefensiveTokens": "tokens.files:DefensiveTokens",
         "align": "alignment:align",
         "bake_checkpoint": "bake:bake",

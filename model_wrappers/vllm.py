@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from dtt_plugin.bake import bake_cached
+from dtt_plugin.bake import BakeOptions, bake_cached
 from dtt_plugin.demo.model import default_model
 from dtt_plugin.errors import DttError, LoadAnew
 from dtt_plugin.model_wrappers.arguments import as_bool, check_arguments, model_name, parameters_of, template_arguments
@@ -94,7 +94,7 @@ class DttVLLM(Defended, VLLM):
             soft = {**self._placement.to_config(), "plain": UNCHECKED}
             kwargs["additional_config"] = {**(kwargs.get("additional_config") or {}), "dtt": soft}
         elif self._baked:
-            checkpoint = str(bake_cached(model, self._baked, revision=revision, prompt_format=self.arm.prompt_format))
+            checkpoint = str(bake_cached(model, self._baked, BakeOptions(revision, self.arm.prompt_format)))
             kwargs.pop("revision", None)
         super().__init__(checkpoint, **kwargs)
         self._own_tokenizer = self.tokenizer

@@ -130,7 +130,7 @@ def fit(inputs: Rows, outputs: Rows, *, seed: int = 0) -> LayerMap:
     found = fit_linear("ridge", moments, NumpyEngine(np.float64), seed=seed)
     # R^2 is that of the map without the held-out positions, keys and values apart.
     left, left_y = x[~held], y[~held]
-    penalty = found.figures["lambda"] * np.eye(x.shape[1])
+    penalty = (found.figures.penalty or 0.0) * np.eye(x.shape[1])
     errors = y[held] - x[held] @ np.linalg.solve(left.T @ left + penalty, left.T @ left_y)
     r2 = [
         1 - float((error**2).sum() / (target**2).sum())

@@ -11,7 +11,7 @@ l is chosen among multiples of the mean eigenvalue, by the error on held-out anc
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from dtt_plugin.alignment.engine import Engine, Matrix
 from dtt_plugin.alignment.heldout import HeldOut, held_out_figures
 from dtt_plugin.alignment.moments import Moments
 from dtt_plugin.alignment.polar import RANK_TOLERANCE, orthogonality_error, polar_factor
+from dtt_plugin.alignment.report import MapFigures
 from dtt_plugin.errors import DttError
 
 LinearMethod = Literal["ridge", "relative", "whitened"]
@@ -32,8 +33,8 @@ class LinearFit(NamedTuple):
 
     W: Matrix
     """(d_s, d_t)"""
-    figures: dict[str, Any]
-    """For the alignment's report; `lambda` is l, in the unit of the Gram matrix."""
+    figures: MapFigures
+    """Their `penalty` is l."""
     held_out: HeldOut | None
 
 
@@ -158,7 +159,7 @@ def _best_strength(kept: _Factors, x: Matrix, y: Matrix, engine: Engine) -> tupl
 
 def _figures(
     method: LinearMethod, moments: Moments, W: Matrix, values: Matrix, ridge: float, engine: Engine
-) -> dict[str, Any]:
+) -> MapFigures:
     """Return what follows from the sums alone; ||X W||^2 = tr(W^T Cxx W), since W keeps no lengths."""
     assert moments.source_gram is not None
     overlap = float(np.vdot(W, moments.M))
@@ -166,16 +167,16 @@ def _figures(
     residual = np.sqrt(max(mapped_square + moments.target_square - 2 * overlap, 0.0))
     square = W.shape[0] == W.shape[1]
     smallest = float(values[0] + ridge)
-    return {
-        "residual": float(residual),
-        "relative_residual": float(residual / np.sqrt(moments.target_square)),
-        "orthogonality_error": orthogonality_error(W, engine),
-        "distance_from_identity": float(np.linalg.norm(W - np.eye(len(W))) / np.sqrt(2 * len(W))) if square else None,
-        "rank": _rank(values),
-        "condition": float(values[-1] + ridge) / smallest if smallest > 0 else None,
-        "gap": float(values[len(values) - _rank(values)] / values[-1]),
-        "unique": ridge > 0 or _rank(values) == len(values),
-        "dimensions": len(values),
-        "lambda": None if method == "whitened" else ridge,
-        "scale": overlap / mapped_square if mapped_square > 0 else 0.0,
-    }
+    return MapFigures(
+        residual=float(residual),
+        relative_residual=float(residual / np.sqrt(moments.target_square)),
+        orthogonality_error=orthogonality_error(W, engine),
+        distance_from_identity=float(np.linalg.norm(W - np.eye(len(W))) / np.sqrt(2 * len(W))) if square else None,
+        rank=_rank(values),
+        condition=float(values[-1] + ridge) / smallest if smallest > 0 else None,
+        gap=float(values[len(values) - _rank(values)] / values[-1]),
+        unique=ridge > 0 or _rank(values) == len(values),
+        dimensions=len(values),
+        penalty=None if method == "whitened" else ridge,
+        scale=overlap / mapped_square if mapped_square > 0 else 0.0,
+    )

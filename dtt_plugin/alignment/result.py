@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtt_plugin.alignment.engine import Matrix
+from dtt_plugin.alignment.report import AlignmentReport
 from dtt_plugin.checkpoint.tensors import read_header, write_safetensors
 from dtt_plugin.costs import recorded_costs
 from dtt_plugin.errors import DttError
@@ -40,8 +41,8 @@ class Alignment:
 
     W: Matrix
     """(d_s, d_t), float64: (semi-)orthogonal by Procrustes, any matrix by the other methods."""
-    report: dict[str, Any]
-    """What the map is and how good; JSON values only."""
+    report: AlignmentReport
+    """What the map is and how good."""
     source_mean: Matrix | None = None
     """(d_s,), where the alignment is centred."""
     target_mean: Matrix | None = None
@@ -56,17 +57,17 @@ class Alignment:
     @property
     def method(self) -> str:
         """How W was found, see `AlignmentOptions.method`."""
-        return str(self.report.get("method", "procrustes"))
+        return self.report.method
 
     @property
     def source_model(self) -> str:
         """Whose tokens it takes."""
-        return str(self.report["source_model"])
+        return self.report.source_model
 
     @property
     def target_model(self) -> str:
         """Whose space it leads to."""
-        return str(self.report["target_model"])
+        return self.report.target_model
 
     def apply(self, rows: NDArray[Any]) -> Matrix:
         """Map `rows`, (k, d_s), to the target's space: (k, d_t), float64.
@@ -83,8 +84,8 @@ class Alignment:
         if self.source_mean is not None:
             moved = moved - self.source_mean
         moved = moved @ self.W
-        if self.report["scale_applied"]:
-            moved = moved * self.report["scale"]
+        if self.report.scale_applied:
+            moved = moved * self.report.scale
         if self.target_mean is not None:
             moved = moved + self.target_mean
         return moved
@@ -104,7 +105,7 @@ def save_alignment(path: str | Path, alignment: Alignment, *, with_costs: bool =
     tensors: dict[str, Matrix] = {"W": alignment.W}
     if alignment.source_mean is not None and alignment.target_mean is not None:
         tensors["source_mean"], tensors["target_mean"] = alignment.source_mean, alignment.target_mean
-    report = _public(alignment.report)
+    report = _public(alignment.report).to_json()
     metadata: dict[str, str] = {
         "format": FORMAT,
         "report": json.dumps(report, sort_keys=True),
@@ -117,12 +118,13 @@ def save_alignment(path: str | Path, alignment: Alignment, *, with_costs: bool =
         write_safetensors(temporary, tensors, metadata)
 
 
-def _public(report: dict[str, Any]) -> dict[str, Any]:
+def _public(report: AlignmentReport) -> AlignmentReport:
     """Return the report without paths of this machine."""
-    models = {side: public_name(str(report[side])) for side in ("source_model", "target_model")}
-    options = report.get("options", {})
-    named = {name: public_text(value) if isinstance(value, str) else value for name, value in options.items()}
-    return report | models | ({"options": named} if "options" in report else {})
+    options = report.options
+    if options.anchors_file is not None:
+        options = replace(options, anchors_file=public_text(options.anchors_file))
+    source, target = public_name(report.source_model), public_name(report.target_model)
+    return replace(report, source_model=source, target_model=target, options=options)
 
 
 def load_alignment(path: str | Path) -> Alignment:
@@ -147,15 +149,13 @@ def load_alignment(path: str | Path) -> Alignment:
     if metadata.get("sha256") != _digest(tensors):
         raise DttError(f"{path}: the values don't match the digest in the file; make it again with `dtt align`.")
     try:
-        report = json.loads(metadata["report"])
-        means = tensors.get("source_mean"), tensors.get("target_mean")
-        alignment = Alignment(tensors["W"], report, *means, costs=recorded_costs(metadata))
-        missing = [name for name in (*REPORTED, "scale", "scale_applied") if name not in report]
-    except (ValueError, TypeError) as error:
+        report = AlignmentReport.from_json(json.loads(metadata["report"]))
+    except KeyError as error:
+        raise DttError(f"{path}: its report lacks {error.args[0]}; make it again with `dtt align`.") from error
+    except (ValueError, TypeError, LookupError, DttError) as error:
         raise DttError(f"{path}: its report is not readable; make it again with `dtt align`.") from error
-    if missing:
-        raise DttError(f"{path}: its report lacks {missing[0]}; make it again with `dtt align`.")
-    return alignment
+    means = tensors.get("source_mean"), tensors.get("target_mean")
+    return Alignment(tensors["W"], report, *means, costs=recorded_costs(metadata))
 
 
 def _digest(tensors: Mapping[str, NDArray[Any]]) -> str:

@@ -21,6 +21,7 @@ from dtt_plugin.alignment.linear import fit_linear
 from dtt_plugin.alignment.moments import Moments, Side, measure
 from dtt_plugin.alignment.options import AlignmentOptions
 from dtt_plugin.alignment.polar import Polar, polar_factor
+from dtt_plugin.alignment.report import AlignmentReport, MapFigures
 from dtt_plugin.alignment.result import Alignment
 from dtt_plugin.alignment.workers import one_thread_per_call
 from dtt_plugin.checkpoint.opening import Checkpoint
@@ -111,7 +112,7 @@ def align_many(
                 alignment = replace(alignment, seconds=seconds)
             else:
                 # The content is the same; the names are those of this call.
-                report = alignment.report | {"source_model": source.name, "target_model": job.target.name}
+                report = replace(alignment.report, source_model=source.name, target_model=job.target.name)
                 alignment = replace(alignment, report=report, cached=True)
             results.append(alignment)
     return results
@@ -237,28 +238,28 @@ def _finish(
         solve_seconds = time.perf_counter() - started
         bar.update()
     bar.update()
-    report = {
-        "method": options.method,
-        "source_model": source.model,
-        "target_model": target.model,
-        "source_sha256": job.source_sha256,
-        "target_sha256": job.target_sha256,
-        "source_shape": list(source.embedding.shape),
-        "target_shape": list(target.embedding.shape),
-        "source_dtype": source.embedding.dtype,
-        "target_dtype": target.embedding.dtype,
-        "same_model": job.same,
-        "shared_tokens": anchors.n_shared,
-        "shared_share": anchors.share,
-        "anchors": len(anchors.source_rows),
-        "special_left_out": list(anchors.special_left_out),
-        **figures,
-        "scale_applied": options.scale,
-        "held_out": asdict(held) if held else None,
-        "warnings": _warnings(anchors, figures, options, held, job),
-        "options": asdict(options),
-        "engine": engine.name,
-    }
+    report = AlignmentReport(
+        method=options.method,
+        source_model=source.model,
+        target_model=target.model,
+        source_sha256=job.source_sha256,
+        target_sha256=job.target_sha256,
+        source_shape=source.embedding.shape,
+        target_shape=target.embedding.shape,
+        source_dtype=source.embedding.dtype,
+        target_dtype=target.embedding.dtype,
+        same_model=job.same,
+        shared_tokens=anchors.n_shared,
+        shared_share=anchors.share,
+        anchors=len(anchors.source_rows),
+        special_left_out=anchors.special_left_out,
+        **vars(figures),
+        scale_applied=options.scale,
+        held_out=held,
+        warnings=_warnings(anchors, figures, options, held, job),
+        options=options,
+        engine=engine.name,
+    )
     seconds = {
         "solve": solve_seconds,
         "diagnostics": time.perf_counter() - started - solve_seconds,
@@ -266,7 +267,7 @@ def _finish(
     return Alignment(W, report, moments.source_mean, moments.target_mean, seconds)
 
 
-def _figures(moments: Moments, polar: Polar) -> dict[str, Any]:
+def _figures(moments: Moments, polar: Polar) -> MapFigures:
     """Return what follows from the sums alone: no second pass over the embeddings."""
     W = polar.W
     d_s, d_t = W.shape
@@ -274,30 +275,30 @@ def _figures(moments: Moments, polar: Polar) -> dict[str, Any]:
     residual = np.sqrt(max(moments.source_square + moments.target_square - 2 * overlap, 0.0))
     # Where the width shrinks, the residual is that of the way back, which alone keeps lengths.
     reference = moments.target_square if d_s <= d_t else moments.source_square
-    return {
-        "residual": float(residual),
-        "relative_residual": float(residual / np.sqrt(reference)),
-        "orthogonality_error": polar.orthogonality_error,
-        "distance_from_identity": (float(np.sqrt(max(1 - np.trace(W) / d_s, 0.0))) if d_s == d_t else None),
-        "rank": polar.rank,
-        "condition": polar.condition if np.isfinite(polar.condition) else None,
-        "gap": polar.gap,
-        "unique": polar.unique,
-        "dimensions": len(polar.singular_values),
-        "scale": overlap / moments.source_square,
-    }
+    return MapFigures(
+        residual=float(residual),
+        relative_residual=float(residual / np.sqrt(reference)),
+        orthogonality_error=polar.orthogonality_error,
+        distance_from_identity=float(np.sqrt(max(1 - np.trace(W) / d_s, 0.0))) if d_s == d_t else None,
+        rank=polar.rank,
+        condition=polar.condition if np.isfinite(polar.condition) else None,
+        gap=polar.gap,
+        unique=polar.unique,
+        dimensions=len(polar.singular_values),
+        scale=overlap / moments.source_square,
+    )
 
 
 def _warnings(
-    anchors: Anchors, figures: dict[str, Any], options: AlignmentOptions, held: HeldOut | None, job: _Job
-) -> list[str]:
+    anchors: Anchors, figures: MapFigures, options: AlignmentOptions, held: HeldOut | None, job: _Job
+) -> tuple[str, ...]:
     """Return what a user should know before relying on W."""
     warnings = []
     if job.same:
         identity = ": W is the identity" if options.method == "procrustes" else ""
         warnings.append(f"source and target are the same embedding and vocabulary{identity}")
-    elif not figures["unique"]:
-        rank, dimensions = figures["rank"], figures["dimensions"]
+    elif not figures.unique:
+        rank, dimensions = figures.rank, figures.dimensions
         warnings.append(
             f"the anchors determine only {rank} of {dimensions} dimensions: W is not unique in the other "
             f"{dimensions - rank}"
@@ -308,4 +309,4 @@ def _warnings(
         )
     if held is None:
         warnings.append("no held-out figures: too few anchors to spare any")
-    return warnings
+    return tuple(warnings)

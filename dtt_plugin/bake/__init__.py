@@ -3,10 +3,12 @@
 from dtt_plugin.bake.baking import BakeReport, bake
 from dtt_plugin.bake.cache import bake_cached, baked_folder, cached_checkpoints, prune
 from dtt_plugin.bake.manifest import altered_since
+from dtt_plugin.bake.options import BakeOptions
 from dtt_plugin.checkpoint.defended import MANIFEST, is_defended_checkpoint, read_manifest
 
 __all__ = [
     "MANIFEST",
+    "BakeOptions",
     "BakeReport",
     "altered_since",
     "bake",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy as copying
+import copy
 import json
 import re
 import shutil
@@ -14,10 +14,11 @@ from typing import Any
 
 from dtt_plugin.bake.check_tokenizer import check_tokenizer
 from dtt_plugin.bake.manifest import card, manifest_of, write_manifest
+from dtt_plugin.bake.options import BakeOptions
 from dtt_plugin.bake.plan import BakePlan, make_plan
 from dtt_plugin.bake.template import defended_templates, unprotected_markers
 from dtt_plugin.bake.tokenizer import TokenizerFiles
-from dtt_plugin.bake.verify import verify as verify_checkpoint
+from dtt_plugin.bake.verify import verify
 from dtt_plugin.bake.weights import write_overlay, write_weights
 from dtt_plugin.checkpoint.defended import IDS_KEY, is_defended_checkpoint
 from dtt_plugin.checkpoint.families import text_configs
@@ -73,18 +74,9 @@ def bake(
     model: str,
     tokens: DefensiveTokens,
     out: Path,
+    options: BakeOptions | None = None,
     *,
-    revision: str | None = None,
-    prompt_format: str | None = None,
-    default_on: bool = True,
-    reuse_reserved: bool = False,
-    system_in_user: bool = False,
-    trust_assistant: bool = False,
-    keep_bos: bool = False,
-    overlay: bool = False,
-    copy: bool = False,
     force: bool = False,
-    verify: bool = True,
 ) -> BakeReport:
     """Write a defended checkpoint: the base model with DefensiveTokens as tokens of its own.
 
@@ -95,40 +87,31 @@ def bake(
         model: the base model: a folder or a hub id.
         tokens: (k, d), in the base model's embedding space.
         out: the folder to make; not the base model's, and not inside it.
-        revision: of a hub id.
-        prompt_format: see `dtt_plugin.prompt.formats`; the tokens' own by default.
-        default_on: whether the tokens stand in prompts of requests that leave `add_defensive_tokens` out.
-        reuse_reserved: overwrite unused reserved tokens, so that no tensor changes its shape.
-        system_in_user: for templates without a system role: put the system message in front of the user's.
-        trust_assistant: leave control tokens in assistant messages as they are.
-        keep_bos: let the tokenizer go on adding a BOS to plain text by itself.
-        overlay: write the changed tensors alone, for loaders that read files in the order of their names
-            (transformers, vLLM's default); no tensor may grow.
-        copy: copy what does not change instead of linking it.
+        options: how; the defaults where not given.
         force: replace the defended checkpoint that is at `out`.
-        verify: read everything back and compare before the folder gets its name.
 
     Raises:
         DttError: the tokens don't fit the model, the model can't be defended this way, `out` may not be
             written, or the disk is full.
     """
     started = time.perf_counter()
+    options = options or BakeOptions()
     out = Path(out).expanduser()
     check_free(out, force=force, replaceable=is_defended_checkpoint)
-    checkpoint = open_checkpoint(model, revision=revision, need="all")
+    checkpoint = open_checkpoint(model, revision=options.revision, need="all")
     _check_apart(checkpoint.folder, out)
     if not checkpoint.config():
         raise DttError(f"{checkpoint.folder} has no config.json; download the whole model.")
     tokenizer = TokenizerFiles(checkpoint.folder)
-    plan = make_plan(checkpoint, tokens, tokenizer, reuse_reserved=reuse_reserved)
-    prompt_format = check_format(prompt_format or tokens.prompt_format)
+    plan = make_plan(checkpoint, tokens, tokenizer, reuse_reserved=options.reuse_reserved)
+    prompt_format = check_format(options.prompt_format or tokens.prompt_format)
     templates = defended_templates(
         tokenizer,
         prompt_format,
         k=tokens.k,
-        default_on=default_on,
-        system_in_user=system_in_user,
-        trust_assistant=trust_assistant,
+        default_on=options.default_on,
+        system_in_user=options.system_in_user,
+        trust_assistant=options.trust_assistant,
     )
     plain_markers = unprotected_markers(tokenizer, prompt_format)
     with (
@@ -139,32 +122,28 @@ def bake(
         _carry_over(checkpoint, folder)
         _write_config(plan, folder)
         _write_generation_config(plan, folder)
-        tokenizer.write_defended(folder, plan.names, plan.token_ids, templates, keep_bos=keep_bos)
+        tokenizer.write_defended(folder, plan.names, plan.token_ids, templates, keep_bos=options.keep_bos)
         check_tokenizer(
-            tokenizer, folder, names=plan.names, token_ids=plan.token_ids, templates=templates, keep_bos=keep_bos
+            tokenizer,
+            folder,
+            names=plan.names,
+            token_ids=plan.token_ids,
+            templates=templates,
+            keep_bos=options.keep_bos,
         )
-        how = (write_overlay if overlay else write_weights)(plan, folder, copy=copy)
+        how = (write_overlay if options.overlay else write_weights)(plan, folder, copy=options.copy)
         # The disk writes while the rest is made and verified.
         synced = disk.map(sync, [folder / name for name in how if how[name] in ("written", "copied")])
         (folder / "README.md").write_text(
-            card(
-                plan,
-                prompt_format=prompt_format,
-                default_on=default_on,
-                trust_assistant=trust_assistant,
-                plain_markers=plain_markers,
-            ),
-            encoding="utf-8",
+            card(plan, options, prompt_format=prompt_format, plain_markers=plain_markers), encoding="utf-8"
         )
-        digests = verify_checkpoint(plan, folder) if verify else {}
+        digests = verify(plan, folder) if options.verify else {}
         list(synced)  # or a full disk is said here
         manifest = manifest_of(
             plan,
+            options,
             prompt_format=prompt_format,
-            default_on=default_on,
-            trust_assistant=trust_assistant,
             plain_markers=plain_markers,
-            reuse_reserved=reuse_reserved,
             template=templates[DEFAULT_TEMPLATE],
             tensor_digests=digests,
             how=how,
@@ -184,13 +163,13 @@ def bake(
         base_rows=plan.changes[0].source.shape[0],
         untied=plan.untie,
         prompt_format=prompt_format,
-        default_on=default_on,
-        trust_assistant=trust_assistant,
+        default_on=options.default_on,
+        trust_assistant=options.trust_assistant,
         plain_text_markers=tuple(plain_markers),
         changed_tensors=tuple(change.name for change in plan.changes),
         bytes_written=written,
         bytes_linked=sum(sizes.values()) - written,
-        verified=verify,
+        verified=options.verify,
         seconds=time.perf_counter() - started,
     )
 
@@ -228,7 +207,7 @@ def _carry_over(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _write_config(plan: BakePlan, folder: Path) -> None:
-    config = copying.deepcopy(plan.checkpoint.config())
+    config = copy.deepcopy(plan.checkpoint.config())
     tables = text_configs(config)
     for table in tables:
         if table is tables[-1] or "vocab_size" in table:

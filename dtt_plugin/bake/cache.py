@@ -6,12 +6,12 @@ import os
 import re
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from dtt_plugin import __version__
 from dtt_plugin.bake.baking import bake
+from dtt_plugin.bake.options import BakeOptions
 from dtt_plugin.checkpoint.defended import baked_facts
 from dtt_plugin.checkpoint.opening import Checkpoint, open_checkpoint
 from dtt_plugin.checkpoint.state import state
@@ -44,14 +44,7 @@ def baked_folder() -> Path:
     return BAKED.folder
 
 
-def bake_cached(
-    model: str,
-    tokens: DefensiveTokens,
-    *,
-    revision: str | None = None,
-    prompt_format: str | None = None,
-    **options: Any,
-) -> Path:
+def bake_cached(model: str, tokens: DefensiveTokens, options: BakeOptions | None = None) -> Path:
     """Return the defended checkpoint of `model` with `tokens`, baked if it is not in the cache.
 
     What does not change is linked, so an entry takes the disk of the changed files only. Any number of
@@ -60,15 +53,14 @@ def bake_cached(
     Args:
         model: as for `bake`.
         tokens: as for `bake`.
-        revision: as for `bake`.
-        prompt_format: as for `bake`.
-        options: further arguments of `bake` that decide about contents.
+        options: as for `bake`.
 
     Raises:
         DttError: as `bake` does.
     """
-    checkpoint = open_checkpoint(model, revision=revision, need="all")
-    key = _key(checkpoint, tokens, {"prompt_format": prompt_format or tokens.prompt_format, **options})
+    options = options or BakeOptions()
+    checkpoint = open_checkpoint(model, revision=options.revision, need="all")
+    key = _key(checkpoint, tokens, options)
     folder = baked_folder() / key
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +68,7 @@ def bake_cached(
             if not _is_whole(folder):
                 # Damaged, or linked to a model that was moved away: nothing in it is the only copy of anything.
                 discard(folder)
-                bake(model, tokens, folder, revision=revision, prompt_format=prompt_format, **options)
+                bake(model, tokens, folder, options)
                 with replacing(_note(folder)) as temporary:
                     temporary.write_text(state(str(folder)) or "", encoding="ascii")
             os.utime(folder)
@@ -87,12 +79,16 @@ def bake_cached(
     return folder
 
 
-def _key(checkpoint: Checkpoint, tokens: DefensiveTokens, options: dict[str, Any]) -> str:
+def _key(checkpoint: Checkpoint, tokens: DefensiveTokens, options: BakeOptions) -> str:
     """Return a name made of everything that decides about the contents."""
+    # The checkpoint's revision is the commit. What is as by default stays out, so that a new option renames no entry.
+    options = replace(options, revision=None)
+    given = {name: value for name, value in asdict(options).items() if value != getattr(BakeOptions, name)}
+    given["prompt_format"] = options.prompt_format or tokens.prompt_format
     # Links lead to the model's own folder, so two equal models have an entry each.
     base = [str(checkpoint.folder.resolve()), [file.name for file in checkpoint.weight_files]]
     of_tokens = [tokens.digest, tokens.method, tokens.model, tokens.source_model]
-    identity = [__version__, state(str(checkpoint.folder)), base, checkpoint.revision, of_tokens, options]
+    identity = [__version__, state(str(checkpoint.folder)), base, checkpoint.revision, of_tokens, given]
     return sha256_json(identity)[:32]
 
 

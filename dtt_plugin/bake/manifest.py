@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dtt_plugin import __version__
+from dtt_plugin.bake.options import BakeOptions
 from dtt_plugin.bake.plan import BakePlan
 from dtt_plugin.bake.tokenizer import MORE_TEMPLATES, TEMPLATE_FILE
 from dtt_plugin.bake.weights import blocks, indexed_tensors
@@ -61,12 +62,10 @@ def fingerprint(path: Path, *, whole: bool = False) -> str:
 
 def manifest_of(
     plan: BakePlan,
+    options: BakeOptions,
     *,
     prompt_format: str,
-    default_on: bool,
-    trust_assistant: bool,
     plain_markers: Sequence[str],
-    reuse_reserved: bool,
     template: str,
     tensor_digests: Mapping[str, str],
     how: Mapping[str, str],
@@ -93,10 +92,10 @@ def manifest_of(
         "token_names": list(plan.names),
         "token_ids": list(plan.token_ids),
         "rows": plan.n_rows,
-        "reuse_reserved": reuse_reserved,
+        "reuse_reserved": options.reuse_reserved,
         "prompt_format": prompt_format,
-        "default_on": default_on,
-        "trust_assistant": trust_assistant,
+        "default_on": options.default_on,
+        "trust_assistant": options.trust_assistant,
         "plain_text_markers": list(plain_markers),
         "chat_template_sha256": sha256_bytes(template.encode()),
         "changed_tensors": {
@@ -217,14 +216,12 @@ def _entries_of(folder: Path) -> set[str]:
     return entries - {MANIFEST}
 
 
-def card(
-    plan: BakePlan, *, prompt_format: str, default_on: bool, trust_assistant: bool, plain_markers: Sequence[str]
-) -> str:
+def card(plan: BakePlan, options: BakeOptions, *, prompt_format: str, plain_markers: Sequence[str]) -> str:
     """Return the README.md of a defended checkpoint."""
-    tokens = plan.tokens
+    tokens, trust_assistant = plan.tokens, options.trust_assistant
     state = (
         "on unless a request passes `add_defensive_tokens=false` to the chat template"
-        if default_on
+        if options.default_on
         else "OFF unless a request passes `add_defensive_tokens=true` to the chat template"
     )
     name = card_name(plan.checkpoint.name)

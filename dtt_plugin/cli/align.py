@@ -11,6 +11,7 @@ from dtt_plugin.cli.output import add_json_option, show
 
 if TYPE_CHECKING:
     from dtt_plugin.alignment import Alignment
+    from dtt_plugin.alignment.heldout import HeldOut
 
 _EPILOG = """\
 examples:
@@ -115,10 +116,12 @@ def run(args: argparse.Namespace) -> int:
     for alignment, path in zip(alignments, paths, strict=True):
         if path is not None:
             save_alignment(path, alignment, with_costs=True)
-        for warning in alignment.report["warnings"]:
+        for warning in alignment.report.warnings:
             print(f"dtt align: {warning}", file=sys.stderr)
         out = None if path is None else str(path)
-        reports.append({**alignment.report, "seconds": alignment.seconds, "cached": alignment.cached, "out": out})
+        reports.append(
+            {**alignment.report.to_json(), "seconds": alignment.seconds, "cached": alignment.cached, "out": out}
+        )
     if args.json:
         show(reports[0] if len(reports) == 1 else {"alignments": reports}, as_json=True)
     else:
@@ -149,30 +152,30 @@ def _lines(alignment: Alignment, path: Path | None) -> dict[str, Any]:
     """Return what a person wants to see of the report, in the order of its use."""
     report = alignment.report
     lines: dict[str, Any] = {
-        "source": f"{report['source_model']} {report['source_shape']} {report['source_dtype']}",
-        "target": f"{report['target_model']} {report['target_shape']} {report['target_dtype']}",
-        "anchors": f"{report['anchors']} of {report['shared_tokens']} shared tokens "
-        f"({report['shared_share']:.1%} of the smaller vocabulary)",
+        "source": f"{report.source_model} {report.source_shape} {report.source_dtype}",
+        "target": f"{report.target_model} {report.target_shape} {report.target_dtype}",
+        "anchors": f"{report.anchors} of {report.shared_tokens} shared tokens "
+        f"({report.shared_share:.1%} of the smaller vocabulary)",
     }
-    left_out = report["special_left_out"]
+    left_out = report.special_left_out
     if left_out:
         shown = " ".join(left_out[:6]) + (" ..." if len(left_out) > 6 else "")
         lines["special tokens left out"] = f"{len(left_out)}: {shown}"
-    condition = "infinite" if report["condition"] is None else f"{report['condition']:.4g}"
+    condition = "infinite" if report.condition is None else f"{report.condition:.4g}"
     lines |= {
-        "residual": f"{report['residual']:.6g} (relative {report['relative_residual']:.4%})",
-        "orthogonality error": report["orthogonality_error"],
-        f"rank of {_INVERTED[alignment.method]}": f"{report['rank']} of {report['dimensions']}, condition {condition}, "
-        f"gap {report['gap']:.3g}",
+        "residual": f"{report.residual:.6g} (relative {report.relative_residual:.4%})",
+        "orthogonality error": report.orthogonality_error,
+        f"rank of {_INVERTED[alignment.method]}": f"{report.rank} of {report.dimensions}, condition {condition}, "
+        f"gap {report.gap:.3g}",
     }
     if alignment.method != "procrustes":
-        penalty = report["lambda"]
+        penalty = report.penalty
         lines = {"method": alignment.method + ("" if penalty is None else f", lambda {penalty:.6g}")} | lines
-    if report["distance_from_identity"] is not None:
-        lines["distance from identity"] = f"{report['distance_from_identity']:.4f} (0: identity, 1: random rotation)"
-    lines["scale"] = f"{report['scale']:.6g} ({'applied' if report['scale_applied'] else 'not applied'})"
-    if report["held_out"]:
-        lines |= _held_out_lines(report["held_out"])
+    if report.distance_from_identity is not None:
+        lines["distance from identity"] = f"{report.distance_from_identity:.4f} (0: identity, 1: random rotation)"
+    lines["scale"] = f"{report.scale:.6g} ({'applied' if report.scale_applied else 'not applied'})"
+    if report.held_out:
+        lines |= _held_out_lines(report.held_out)
     seconds = alignment.seconds
     lines["seconds"] = (
         "from the cache"
@@ -183,15 +186,15 @@ def _lines(alignment: Alignment, path: Path | None) -> dict[str, Any]:
     return lines
 
 
-def _held_out_lines(held: dict[str, Any]) -> dict[str, str]:
-    aligned, null = held["aligned"], held["random_rotation"]
+def _held_out_lines(held: HeldOut) -> dict[str, str]:
+    aligned, null = held.aligned, held.random_rotation
 
     def pair(name: str, spec: str) -> str:
-        return f"{aligned[name]:{spec}} (random rotation {null[name]:{spec}})"
+        return f"{getattr(aligned, name):{spec}} (random rotation {getattr(null, name):{spec}})"
 
-    smallest, mean, largest = held["norm_retained"]
+    smallest, mean, largest = held.norm_retained
     return {
-        f"on {held['n']} held-out tokens": f"fit without them: {held['fit']}",
+        f"on {held.n} held-out tokens": f"fit without them: {held.fit}",
         "  cosine": pair("cosine", ".4f"),
         "  relative error": pair("relative_error", ".4f"),
         "  precision@1": pair("precision_at_1", ".1%"),

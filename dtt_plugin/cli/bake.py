@@ -25,7 +25,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--prompt-format", metavar="NAME", help="default: the one that the tokens were trained with")
     parser.add_argument(
         "--default-off",
-        action="store_true",
+        dest="default_on",
+        action="store_false",
         help="leave the tokens out unless a request passes add_defensive_tokens=true, as the published "
         "checkpoints do (a server is then undefended by default)",
     )
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     import dataclasses
     import sys
 
-    from dtt_plugin.bake import bake
+    from dtt_plugin.bake import BakeOptions, bake
     from dtt_plugin.prompt.formats import protection
     from dtt_plugin.tokens.files import load_tokens
 
@@ -75,17 +76,8 @@ def run(args: argparse.Namespace) -> int:
         args.model,
         load_tokens(Path(args.tokens), model=args.tokens_model),
         args.out,
-        revision=args.revision,
-        prompt_format=args.prompt_format,
-        default_on=not args.default_off,
-        reuse_reserved=args.reuse_reserved,
-        system_in_user=args.system_in_user,
-        trust_assistant=args.trust_assistant,
-        keep_bos=args.keep_bos,
-        overlay=args.overlay,
-        copy=args.copy,
+        BakeOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(BakeOptions)}),
         force=args.force,
-        verify=args.verify,
     )
     table = dataclasses.asdict(report)
     table["folder"] = str(report.folder)

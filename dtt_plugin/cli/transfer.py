@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from dtt_plugin.tokens.methods import CONTROLS, MAPS
 if TYPE_CHECKING:
     from dtt_plugin.alignment import Alignment
     from dtt_plugin.tokens.files import DefensiveTokens
+    from dtt_plugin.transfer.move import Comparison
 
 _EPILOG = """\
 examples:
@@ -110,14 +111,15 @@ def run(args: argparse.Namespace) -> int:
         save_tokens(args.out, moved)
         report = _report(moved, comparison, args.out)
     if args.compare:
-        report["methods"] = compare_methods(tokens, alignment, **options)
-    if args.compare and not args.json:
-        methods = report.pop("methods")
-        _print_table(methods)
-        for found in methods:
-            if found["is_copy"] and found["method"] in MAPS:
-                widest = max(found["angle_to_source"])
-                print(f"{found['method']}: {COPY_NOTE} (angles of at most {widest:.3g} degrees).")
+        methods = compare_methods(tokens, alignment, **options)
+        if args.json:
+            report["methods"] = [asdict(found) for found in methods]
+        else:
+            _print_table(methods)
+            for found in methods:
+                if found.is_copy and found.angle_to_source and found.method in MAPS:
+                    widest = max(found.angle_to_source)
+                    print(f"{found.method}: {COPY_NOTE} (angles of at most {widest:.3g} degrees).")
     show(report, as_json=args.json)
     return 0
 
@@ -140,7 +142,7 @@ def _entry(path: str, chosen: str | None, alignment: Alignment | None, side: str
     return entries[0] if len(entries) == 1 else None
 
 
-def _report(moved: DefensiveTokens, comparison: Any, out: Path) -> dict[str, Any]:
+def _report(moved: DefensiveTokens, comparison: Comparison, out: Path) -> dict[str, Any]:
     return {
         "source_model": moved.source_model,
         "model": moved.model,
@@ -159,7 +161,7 @@ def _report(moved: DefensiveTokens, comparison: Any, out: Path) -> dict[str, Any
     }
 
 
-def _print_table(methods: list[dict[str, Any]]) -> None:
+def _print_table(methods: list[Comparison]) -> None:
     """Print one line per method; figures over the tokens as smallest .. largest."""
     columns = (
         "norms",
@@ -171,7 +173,7 @@ def _print_table(methods: list[dict[str, Any]]) -> None:
     )
     rows = [["method", *(name.replace("_", " ") for name in columns)]]
     for method in methods:
-        rows.append([method["method"], *(_cell(method[name]) for name in columns)])
+        rows.append([method.method, *(_cell(getattr(method, name)) for name in columns)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ def transfer(
         metadata["seed"] = str(seed)
     if alignment is not None:
         for name in ("source_sha256", "target_sha256", "relative_residual"):
-            metadata[f"alignment_{name}"] = str(alignment.report[name])
+            metadata[f"alignment_{name}"] = str(getattr(alignment.report, name))
     if tokens.width == width:
         metadata[COSINES] = " ".join(f"{cosine:.6f}" for cosine in _cosines(tokens.rows, rows))
     return DefensiveTokens(
@@ -169,7 +169,7 @@ def compare(
     elif moved.method == "random" and tokens.width == moved.width:
         distance = 1.0  # its expectation; the trace of a random rotation is within about 1 of zero
     elif alignment is not None and moved.method in MAPS:
-        distance = alignment.report["distance_from_identity"]
+        distance = alignment.report.distance_from_identity
     cosines = _cosines(tokens.rows, moved.rows) if tokens.width == moved.width else None
     return Comparison(
         method=moved.method,
@@ -191,8 +191,8 @@ def compare_methods(
     target_model: str | None = None,
     norm: str | float | None = None,
     seed: int = 0,
-) -> list[dict[str, Any]]:
-    """Return one `Comparison` per method that these inputs allow, as tables."""
+) -> list[Comparison]:
+    """Return one `Comparison` per method that these inputs allow."""
     same_width = alignment is None or alignment.W.shape[0] == alignment.W.shape[1]
     controls = [method for method in CONTROLS if method != ("zero-pad" if same_width else "copy")]
     rows = []
@@ -200,7 +200,7 @@ def compare_methods(
         moved = transfer(
             tokens, alignment, method=method, target_model=target_model, norm=norm, native=native, seed=seed
         )
-        rows.append(asdict(compare(tokens, moved, alignment=alignment, native=native)))
+        rows.append(compare(tokens, moved, alignment=alignment, native=native))
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from scipy import linalg, stats
 
 from dtt_plugin.alignment import Alignment, AlignmentOptions, align, align_many, load_alignment, save_alignment
 from dtt_plugin.alignment.engine import NumpyEngine
-from dtt_plugin.alignment.heldout import hold_out
+from dtt_plugin.alignment.heldout import HeldOut, hold_out
 from dtt_plugin.alignment.polar import orthogonality_error, polar_factor
 from dtt_plugin.checkpoint.opening import open_checkpoint
 from dtt_plugin.errors import DttError
@@ -33,6 +34,11 @@ def draw(rows: int, width: int, seed: int = 0) -> Matrix:
 def rotation(width: int, seed: int = 1) -> Matrix:
     matrix: Matrix = stats.ortho_group.rvs(width, random_state=seed)
     return matrix
+
+
+def held_out(alignment: Alignment) -> HeldOut:
+    assert alignment.report.held_out is not None
+    return alignment.report.held_out
 
 
 def aligned(
@@ -57,10 +63,10 @@ def test_a_rotation_is_recovered(tmp_path: Path) -> None:
     x, q = draw(N_ROWS, 32), rotation(32)
     alignment = aligned(tmp_path, x, x @ q)
     np.testing.assert_allclose(alignment.W, q, atol=1e-12)
-    assert alignment.report["relative_residual"] < 1e-7
-    assert alignment.report["orthogonality_error"] < 1e-12
-    assert alignment.report["anchors"] == N_ROWS
-    assert alignment.report["scale"] == pytest.approx(1)
+    assert alignment.report.relative_residual < 1e-7
+    assert alignment.report.orthogonality_error < 1e-12
+    assert alignment.report.anchors == N_ROWS
+    assert alignment.report.scale == pytest.approx(1)
 
 
 def test_a_reflection_is_recovered(tmp_path: Path) -> None:
@@ -76,14 +82,14 @@ def test_a_rotation_is_recovered_to_the_accuracy_of_the_stored_type(tmp_path: Pa
     alignment = aligned(tmp_path, x, x @ q, dtype=dtype)
     tolerance = {"bfloat16": 2e-3, "float16": 3e-4, "float32": 1e-6}[dtype]
     assert np.abs(alignment.W - q).max() < tolerance
-    assert alignment.report["orthogonality_error"] < 1e-12
+    assert alignment.report.orthogonality_error < 1e-12
 
 
 def test_the_scale_is_found_and_applied_only_when_asked_for(tmp_path: Path) -> None:
     x, q = draw(N_ROWS, 32), rotation(32)
     reported = aligned(tmp_path / "a", x, 3 * x @ q)
     applied = aligned(tmp_path / "b", x, 3 * x @ q, scale=True)
-    assert reported.report["scale"] == pytest.approx(3)
+    assert reported.report.scale == pytest.approx(3)
     np.testing.assert_allclose(reported.apply(x[:5]), x[:5] @ q, atol=1e-11)
     np.testing.assert_allclose(applied.apply(x[:5]), 3 * x[:5] @ q, atol=1e-11)
 
@@ -115,7 +121,7 @@ def test_tokens_are_matched_by_what_they_are_not_by_their_row(tmp_path: Path) ->
     y[len(tokens) + 40 : len(tokens) + 43] = (x @ q)[len(tokens) :]
     alignment = aligned(tmp_path, x, y, target_tokens=[*(tokens[i] for i in order), *own])
     np.testing.assert_allclose(alignment.W, q, atol=1e-12)
-    assert alignment.report["anchors"] == N_ROWS
+    assert alignment.report.anchors == N_ROWS
 
 
 def test_byte_level_and_sentencepiece_spellings_of_a_token_meet(tmp_path: Path) -> None:
@@ -134,7 +140,7 @@ def test_byte_level_and_sentencepiece_spellings_of_a_token_meet(tmp_path: Path) 
     }
     (target / "tokenizer.json").write_text(json.dumps(spelled))
     alignment = align(open_checkpoint(str(source)), open_checkpoint(str(target)))
-    assert alignment.report["shared_tokens"] == 64
+    assert alignment.report.shared_tokens == 64
     np.testing.assert_allclose(alignment.W, q, atol=1e-12)
 
 
@@ -143,8 +149,8 @@ def test_special_tokens_of_one_side_are_left_out_and_named(tmp_path: Path) -> No
     source = make_checkpoint(tmp_path / "s", dtype="float64", embedding=x)
     target = make_checkpoint(tmp_path / "t", dtype="float64", embedding=x[:267], special=("<|im_start|>", "<|im_end|>"))
     report = align(open_checkpoint(str(source)), open_checkpoint(str(target))).report
-    assert report["special_left_out"] == ["<|endoftext|>"]
-    assert report["anchors"] == 267
+    assert report.special_left_out == ("<|endoftext|>",)
+    assert report.anchors == 267
 
 
 @pytest.mark.parametrize(("d_s", "d_t"), [(64, 48), (48, 64)])
@@ -156,19 +162,19 @@ def test_a_change_of_width_keeps_the_planted_directions(tmp_path: Path, d_s: int
         x = draw(N_ROWS, d_t) @ planted.T  # what the narrow side can hold
     alignment = aligned(tmp_path, x, x @ planted, allow_width_change=True, holdout=0.2)
     np.testing.assert_allclose(alignment.W, planted, atol=1e-11)
-    assert alignment.report["orthogonality_error"] < 1e-12
-    assert alignment.report["relative_residual"] < 1e-6
-    assert alignment.report["held_out"]["norm_retained"] == pytest.approx((1, 1, 1), abs=1e-5)
+    assert alignment.report.orthogonality_error < 1e-12
+    assert alignment.report.relative_residual < 1e-6
+    assert held_out(alignment).norm_retained == pytest.approx((1, 1, 1), abs=1e-5)
 
 
 def test_what_a_narrower_target_loses_is_reported(tmp_path: Path) -> None:
     x = draw(N_ROWS, 64)
     alignment = aligned(tmp_path, x, x @ rotation(64)[:, :48], allow_width_change=True, holdout=0.2)
-    smallest, mean, largest = alignment.report["held_out"]["norm_retained"]
+    smallest, mean, largest = held_out(alignment).norm_retained
     assert 0.6 < smallest < mean < largest <= 1
     assert mean == pytest.approx(np.sqrt(48 / 64), abs=0.03)
     back = x @ rotation(64)[:, :48] @ alignment.W.T - x
-    assert alignment.report["residual"] == pytest.approx(np.linalg.norm(back))
+    assert alignment.report.residual == pytest.approx(np.linalg.norm(back))
 
 
 def test_a_rank_deficient_problem_is_solved_where_it_is_determined_and_says_so(tmp_path: Path) -> None:
@@ -176,20 +182,20 @@ def test_a_rank_deficient_problem_is_solved_where_it_is_determined_and_says_so(t
     x[:, 24:] = 0
     alignment = aligned(tmp_path, x, x @ q)
     np.testing.assert_allclose(alignment.W[:24], q[:24], atol=1e-11)
-    assert alignment.report["rank"] == 24
-    assert not alignment.report["unique"]
-    assert alignment.report["condition"] is None or alignment.report["condition"] > 1e12
-    assert alignment.report["orthogonality_error"] < 1e-12
-    assert any("not unique in the other 8" in warning for warning in alignment.report["warnings"])
+    assert alignment.report.rank == 24
+    assert not alignment.report.unique
+    assert alignment.report.condition is None or alignment.report.condition > 1e12
+    assert alignment.report.orthogonality_error < 1e-12
+    assert any("not unique in the other 8" in warning for warning in alignment.report.warnings)
 
 
 def test_a_model_aligned_to_itself_gives_exactly_the_identity(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "m")
     alignment = align(open_checkpoint(str(folder)), open_checkpoint(str(folder)))
     np.testing.assert_array_equal(alignment.W, np.eye(32))
-    assert alignment.report["same_model"]
-    assert alignment.report["distance_from_identity"] == 0
-    assert "identity" in alignment.report["warnings"][0]
+    assert alignment.report.same_model
+    assert alignment.report.distance_from_identity == 0
+    assert "identity" in alignment.report.warnings[0]
 
 
 def test_the_reported_residual_is_that_of_the_rows(tmp_path: Path) -> None:
@@ -197,10 +203,10 @@ def test_the_reported_residual_is_that_of_the_rows(tmp_path: Path) -> None:
     y = x @ rotation(32) + 0.3 * draw(N_ROWS, 32, 7)
     alignment = aligned(tmp_path, x, y)
     residual = np.linalg.norm(x @ alignment.W - y)
-    assert alignment.report["residual"] == pytest.approx(residual, rel=1e-9)
-    assert alignment.report["relative_residual"] == pytest.approx(residual / np.linalg.norm(y))
+    assert alignment.report.residual == pytest.approx(residual, rel=1e-9)
+    assert alignment.report.relative_residual == pytest.approx(residual / np.linalg.norm(y))
     distance = np.linalg.norm(alignment.W - np.eye(32)) / 8
-    assert alignment.report["distance_from_identity"] == pytest.approx(distance)
+    assert alignment.report.distance_from_identity == pytest.approx(distance)
 
 
 def test_the_streamed_map_agrees_with_scipy_on_bfloat16(tmp_path: Path) -> None:
@@ -279,12 +285,12 @@ def test_held_out_figures_tell_a_true_map_from_none(tmp_path: Path) -> None:
     x = draw(N_ROWS, 32)
     related = aligned(tmp_path / "a", x, x @ rotation(32) + 0.2 * draw(N_ROWS, 32, 7), holdout=0.2)
     unrelated = aligned(tmp_path / "b", x, draw(N_ROWS, 32, 8), holdout=0.2)
-    held, null = related.report["held_out"]["aligned"], related.report["held_out"]["random_rotation"]
-    assert held["cosine"] > 0.95
-    assert held["precision_at_1"] == held["csls_precision_at_1_back"] == 1
-    assert abs(null["cosine"]) < 0.2
-    assert null["precision_at_1"] < 0.2
-    assert abs(unrelated.report["held_out"]["aligned"]["cosine"]) < 0.2
+    held, null = held_out(related).aligned, held_out(related).random_rotation
+    assert held.cosine > 0.95
+    assert held.precision_at_1 == held.csls_precision_at_1_back == 1
+    assert abs(null.cosine) < 0.2
+    assert null.precision_at_1 < 0.2
+    assert abs(held_out(unrelated).aligned.cosine) < 0.2
 
 
 def test_memory_of_a_block_is_not_taken_before_it_is_summed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +315,7 @@ def test_memory_of_a_block_is_not_taken_before_it_is_summed(tmp_path: Path, monk
     monkeypatch.setattr(engine, "_add", slow)
     for one, other in zip(expected, align_many(source, targets), strict=True):
         np.testing.assert_allclose(one.W, other.W, atol=1e-9)
-        assert one.report["residual"] == pytest.approx(other.report["residual"], rel=1e-12)
+        assert one.report.residual == pytest.approx(other.report.residual, rel=1e-12)
 
 
 def test_one_source_and_many_targets_give_what_single_runs_give(tmp_path: Path) -> None:
@@ -343,7 +349,7 @@ def test_sampled_anchors_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
     first = aligned(tmp_path / "a", x, y, anchors=100)
     again = aligned(tmp_path / "b", x, y, anchors=100)
     other = aligned(tmp_path / "c", x, y, anchors=100, seed=1)
-    assert first.report["anchors"] == 100
+    assert first.report.anchors == 100
     assert (first.W == again.W).all()
     assert not (first.W == other.W).all()
 
@@ -353,7 +359,7 @@ def test_an_anchors_file_limits_the_anchors(tmp_path: Path) -> None:
     listed = tmp_path / "anchors.txt"
     listed.write_text("\n".join(names))
     x, y = draw(N_ROWS, 32), draw(N_ROWS, 32, 1)
-    assert aligned(tmp_path / "a", x, y, anchors_file=str(listed)).report["anchors"] == len(names)
+    assert aligned(tmp_path / "a", x, y, anchors_file=str(listed)).report.anchors == len(names)
     listed.write_text(json.dumps([*names, "no such token"]))
     with pytest.raises(DttError, match=r"1 tokens .* doesn't have, the first is 'no such token'"):
         aligned(tmp_path / "b", x, y, anchors_file=str(listed))
@@ -384,7 +390,7 @@ def test_the_same_alignment_gives_the_same_bytes_and_comes_back(tmp_path: Path) 
     save_alignment(tmp_path / "2.safetensors", again)
     assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
     loaded = load_alignment(tmp_path / "1.safetensors")
-    assert loaded.report == first.report | {"source_model": "source", "target_model": "target"}, "no paths"
+    assert loaded.report == replace(first.report, source_model="source", target_model="target"), "no paths"
     for name in ("W", "source_mean", "target_mean"):
         assert (getattr(loaded, name) == getattr(first, name)).all()
 

@@ -53,7 +53,7 @@ def test_other_options_other_values_and_another_vocabulary_are_solved_anew(
     again = align(pair[0], reordered, cache=cache)
     assert not again.cached
     # The values are those of `target`: only the tokenizer differs.
-    assert again.report["target_sha256"] == align(*pair, cache=cache).report["target_sha256"]
+    assert again.report.target_sha256 == align(*pair, cache=cache).report.target_sha256
 
 
 def test_a_copy_of_the_files_is_recognised_and_named_as_given(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,17 @@ import pytest
 from numpy.typing import NDArray
 from scipy import linalg
 
-from dtt_plugin.alignment import Alignment, load_alignment, save_alignment
+from dtt_plugin.alignment import load_alignment, save_alignment
 from dtt_plugin.alignment.engine import NumpyEngine
 from dtt_plugin.alignment.linear import STRENGTHS, fit_linear
 from dtt_plugin.alignment.moments import Moments
 from dtt_plugin.alignment.options import AlignmentOptions, MapMethod
+from dtt_plugin.checkpoint.tensors import read_header, write_safetensors
 from dtt_plugin.cli import main
 from dtt_plugin.errors import DttError
 from dtt_plugin.tokens.files import load_tokens
 from dtt_plugin.tokens.methods import MAPS
-from tests.alignment.test_alignment import N_ROWS, aligned, draw, rotation
+from tests.alignment.test_alignment import N_ROWS, aligned, draw, held_out, rotation
 from tests.conftest import write_tokens
 
 Matrix = NDArray[np.float64]
@@ -57,14 +59,14 @@ def test_the_map_is_the_closed_form(tmp_path: Path, method: str, widths: tuple[i
     alignment = aligned(tmp_path, x, y, **options_of(x, y, method=method, center=center))
     if center:
         x, y = x - x.mean(axis=0), y - y.mean(axis=0)
-    reference = expected(method, x, y, alignment.report["lambda"])
+    reference = expected(method, x, y, alignment.report.penalty or 0.0)
     np.testing.assert_allclose(alignment.W, reference, rtol=1e-9, atol=1e-10)
     report = alignment.report
-    assert report["method"] == alignment.method == method
-    assert report["residual"] == pytest.approx(np.linalg.norm(x @ reference - y), rel=1e-9)
-    assert report["relative_residual"] == pytest.approx(report["residual"] / np.linalg.norm(y))
+    assert report.method == alignment.method == method
+    assert report.residual == pytest.approx(np.linalg.norm(x @ reference - y), rel=1e-9)
+    assert report.relative_residual == pytest.approx(report.residual / np.linalg.norm(y))
     mapped = x @ reference
-    assert report["scale"] == pytest.approx(np.vdot(mapped, y) / np.vdot(mapped, mapped))
+    assert report.scale == pytest.approx(np.vdot(mapped, y) / np.vdot(mapped, mapped))
 
 
 @pytest.mark.parametrize("method", ["ridge", "relative"])
@@ -80,7 +82,7 @@ def test_the_penalty_is_the_best_on_held_out_anchors(method: Any) -> None:
     errors = [np.linalg.norm(x[held] @ expected(method, left_x, left_y, s * mean) - y[held]) for s in STRENGTHS]
     best = int(np.argmin(errors))
     assert 0 < best < len(STRENGTHS) - 1, "a choice that could have gone either way"
-    assert found.figures["lambda"] == pytest.approx(STRENGTHS[best] * mean_of_all)
+    assert found.figures.penalty == pytest.approx(STRENGTHS[best] * mean_of_all)
     assert found.held_out is not None
     assert found.held_out.aligned.relative_error == pytest.approx(errors[best] / np.linalg.norm(y[held]), rel=1e-5)
 
@@ -90,8 +92,8 @@ def test_a_planted_linear_map_is_found_by_ridge_and_not_by_procrustes(tmp_path: 
     planted = rotation(32) * np.linspace(0.1, 4, 32)
     ridge = aligned(tmp_path / "a", x, x @ planted, method="ridge", holdout=0.1)
     np.testing.assert_allclose(ridge.W, planted, atol=1e-4)
-    assert ridge.report["held_out"]["aligned"]["relative_error"] < 1e-4
-    assert aligned(tmp_path / "b", x, x @ planted).report["relative_residual"] > 0.3
+    assert held_out(ridge).aligned.relative_error < 1e-4
+    assert aligned(tmp_path / "b", x, x @ planted).report.relative_residual > 0.3
 
 
 def test_where_the_spaces_are_rotations_every_map_is_the_rotation(tmp_path: Path) -> None:
@@ -125,9 +127,14 @@ def test_the_commands_and_the_file_know_the_method(tmp_path: Path, capsys: pytes
 
 def test_an_alignment_file_from_before_the_methods_is_procrustes(tmp_path: Path) -> None:
     made = aligned(tmp_path, draw(N_ROWS, 32), draw(N_ROWS, 32, 1))
-    del made.report["method"]
     save_alignment(tmp_path / "w.safetensors", made)
-    assert load_alignment(tmp_path / "w.safetensors").method == "procrustes"
+    located, metadata = read_header(tmp_path / "w.safetensors")
+    report = {k: v for k, v in json.loads(metadata["report"]).items() if k not in ("method", "dimensions")}
+    tensors = {name: location.read() for name, location in located.items()}
+    write_safetensors(tmp_path / "old.safetensors", tensors, {**metadata, "report": json.dumps(report)})
+    old = load_alignment(tmp_path / "old.safetensors")
+    assert old.method == "procrustes"
+    assert old.report == load_alignment(tmp_path / "w.safetensors").report
 
 
 def test_what_a_method_can_t_do_is_said(tmp_path: Path) -> None:
@@ -171,4 +178,3 @@ def test_the_words_for_methods_agree() -> None:
 
     assert get_args(MapMethod) == MAPS
     assert AlignmentOptions().method == MAPS[0]
-    assert isinstance(Alignment(np.eye(2), {}).method, str)

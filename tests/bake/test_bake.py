@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dtt_plugin.bake import MANIFEST, altered_since, bake, read_manifest
+from dtt_plugin.bake import MANIFEST, BakeOptions, altered_since, bake, read_manifest
 from dtt_plugin.checkpoint.opening import open_checkpoint
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.digests import sha256_file
@@ -130,7 +130,7 @@ def test_unchanged_files_are_links_and_changed_ones_are_not(tmp_path: Path) -> N
     ]
     assert len(same) == 3
     assert report.bytes_linked == sum((base_folder / name).stat().st_size for name in same)
-    copied = bake(str(base_folder), random_tokens(32), tmp_path / "copied", copy=True)
+    copied = bake(str(base_folder), random_tokens(32), tmp_path / "copied", BakeOptions(copy=True))
     assert copied.bytes_linked == 0
     assert not any(f.samefile(base_folder / f.name) for f in (tmp_path / "copied").glob("*.safetensors"))
 
@@ -185,7 +185,7 @@ def test_reserved_tokens_are_reused_and_no_shape_changes(tmp_path: Path) -> None
     reserved = [f"<|reserved_special_token_{i}|>" for i in range(8)]
     base_folder = tiny(tmp_path / "base", tied=False, special=[BOS, "<|im_start|>", END, *reserved])
     tokens = random_tokens(32)
-    report = bake(str(base_folder), tokens, tmp_path / "baked", reuse_reserved=True)
+    report = bake(str(base_folder), tokens, tmp_path / "baked", BakeOptions(reuse_reserved=True))
     assert report.rows == report.base_rows
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "baked")
     assert tokenizer.convert_tokens_to_ids(list(report.token_names)) == list(report.token_ids)
@@ -195,7 +195,7 @@ def test_reserved_tokens_are_reused_and_no_shape_changes(tmp_path: Path) -> None
     expected = logits_of_rows(load(base_folder), stored, PROMPT)
     assert torch.allclose(got[:, : report.token_ids[0]], expected[:, : report.token_ids[0]], atol=1e-4)
     with pytest.raises(DttError, match="unused reserved tokens and 9 are needed"):
-        bake(str(base_folder), random_tokens(32, k=9), tmp_path / "more", reuse_reserved=True)
+        bake(str(base_folder), random_tokens(32, k=9), tmp_path / "more", BakeOptions(reuse_reserved=True))
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -205,7 +205,7 @@ def test_an_overlay_writes_the_changed_tensors_alone(tmp_path: Path, tied: bool,
     base_folder = tiny(tmp_path / "base", tied=tied, extra_rows=8, shards=shards)
     tokens = random_tokens(32)
     rewritten = bake(str(base_folder), tokens, tmp_path / "rewritten")
-    report = bake(str(base_folder), tokens, tmp_path / "overlay", overlay=True)
+    report = bake(str(base_folder), tokens, tmp_path / "overlay", BakeOptions(overlay=True))
     both = [logits_of_ids(load(r.folder), [*r.token_ids, *PROMPT]) for r in (report, rewritten)]
     assert torch.equal(*both)
     assert report.bytes_written < 2 * report.rows * 32 * 2 + 8192
@@ -224,7 +224,7 @@ def test_an_overlay_writes_the_changed_tensors_alone(tmp_path: Path, tied: bool,
 def test_an_overlay_can_not_grow_a_tensor(tmp_path: Path) -> None:
     base_folder = tiny(tmp_path / "base")
     with pytest.raises(DttError, match=r"--overlay: model\.embed_tokens\.weight has to grow"):
-        bake(str(base_folder), random_tokens(32), tmp_path / "baked", overlay=True)
+        bake(str(base_folder), random_tokens(32), tmp_path / "baked", BakeOptions(overlay=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 
 

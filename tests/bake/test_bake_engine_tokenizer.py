@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
-from dtt_plugin.bake import bake
+from dtt_plugin.bake import BakeOptions, bake
 from dtt_plugin.checkpoint.opening import open_checkpoint
 from dtt_plugin.errors import DttError
 from dtt_plugin.prompt.formats import defensive_token_names
@@ -41,7 +41,7 @@ def refused(base: Path, out: Path, sentence: str, **options: Any) -> None:
     """Assert that baking is refused in this sentence, and that nothing is left."""
     before = {path.name for path in out.parent.iterdir()}
     with pytest.raises(DttError, match=sentence):
-        bake(str(base), random_tokens(32), out, **options)
+        bake(str(base), random_tokens(32), out, BakeOptions(**options))
     assert {path.name for path in out.parent.iterdir()} == before
 
 
@@ -135,7 +135,7 @@ def test_a_reserved_token_that_a_configuration_names_is_not_overwritten(tmp_path
     edit(base, "generation_config.json", pad_token_id=N_FILE + 8)
     edit(base, SPECIAL_MAP, unk_token=reserved[7])
     edit(base, "config.json", eos_token_id=[N_FILE - 1, N_FILE + 6])
-    report = bake(str(base), random_tokens(32), tmp_path / "baked", reuse_reserved=True)
+    report = bake(str(base), random_tokens(32), tmp_path / "baked", BakeOptions(reuse_reserved=True))
     assert report.token_ids == tuple(range(N_FILE + 1, N_FILE + 6))
 
 

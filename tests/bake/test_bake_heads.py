@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from dtt_plugin.alignment import align
-from dtt_plugin.bake import bake
+from dtt_plugin.bake import BakeOptions, bake
 from dtt_plugin.bake.weights import indexed_tensors
 from dtt_plugin.checkpoint.families import ALWAYS_TIED, OTHER_HEAD, TIED_BY_DEFAULT
 from dtt_plugin.checkpoint.opening import open_checkpoint
@@ -141,7 +141,7 @@ def test_embeddings_per_layer_need_reserved_tokens(tmp_path: Path) -> None:
     base = tiny(tmp_path / "base", special=[BOS, START, END, *(f"<unused{i}>" for i in range(8))])
     store(base, "model.embed_tokens_per_layer.weight")
     refused(base, r"has embeddings per layer \(model\.embed_tokens_per_layer\.weight\).*--reuse-reserved")
-    bake(str(base), random_tokens(32), tmp_path / "baked", reuse_reserved=True)
+    bake(str(base), random_tokens(32), tmp_path / "baked", BakeOptions(reuse_reserved=True))
     configure(base, model_type="gemma3n")
     refused(base, "would generate its DefensiveTokens; such a model is not supported")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from dtt_plugin.bake import (
+    BakeOptions,
     altered_since,
     bake,
     bake_cached,
@@ -53,9 +54,10 @@ def start(*arguments: str, cache: Path | None = None) -> subprocess.Popen[str]:
 
 BAKE = (
     # Without transformers, whose import takes seconds in which nothing is written.
-    "import sys; sys.modules['transformers'] = None; from pathlib import Path; from dtt_plugin.bake import bake; "
+    "import sys; sys.modules['transformers'] = None; from pathlib import Path; "
+    "from dtt_plugin.bake import BakeOptions, bake; "
     "from dtt_plugin.tokens.files import load_tokens; print('ready', flush=True); "
-    "bake(sys.argv[1], load_tokens(sys.argv[2]), Path(sys.argv[3]), copy=True, force=True)"
+    "bake(sys.argv[1], load_tokens(sys.argv[2]), Path(sys.argv[3]), BakeOptions(copy=True), force=True)"
 )
 BAKE_CACHED = (
     "import sys; from dtt_plugin.bake import bake_cached; from dtt_plugin.tokens.files import load_tokens; "
@@ -149,7 +151,7 @@ def test_a_full_disk_gives_one_sentence_and_leaves_nothing(small_disk: Path, bas
     (small_disk / "mine.txt").write_text("untouched")
     before = digest_of(base)
     with pytest.raises(DttError, match="the disk is full; free some space or choose another --out"):
-        bake(str(base), random_tokens(512), small_disk / "baked", copy=True)
+        bake(str(base), random_tokens(512), small_disk / "baked", BakeOptions(copy=True))
     assert [path.name for path in small_disk.iterdir()] == ["mine.txt"]
     assert digest_of(base) == before
 
@@ -188,8 +190,8 @@ def test_a_second_start_writes_nothing(tmp_path: Path, base: Path, monkeypatch: 
     assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == written
     others = {
         bake_cached(str(base), random_tokens(512, seed=2)),
-        bake_cached(str(base), tokens, prompt_format="qwen2.5"),
-        bake_cached(str(base), tokens, default_on=False),
+        bake_cached(str(base), tokens, BakeOptions(prompt_format="qwen2.5")),
+        bake_cached(str(base), tokens, BakeOptions(default_on=False)),
     }
     change_in_place(base / "model-00001-of-00002.safetensors")
     others.add(bake_cached(str(base), tokens))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtt_plugin.bake import bake
+from dtt_plugin.bake import BakeOptions, bake
 from dtt_plugin.errors import DttError
 from dtt_plugin.prompt.control_tokens import (
     DEEPEST,
@@ -47,7 +47,7 @@ def render() -> Any:
 
 def defended(folder: Path, **options: Any) -> Any:
     transformers = pytest.importorskip("transformers")
-    bake(str(tiny(folder / "base")), random_tokens(32), folder / "baked", **options)
+    bake(str(tiny(folder / "base")), random_tokens(32), folder / "baked", BakeOptions(**options))
     return transformers.AutoTokenizer.from_pretrained(folder / "baked")
 
 
@@ -194,7 +194,7 @@ def test_one_bos_behind_the_tokens_where_the_tokenizer_adds_it(tmp_path: Path) -
     ):
         assert ids[:6] == [*report.token_ids, bos_id]
         assert ids.count(bos_id) == 1
-    bake(str(base), random_tokens(32), tmp_path / "kept", keep_bos=True)
+    bake(str(base), random_tokens(32), tmp_path / "kept", BakeOptions(keep_bos=True))
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "kept")("a").input_ids[0] == bos_id
 
 
@@ -221,7 +221,7 @@ def test_a_template_without_a_system_role_is_refused_or_merged(tmp_path: Path) -
     (base / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": refusing + CHAT_TEMPLATE}))
     with pytest.raises(DttError, match="has no system role; bake with --system-in-user"):
         bake(str(base), random_tokens(32), tmp_path / "baked")
-    bake(str(base), random_tokens(32), tmp_path / "baked", system_in_user=True)
+    bake(str(base), random_tokens(32), tmp_path / "baked", BakeOptions(system_in_user=True))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "baked")
     messages = [{"role": "system", "content": "do it"}, {"role": "user", "content": f"data{END}"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -273,7 +273,7 @@ def test_a_model_without_a_template_needs_a_published_format(tmp_path: Path) -> 
     (base / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(DttError, match="has no chat template; choose a published one"):
         bake(str(base), random_tokens(32), tmp_path / "baked")
-    bake(str(base), random_tokens(32), tmp_path / "baked", prompt_format="qwen2.5")
+    bake(str(base), random_tokens(32), tmp_path / "baked", BakeOptions(prompt_format="qwen2.5"))
     assert (tmp_path / "baked" / "chat_template.jinja").is_file()
 
 
@@ -557,7 +557,7 @@ def test_vllm_sees_whether_the_models_template_knows_the_role_developer(model_te
     assert hf._detect_developer_role_support(template) == hf._detect_developer_role_support(model_template)
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_no_control_token_forms_of_pieces_in_another_order(render: Any, order: tuple[int, ...]) -> None:
     """A template may print fields in an order of its own, whatever the order in the request."""
     model_template = "{% for d in documents %}{{ d.a | trim }}{{ d.b | trim }}{{ d.c | trim }}{% endfor %}"

@@ -336,8 +336,8 @@ def test_little_in_common_is_a_warning(tmp_path: Path) -> None:
     other = [f"zz{i}" for i in range(100)]
     theirs = make_checkpoint(tmp_path / "2", vocab_tokens=[*tokens[100:150], *other], width=32)
     report = align(open_checkpoint(str(mine)), open_checkpoint(str(theirs))).report
-    assert report["shared_tokens"] == 53
-    assert any("is shared" in warning for warning in report["warnings"])
+    assert report.shared_tokens == 53
+    assert any("is shared" in warning for warning in report.warnings)
 
 
 def test_options_that_make_no_sense_are_errors() -> None:

@@ -11,7 +11,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
-from dtt_plugin.bake import bake
+from dtt_plugin.bake import BakeOptions, bake
 from dtt_plugin.errors import DttError
 from dtt_plugin.leaderboard.comparison import build
 from dtt_plugin.leaderboard.lm_eval_files import read_runs
@@ -216,8 +216,8 @@ def test_the_arms_of_one_model_share_a_table(
     change(tiny, "tokenizer_config.json", bos_token="<|endoftext|>")
     undefended, defended = arm, arm | {"tokens": tiny_tokens}
     if baked:  # where its own template has a switch
-        prompt_format = arm.get("prompt_format")
-        tiny = str(bake(tiny, load_tokens(tiny_tokens), tmp_path / "baked", prompt_format=prompt_format).folder)
+        options = BakeOptions(prompt_format=arm.get("prompt_format"))
+        tiny = str(bake(tiny, load_tokens(tiny_tokens), tmp_path / "baked", options).folder)
         defended = {name: value for name, value in arm.items() if name != "prompt_format"}
         undefended = defended | {"chat_template_args": {"add_defensive_tokens": False}}
     paths = [run_arm(tmp_path / "none", tiny, **undefended), run_arm(tmp_path / "tokens", tiny, **defended)]

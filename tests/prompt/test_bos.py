@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dtt_plugin.bake import bake
+from dtt_plugin.bake import BakeOptions, bake
 from dtt_plugin.prompt.bos import bos_to_render
 from dtt_plugin.prompt.formats import PUBLISHED_FORMATS, defensive_token_names
 from dtt_plugin.tokens.files import load_tokens
@@ -84,7 +84,7 @@ def check_ids(model: str, folder: Path, prompt_format: str, *, vllm: bool) -> li
     from dtt_plugin.training.chat_model import load_chat_model
 
     tokens = write_tokens(folder / "tokens.safetensors", width=32)
-    bake(model, load_tokens(tokens), folder / "baked", prompt_format=prompt_format)
+    bake(model, load_tokens(tokens), folder / "baked", BakeOptions(prompt_format=prompt_format))
     baked = AutoTokenizer.from_pretrained(folder / "baked")
     names = baked.convert_tokens_to_ids(defensive_token_names(5))
     trained = load_chat_model(model, prompt_format=prompt_format).encode("Sum up.", "Some data")

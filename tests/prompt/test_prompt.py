@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dtt_plugin.bake import bake
+from dtt_plugin.bake import BakeOptions, bake
 from dtt_plugin.data.records import Record
 from dtt_plugin.errors import DttError
 from dtt_plugin.prompt.defense_texts import REMINDER, SANDWICH
@@ -140,7 +140,7 @@ def test_both_wrappers_have_the_same_ids_for_all_832_prompts(
     from transformers import AutoTokenizer
 
     tokens = write_tokens(tmp_path / "t.safetensors", width=576)
-    bake(smollm2, load_tokens(tokens), tmp_path / "baked", verify=False)
+    bake(smollm2, load_tokens(tokens), tmp_path / "baked", BakeOptions(verify=False))
     template = model_template(smollm2_tokenizer)
     in_memory = with_tokens(smollm2_tokenizer)
     baked = AutoTokenizer.from_pretrained(tmp_path / "baked")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dtt_plugin.bake import bake
+from dtt_plugin.bake import BakeOptions, bake
 from dtt_plugin.serving.placing import TokenFile, place
 from dtt_plugin.tokens.files import load_tokens
 from tests.checkpoints import SPECIAL_TOKENS, make_checkpoint
@@ -48,7 +48,8 @@ class Models:
         self.ids = {p.source.name: list(p.ids) for p in place(self.base, map(TokenFile, self.files)).placed}
         tokens = [load_tokens(file) for file in self.files]
         self.twins = [
-            str(bake(self.base, one, folder / f"twin{n}", reuse_reserved=True).folder) for n, one in enumerate(tokens)
+            str(bake(self.base, one, folder / f"twin{n}", BakeOptions(reuse_reserved=True)).folder)
+            for n, one in enumerate(tokens)
         ]
 
     @property

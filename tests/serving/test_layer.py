@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dtt_plugin.bake import bake
+from dtt_plugin.bake import BakeOptions, bake
 from dtt_plugin.tokens.files import load_tokens
 from tests.checkpoints import SPECIAL_TOKENS, make_checkpoint
 from tests.conftest import ROOT, write_tokens
@@ -51,7 +51,9 @@ def test_two_files_rows_are_the_baked_checkpoints_and_all_others_the_models(
     base = str(make_checkpoint(tmp_path / "base", width=64, special=special, dtype=stored))
     files = [write_tokens(tmp_path / f"{name}.safetensors", width=64, seed=ord(name)) for name in "ab"]
     both = facts(base, dtype, *files)
-    twin = facts(str(bake(base, load_tokens(files[0]), tmp_path / "twin", reuse_reserved=True).folder), dtype)
+    twin = facts(
+        str(bake(base, load_tokens(files[0]), tmp_path / "twin", BakeOptions(reuse_reserved=True)).folder), dtype
+    )
     first, second = both["ids"][:5], both["ids"][5:]
     assert both["dtype"] == f"torch.{dtype}"
     assert both["never"] == sorted(both["ids"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dtt_plugin.bake import bake
+from dtt_plugin.bake import BakeOptions, bake
 from dtt_plugin.cli import main
 from dtt_plugin.tokens.files import load_tokens
 from tests.bake_helpers import load
@@ -23,7 +23,7 @@ def test_peft_computes_the_baked_checkpoints_logits(tmp_path: Path, capsys: pyte
     arguments = ["convert", file, str(tmp_path / "lora"), "--to", "lora", "--model", str(base), "--json"]
     assert main(arguments) == 0
     ids = json.loads(capsys.readouterr().out)["token_ids"]
-    baked = load(bake(str(base), load_tokens(file), tmp_path / "baked", reuse_reserved=True).folder)
+    baked = load(bake(str(base), load_tokens(file), tmp_path / "baked", BakeOptions(reuse_reserved=True)).folder)
     adapted = peft.PeftModel.from_pretrained(load(base), str(tmp_path / "lora")).eval()
     assert not any(path.stat().st_size > 1 << 20 for path in (tmp_path / "lora").iterdir())
     with torch.no_grad():

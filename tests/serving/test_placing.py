@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dtt_plugin.bake import bake
+from dtt_plugin.bake import BakeOptions, bake
 from dtt_plugin.checkpoint.defended import read_manifest
 from dtt_plugin.checkpoint.opening import open_checkpoint
 from dtt_plugin.errors import DttError
@@ -37,7 +37,7 @@ def test_the_first_file_has_the_ids_that_baking_would_give_it(tmp_path: Path, fi
     reserved = str(make_checkpoint(tmp_path / "reserved", special=(*RESERVED, *SPECIAL_TOKENS)))
     tokens = load_tokens(files[0].file)
     for model, reuse in ((padded, False), (reserved, True)):
-        bake(model, tokens, tmp_path / f"baked-{reuse}", reuse_reserved=reuse)
+        bake(model, tokens, tmp_path / f"baked-{reuse}", BakeOptions(reuse_reserved=reuse))
         placed = place(model, files).placed
         assert placed[0].ids == manifest_ids(tmp_path / f"baked-{reuse}")
         assert set(placed[0].ids).isdisjoint(placed[1].ids)

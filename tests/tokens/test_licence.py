@@ -16,7 +16,7 @@ from scipy import stats
 
 from dtt_plugin import cli
 from dtt_plugin.alignment import align, load_alignment, save_alignment
-from dtt_plugin.bake import MANIFEST, bake
+from dtt_plugin.bake import MANIFEST, BakeOptions, bake
 from dtt_plugin.checkpoint.opening import open_checkpoint
 from dtt_plugin.checkpoint.tensors import write_safetensors
 from dtt_plugin.data.records import TOKENS_FILE
@@ -216,7 +216,7 @@ def test_the_alignment_of_a_call_keeps_the_names_that_were_given(tmp_path: Path)
 
 def test_a_baked_card_names_the_licence(tmp_path: Path) -> None:
     base = tiny(tmp_path / "base")
-    bake(str(base), tokens_for(PUBLISHED), tmp_path / "licensed", prompt_format="qwen2.5")
+    bake(str(base), tokens_for(PUBLISHED), tmp_path / "licensed", BakeOptions(prompt_format="qwen2.5"))
     bake(str(base), random_tokens(32), tmp_path / "free")
     assert NON_COMMERCIAL in (tmp_path / "licensed" / "README.md").read_text()
     assert json.loads((tmp_path / "licensed" / MANIFEST).read_text())["tokens"]["licence"] == NON_COMMERCIAL

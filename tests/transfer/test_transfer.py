@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_the_random_map_is_one_map_and_uniform() -> None:
 def test_tokens_are_rescaled(
     tokens: DefensiveTokens, alignment: Alignment, norm: str | float, expected: float | None
 ) -> None:
-    doubled = Alignment(alignment.W, alignment.report | {"scale": 2.0, "scale_applied": True})
+    doubled = Alignment(alignment.W, replace(alignment.report, scale=2.0, scale_applied=True))
     lengths = np.linalg.norm(transfer(tokens, doubled, norm=norm, native=native()).rows, axis=1)
     before = np.linalg.norm(ROWS, axis=1)
     wanted: Any = {"source": before, "native": 2 * before.mean()}.get(str(norm), expected)
@@ -122,13 +123,19 @@ def test_tokens_of_another_width_are_refused(alignment: Alignment) -> None:
 
 
 def test_the_comparison_shows_what_the_rotation_is_worth(tokens: DefensiveTokens, alignment: Alignment) -> None:
-    table = {row["method"]: row for row in compare_methods(tokens, alignment, native=native())}
+    table = {row.method: row for row in compare_methods(tokens, alignment, native=native())}
     assert list(table) == ["procrustes", "copy", "random"]
-    assert np.mean(table["procrustes"]["cosine_to_native"]) == pytest.approx(1)
-    assert np.abs(np.mean(table["copy"]["cosine_to_native"])) < 0.3
-    assert np.abs(np.mean(table["random"]["cosine_to_native"])) < 0.3
+
+    def to_native(method: str) -> float:
+        cosines = table[method].cosine_to_native
+        assert cosines is not None
+        return float(np.mean(cosines))
+
+    assert to_native("procrustes") == pytest.approx(1)
+    assert abs(to_native("copy")) < 0.3
+    assert abs(to_native("random")) < 0.3
     expected = np.linalg.norm(Q - np.eye(WIDTH)) / np.sqrt(2 * WIDTH)
-    assert table["procrustes"]["distance_from_identity"] == pytest.approx(expected)
+    assert table["procrustes"].distance_from_identity == pytest.approx(expected)
 
 
 @pytest.fixture
@@ -194,10 +201,8 @@ def test_bad_commands_are_one_sentence_and_write_nothing(
 
 
 @pytest.fixture
-def between_widths() -> Alignment:
-    report = {"source_model": "s", "target_model": "t", "method": "procrustes", "scale_applied": False}
-    report |= {"source_sha256": "1", "target_sha256": "2", "relative_residual": 0.5, "distance_from_identity": None}
-    return Alignment(np.eye(WIDTH, 48), report)
+def between_widths(alignment: Alignment) -> Alignment:
+    return Alignment(np.eye(WIDTH, 48), replace(alignment.report, distance_from_identity=None))
 
 
 def test_another_width_is_reached_by_zeros_or_by_a_random_isometry(between_widths: Alignment) -> None:
@@ -215,7 +220,7 @@ def test_another_width_is_reached_by_zeros_or_by_a_random_isometry(between_width
     np.testing.assert_allclose(cut[0] / cut[0, 0], wide.rows[0, :WIDTH] / wide.rows[0, 0], rtol=1e-5)
     with pytest.raises(DttError, match="use zero-pad"):
         transfer(tokens, between_widths, method="copy")
-    assert [row["method"] for row in compare_methods(tokens, between_widths)] == ["procrustes", "zero-pad", "random"]
+    assert [row.method for row in compare_methods(tokens, between_widths)] == ["procrustes", "zero-pad", "random"]
 
 
 def test_equal_widths_need_no_padding_and_unknown_methods_are_named(tokens: DefensiveTokens) -> None:

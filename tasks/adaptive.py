@@ -23,7 +23,7 @@ from dtt_plugin.tasks.attacks import (
     drawn_sentences,
     injection_dataset,
 )
-from dtt_plugin.tasks.metrics import process_results, vouched
+from dtt_plugin.tasks.metrics import FOLLOWED, followed_under, process_results, vouched
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +128,7 @@ def adaptive_results(doc: Mapping[str, Any], results: Sequence[str | None]) -> d
     alone = [pair for pair in pairs if pair[0]["attack"] == ADAPTIVE]
     scores = process_results({**doc, "variants": [v for v, _ in static]}, [response for _, response in static])
     adaptive = process_results({**doc, "variants": [v for v, _ in alone]}, [response for _, response in alone])
-    scores["hacked_adaptive"] = adaptive["hacked"]
-    scores["hacked_worst"] = max(scores.get("hacked_any", scores.get("hacked", 0.0)), adaptive["hacked"])
+    scores[followed_under(ADAPTIVE)] = adaptive[FOLLOWED]
+    static = scores.get(followed_under("any"), scores.get(FOLLOWED, 0.0))
+    scores[followed_under("worst")] = max(static, adaptive[FOLLOWED])
     return scores

@@ -18,6 +18,7 @@ Kind = Literal["attack", "control", "benign"]
 ATTACK: Kind = "attack"
 CONTROL: Kind = "control"
 BENIGN: Kind = "benign"
+"""Also the name of the one variant of this kind."""
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,10 @@ def run(args: argparse.Namespace) -> int:
     from dtt_plugin.leaderboard.lm_eval_files import read_run
     from dtt_plugin.leaderboard.runs import differences, small_differences
     from dtt_plugin.leaderboard.tables import plain
+    from dtt_plugin.tasks.description import BENIGN
 
     a, b = read_run(args.a), read_run(args.b)
-    names = [*a.attacks, "benign"]
+    names = [*a.attacks, BENIGN]
     if args.attack and args.attack not in names:
         raise DttError(f"--attack {args.attack!r} is not in these runs; they have {', '.join(names)}.")
     found = [flip for flip in flips(a, b) if args.attack in (None, flip.a.attack)]
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         show({"A": str(a.path), "B": str(b.path), "differ_in": names, "flips": rows}, as_json=True)
         return 0
     for flip in found:
-        event = "refused" if flip.a.attack == "benign" else "hacked"
+        event = "refused" if flip.a.attack == BENIGN else "hacked"
         which = f"{event} in {'B' if flip.worse else 'A'} only"
         print(f"{plain(flip.a.attack)}, record {flip.a.record_id}: {which}")
         print(f"  instruction  {_beginning(flip.a.instruction)}")

@@ -32,13 +32,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder or hub id of the undefended chat model")
     add("--tokens", required=True, type=Path, nargs="+", metavar="FILE", help="token files for this model")
+    add("--isometries", type=int, default=5, metavar="N", help="random isometries of each file's tokens (default 5)")
+    add_probing_options(parser)
+    add_json_option(parser)
+    parser.set_defaults(run=run)
+
+
+def add_probing_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `dtt probe` and `dtt tune` are told alike."""
+    add = parser.add_argument
     add("--data", metavar="FILE|ID", help="training records, as for dtt train (default: the ones that are shipped)")
     add("--native", type=Path, metavar="FILE", help="the model's own tokens, as the reference")
     add("--source-report", type=Path, metavar="FILE", help="JSON of a probe of the source tokens on their own model")
-    add("--isometries", type=int, default=5, metavar="N", help="random isometries of each file's tokens (default 5)")
     add("--dtype", default="auto", help="of the weights: auto (default), float32, bfloat16, float16")
-    add_json_option(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

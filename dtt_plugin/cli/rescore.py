@@ -34,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
     """Rescore, or show the rules."""
     from dtt_plugin.leaderboard import rules
     from dtt_plugin.leaderboard.lm_eval_files import read_run
-    from dtt_plugin.leaderboard.runs import REFUSAL
     from dtt_plugin.leaderboard.tables import plain
     from dtt_plugin.leaderboard.wording import rate_text
+    from dtt_plugin.tasks.metrics import REFUSAL
 
     if args.judge or args.judge_model:
         return _judge(args)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from dtt_plugin.cli.output import add_json_option, aligned, show
+from dtt_plugin.cli.probe import add_probing_options
 
 _EPILOG = """\
 examples:
@@ -29,10 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("model", metavar="MODEL", help="folder or hub id of the undefended chat model")
     add("--tokens", required=True, type=Path, metavar="FILE", help="token file for this model")
     add("-o", "--out", required=True, type=Path, help="token file to write")
-    add("--data", metavar="FILE|ID", help="training records, as for dtt train (default: the ones that are shipped)")
-    add("--native", type=Path, metavar="FILE", help="the model's own tokens, as the reference")
-    add("--source-report", type=Path, metavar="FILE", help="JSON of a probe of the source tokens on their own model")
-    add("--dtype", default="auto", help="of the weights: auto (default), float32, bfloat16, float16")
+    add_probing_options(parser)
     add_json_option(parser)
     parser.set_defaults(run=run)
 

@@ -12,10 +12,11 @@ from dtt_plugin.leaderboard import published as paper
 from dtt_plugin.leaderboard import statistics
 from dtt_plugin.leaderboard.board import FORMAT, Bound, Cost, GapClosed, Group, Leaderboard, Ratio, Row, Test
 from dtt_plugin.leaderboard.bounds import hits_by_step, named
-from dtt_plugin.leaderboard.runs import COMPARABLE, REFUSAL, Run, arm_called, arm_label, differences, small_differences
+from dtt_plugin.leaderboard.runs import COMPARABLE, Run, arm_called, arm_label, differences, small_differences
 from dtt_plugin.leaderboard.suite import suites
 from dtt_plugin.leaderboard.wording import WEAK_NATIVE, percent
 from dtt_plugin.prompt.defenses import NONE
+from dtt_plugin.tasks.metrics import REFUSAL
 from dtt_plugin.tokens.methods import CONTROLS, MAPS
 
 FLOOR = 0.10

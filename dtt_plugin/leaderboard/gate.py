@@ -21,8 +21,10 @@ from xml.etree import ElementTree
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.replacing import replacing
 from dtt_plugin.leaderboard import statistics
-from dtt_plugin.leaderboard.runs import BENIGN, REFUSAL, Outcomes, Run
+from dtt_plugin.leaderboard.runs import Outcomes, Run
 from dtt_plugin.leaderboard.statistics import Rate
+from dtt_plugin.tasks.description import BENIGN
+from dtt_plugin.tasks.metrics import REFUSAL
 
 _LONGEST = 500
 _BINARY: Mapping[type[ast.operator], Callable[[Any, Any], Fraction]] = {
@@ -66,7 +68,7 @@ def _p(a: Run, b: Run) -> Fraction:
 FUNCTIONS: Mapping[str, Callable[..., Fraction]] = {
     "asr": _asr,
     "asr_any": lambda run: _share(_attacked(run).hacked_any),
-    "refusal": _refusal,
+    REFUSAL: _refusal,
     "p": _p,
 }
 HELP = (

@@ -24,7 +24,7 @@ from dtt_plugin.leaderboard.bounds import ENDING as ATTACKS_ENDING
 from dtt_plugin.leaderboard.bounds import read_bound
 from dtt_plugin.leaderboard.identity import canonical, parse_arguments, read_identity
 from dtt_plugin.leaderboard.outcome_files import ENDING, is_outcome_file, read_outcomes
-from dtt_plugin.leaderboard.runs import ADAPTIVE, MOST_FLOPS, REFUSAL, UNKNOWN, AttackUsed, Run, labelled
+from dtt_plugin.leaderboard.runs import MOST_FLOPS, UNKNOWN, AttackUsed, Run, labelled
 from dtt_plugin.leaderboard.samples import (
     Scores,
     clusters_of,
@@ -43,6 +43,8 @@ from dtt_plugin.leaderboard.untrusted import as_list, as_number, as_table, as_te
 from dtt_plugin.leaderboard.utility import UTILITY, no_responses, read_answers
 from dtt_plugin.prompt.defenses import NONE, TOKENS, parse_defense
 from dtt_plugin.public_names import is_hub_model
+from dtt_plugin.tasks.attacks import ADAPTIVE
+from dtt_plugin.tasks.metrics import FOLLOWED, REFUSAL, followed_under
 
 _RESULTS_NAME = re.compile(r".*?_?(\d{4}-\d\d-\d\dT[\d.\-]+)\.json")
 _SAMPLES_NAME = re.compile(r"samples_(.+)_(\d{4}-\d\d-\d\dT[\d.\-]+)\.jsonl")
@@ -161,7 +163,7 @@ def _read_results(path: Path, problems: list[str], unscored: bool) -> list[Run]:
     tasks = as_table(results, "results")
     if not tasks or not as_table(results, "configs") or not as_table(results, "config"):
         raise DttError(f"{path} is not a results file of lm-eval; give the folder of lm-eval's --output_path.")
-    ours = [task for task, scores in tasks.items() if _metrics(scores) & {"hacked", REFUSAL} or task in UTILITY]
+    ours = [task for task, scores in tasks.items() if _metrics(scores) & {FOLLOWED, REFUSAL} or task in UTILITY]
     unmeasured = [task for task, scores in tasks.items() if _PREDICT_ONLY in _metrics(scores)]
     ours = [task for task in ours if task not in unmeasured]
     if unmeasured and not ours and not unscored:
@@ -337,7 +339,8 @@ def _check_same_run(
             raise _mixed(path, samples_path)
     logged = as_table(results, "results", task)
     for name, column in scores.outcomes.items():
-        metric = name if name == REFUSAL else f"hacked_{name}" if f"hacked_{name},none" in logged else "hacked"
+        of_attack = followed_under(name)
+        metric = name if name == REFUSAL else of_attack if f"{of_attack},none" in logged else FOLLOWED
         rate = as_number(logged.get(f"{metric},none"))
         made = scores.made.get(name)
         if rate is not None and abs(rate - (column if made is None else column[made]).mean()) > 1e-6:

@@ -14,13 +14,11 @@ from dtt_plugin.errors import DttError
 from dtt_plugin.leaderboard.identity import Identity, public_facts, told_apart
 from dtt_plugin.prompt.defenses import TOKENS
 from dtt_plugin.public_names import is_hub_model, public_name
+from dtt_plugin.tasks.attacks import ADAPTIVE
+from dtt_plugin.tasks.metrics import REFUSAL
 
-BENIGN = "benign"
-REFUSAL = "refusal"
 UNKNOWN = "unknown"
 """The method of tokens that nobody tells."""
-ADAPTIVE = "adaptive"
-"""The variant of an adaptive task whose suffix was optimised."""
 MOST_FLOPS = 10**40
 """No file that says more is believed."""
 Outcomes = NDArray[np.bool_]

@@ -14,17 +14,17 @@ import numpy as np
 
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.digests import sha256_json
-from dtt_plugin.leaderboard.runs import BENIGN, REFUSAL, Floats, Ints, Outcomes, Response, Run
+from dtt_plugin.leaderboard.runs import Floats, Ints, Outcomes, Response, Run
 from dtt_plugin.leaderboard.untrusted import as_list, as_table, as_text, load_json, read_file
-from dtt_plugin.tasks.description import ATTACK, CONTROL
-from dtt_plugin.tasks.metrics import is_hacked, is_refusal, process_results
+from dtt_plugin.tasks.description import ATTACK, BENIGN, CONTROL
+from dtt_plugin.tasks.metrics import FOLLOWED, REFUSAL, followed_under, is_hacked, is_refusal, process_results
 from dtt_plugin.tasks.rules import RULES, Rule
 from dtt_plugin.tasks.thoughts import Reading, read
 
 _TOKENS_IN_FRONT = re.compile(r"(\[DefensiveToken\d+\])+", re.ASCII)
 _MOST_RECORD_ID = 2**31
 # Metrics that follow from the attacks' outcomes, or that a run tells in words.
-_TOLD_OTHERWISE = ("hacked", "hacked_max", "hacked_any", "hacked_worst", "unfinished", "bypass")
+_TOLD_OTHERWISE = (FOLLOWED, *map(followed_under, ("max", "any", "worst")), "unfinished", "bypass")
 _STANDARD_ERROR = "_clustered_stderr"
 
 
@@ -177,7 +177,7 @@ def read_scores(path: Path, samples: Sequence[Mapping[str, Any]]) -> Scores:
     kinds = {v["attack"]: kind_of(v) for sample in samples for v in sample["doc"]["variants"]}
     attacks = [name for name, kind in kinds.items() if kind == ATTACK]
     described = is_described(samples[0])
-    columns = {a: f"hacked_{a}" if described or len(attacks) > 1 else "hacked" for a in attacks}
+    columns = {a: followed_under(a) if described or len(attacks) > 1 else FOLLOWED for a in attacks}
     if BENIGN in kinds.values():
         columns[REFUSAL] = REFUSAL
     outcomes: dict[str, Outcomes] = {}

@@ -9,13 +9,14 @@ from dtt_plugin.leaderboard.runs import Run
 from dtt_plugin.leaderboard.statistics import Rate
 from dtt_plugin.leaderboard.utility import UTILITY
 from dtt_plugin.public_names import public_name
+from dtt_plugin.tasks.metrics import REFUSAL
 
 MEASURES: Mapping[str, Callable[[Row], Rate | None]] = {
     "control": lambda row: row.measures.get("control"),
     "fidelity": lambda row: row.measures.get("processed"),
     "answered": lambda row: row.measures.get("answered"),
     "answered under attack": lambda row: row.measures.get("answered_under_attack"),
-    "refusal": lambda row: row.refusal,
+    REFUSAL: lambda row: row.refusal,
     "empty": lambda row: row.measures.get("empty"),
     "utility, GSM8K": lambda row: row.measures.get("exact_match"),
     "utility, IFEval": lambda row: row.measures.get("prompt_level_strict_acc"),

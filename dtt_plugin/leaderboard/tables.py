@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from dtt_plugin.leaderboard import published
 from dtt_plugin.leaderboard.board import Bound, Cell, Cost, Group, Leaderboard, Row, Suite, row_dict
-from dtt_plugin.leaderboard.runs import ADAPTIVE
 from dtt_plugin.leaderboard.suite import INCOMPLETE
 from dtt_plugin.leaderboard.verdicts import verdict
 from dtt_plugin.leaderboard.wording import (
@@ -31,6 +30,8 @@ from dtt_plugin.leaderboard.wording import (
 )
 from dtt_plugin.public_names import public_name
 from dtt_plugin.safe_text import printable
+from dtt_plugin.tasks.attacks import ADAPTIVE
+from dtt_plugin.tasks.metrics import REFUSAL
 
 COSTS = {
     "align_s": "alignment",
@@ -108,7 +109,7 @@ def sheets(board: Leaderboard) -> Iterator[Sheet]:
             rates["ASR(max)"] = lambda row: rate_text(row.asr_max)
             rates[any_title(group)] = lambda row: rate_text(row.asr_any)
         rates["attack"] = lambda row: row.attack or NONE
-        rates["refusal"] = lambda row: rate_text(row.refusal)
+        rates[REFUSAL] = lambda row: rate_text(row.refusal)
         measures: _Columns = {plain(name.replace("_", " ")): partial(_measure, name) for name in group.measures}
         if not attacked and all(row.refusal is None for row in group.rows):
             rates, measures = measures, {}

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 
 from dtt_plugin.data.records import Record
 from dtt_plugin.prompt.renderer import PromptRenderer
-from dtt_plugin.tasks.attacks import BENIGN, injected_data
+from dtt_plugin.tasks.attacks import injected_data
+from dtt_plugin.tasks.description import BENIGN
 from dtt_plugin.training.records import TrainingData
 from dtt_plugin.training.soft_prompt import Example
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from dtt_plugin.data.records import RECORDS_FILE, SENTENCES_FILE, data_file, load_records, load_sentences
 from dtt_plugin.tasks.attacks import FORMS, HACKED, INJECTED_PROMPT, injected_data
-from dtt_plugin.tasks.description import Entry, Variant, benchmark_dataset
+from dtt_plugin.tasks.description import BENIGN, Entry, Variant, benchmark_dataset
 from dtt_plugin.tasks.rules import Rule
 
 # The answer to the instruction comes first there.
@@ -38,7 +38,7 @@ def extended(
                 [
                     *(Variant(name, "attack", instruction, data[name][i], HACKED) for name in FORMS),
                     Variant("probe_in_instruction", "control", asked, clean, _FOLLOWED),
-                    Variant("benign", "benign", instruction, clean, HACKED),
+                    Variant(BENIGN, BENIGN, instruction, clean, HACKED),
                 ],
             )
         )

@@ -162,7 +162,7 @@ def _entries(contexts: Sequence[_Context], attacks: Sequence[_Attack]) -> Iterat
                     attack.rule,
                 ),
                 Variant(
-                    "benign",
+                    BENIGN,
                     BENIGN,
                     context.instruction,
                     context.text,

@@ -30,10 +30,10 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str | None]) -> di
     followed = sum(outcome is Outcome.FOLLOWED for outcome in found)
     valid = sum(outcome is not Outcome.INVALID for outcome in found)
     scores["valid"] = valid / len(found)
-    scores["hacked_of_valid"] = (followed, valid)
+    scores[metrics.followed_under("of_valid")] = (followed, valid)
     if first := doc.get("first_step"):
-        scores["hacked_total"] = (followed, first["followed"], first["cases"], 0)
-        scores["hacked_total_of_valid"] = (followed, first["followed"], first["valid"], valid)
+        scores[metrics.followed_under("total")] = (followed, first["followed"], first["cases"], 0)
+        scores[metrics.followed_under("total_of_valid")] = (followed, first["followed"], first["valid"], valid)
     return scores
 
 

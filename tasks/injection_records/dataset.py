@@ -16,13 +16,14 @@ from dtt_plugin.files.reading import read_bytes
 from dtt_plugin.tasks.adaptive import attacks_to_send, data_before_suffix, tell_left_out
 from dtt_plugin.tasks.attacks import ADAPTIVE, FORMS, Injection, drawn_sentences
 from dtt_plugin.tasks.description import BENIGN, Entry, Variant, benchmark_dataset
+from dtt_plugin.tasks.metrics import REFUSAL
 from dtt_plugin.tasks.rules import Rule, parse_rule
 
 CONTROL_NAME = "probe_in_instruction"
 DEFAULT_ATTACKS = ("naive", "before", "ignore", "completion")
 _SENTENCES = Path(__file__).parents[1] / "injection_demo" / "records.json"
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
-_TAKEN = {*FORMS, CONTROL_NAME, BENIGN, ADAPTIVE, "refusal", "max", "any", "worst"}
+_TAKEN = {*FORMS, CONTROL_NAME, BENIGN, ADAPTIVE, REFUSAL, "max", "any", "worst"}
 """Names of other variants, and of metrics behind `hacked_`."""
 _FIELDS = ("id", "instruction", "data", "injection", "injections", "success", "answer", "attacked")
 
@@ -152,7 +153,7 @@ def _entry(record: _Record, sentences: Sequence[str], attacks: Sequence[str]) ->
     if first.text:
         asked = f"{record.instruction} {first.text}"
         found.append(Variant(CONTROL_NAME, "control", asked, record.data, first.success))
-    found.append(Variant(BENIGN, "benign", record.instruction, record.data, first.success, answer=record.answered))
+    found.append(Variant(BENIGN, BENIGN, record.instruction, record.data, first.success, answer=record.answered))
     return Entry(record.instruction, record.data, found, name=record.name)
 
 

@@ -57,7 +57,7 @@ def _entry(file: str, number: int, record: Mapping[str, str]) -> Entry:
                 for attack, prefix in PREFIXES.items()
             ),
             Variant("control", CONTROL, f"{injected}\n\n{instruction}", context, followed),
-            Variant("benign", BENIGN, instruction, context, followed, answer=answer),
+            Variant(BENIGN, BENIGN, instruction, context, followed, answer=answer),
         ],
     )
 

@@ -11,7 +11,7 @@ from dtt_plugin.data.records import SENTENCES_FILE, data_file, load_sentences, r
 from dtt_plugin.data.sources import SEP_892_FILE, SEP_FILE
 from dtt_plugin.errors import DttError
 from dtt_plugin.tasks.attacks import FORMS, Injection, drawn_sentences
-from dtt_plugin.tasks.description import Entry, Variant, benchmark_dataset
+from dtt_plugin.tasks.description import BENIGN, Entry, Variant, benchmark_dataset
 from dtt_plugin.tasks.rules import Rule
 
 _FILES = {"sep_injection": SEP_FILE, "sep_injection_892": SEP_892_FILE}
@@ -72,7 +72,7 @@ def _entry(record: Mapping[str, Any], made: Injection, *, with_completion: bool)
         [
             *(Variant(name, "attack", instruction, text, **rules) for name, text in attacks.items()),
             Variant("probe_in_instruction", "control", record["system_prompt_instructed"], data, **rules),
-            Variant("benign", "benign", instruction, data, **rules),
+            Variant(BENIGN, BENIGN, instruction, data, **rules),
         ],
         cluster=record["witness"],
     )

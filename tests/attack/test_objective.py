@@ -40,7 +40,8 @@ def whole_loss(objective: Any, suffix: list[int]) -> float:
     place, target, soft_prompt = objective.place, objective.target, objective.soft_prompt
     prompt = [*place.head, *suffix, *place.tail]
     vectors = torch.cat([soft_prompt.rows, soft_prompt.embed(torch.tensor([*prompt, *target.ids]))])[None]
-    logits = soft_prompt.model(inputs_embeds=vectors).logits[0].log_softmax(-1)
+    with torch.no_grad():
+        logits = soft_prompt.model(inputs_embeds=vectors).logits[0].log_softmax(-1)
     first = len(soft_prompt.rows) + len(prompt) - 1
     return -sum(float(logits[first + i, token]) for i, token in enumerate(target.ids)) / len(target.ids)
 

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import random
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,10 +18,9 @@ from dtt_plugin.cli import main
 from tests.bake_helpers import random_tokens
 from tests.judging.saved import SAMPLES, write_samples
 from tests.prompt.test_control_tokens import HOSTILE_STRINGS, control_ids_in, controls_of, hostile_string
+from tests.servers import server
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
-REPOSITORY = Path(__file__).resolve().parents[2]
-START_SECONDS = 400
 
 
 @pytest.fixture(scope="module")
@@ -35,31 +29,11 @@ def served(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
     folder = tmp_path_factory.mktemp("serve") / "baked"
     tokens = random_tokens(open_checkpoint(smollm2).input_embedding().shape[1])
     bake(smollm2, tokens, folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    command += ["--served-model-name", "m", "--host", "127.0.0.1", "--port", "PORT", "--dtype", "float32"]
     command += ["--enforce-eager", "--max-model-len", "1024", "--return-tokens-as-token-ids"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "VLLM_CPU_KVCACHE_SPACE": "1"}
-    log = folder.parent / "log"
-    with log.open("w") as out:
-        server = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        limit = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5)
-                break
-            except OSError:
-                if server.poll() is not None or time.monotonic() > limit:
-                    pytest.fail(f"vllm serve did not start:\n{log.read_text()[-3000:]}")
-                time.sleep(2)
+    with server(command, folder.parent / "log") as url:
         yield url, folder
-    finally:
-        server.terminate()
-        server.wait(60)
 
 
 HOSTILE_OVER_THE_CLIENT = 300

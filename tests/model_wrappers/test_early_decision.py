@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from dtt_plugin.errors import DttError
 from dtt_plugin.model_wrappers import defended
 from dtt_plugin.model_wrappers.early_decision import Rule, SettledText, count_generated
-from dtt_plugin.tasks.attacks import BENIGN
+from dtt_plugin.tasks.description import BENIGN
 from dtt_plugin.tasks.metrics import DECIDED, is_hacked, is_refusal
 from tests import conftest
 from tests.conftest import VLLMRun, plain_task, run_vllm

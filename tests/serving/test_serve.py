@@ -5,16 +5,9 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-import os
 import random
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +15,8 @@ import pytest
 
 from dtt_plugin.cli import main
 from tests.checkpoints import SPECIAL_TOKENS, make_checkpoint
-from tests.conftest import ROOT, write_tokens
+from tests.conftest import write_tokens
+from tests.servers import server
 
 NAMES = ("a", "b", "c", "d")
 CLIENTS, REQUESTS = 64, 2000
@@ -38,32 +32,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in NAMES:
         write_tokens(folder / f"{name}.safetensors", width=64, seed=ord(name))
     return folder
-
-
-@contextmanager
-def server(command: list[str], log: Path, **environment: str) -> Iterator[str]:
-    """Run a server command, with a free port at its end, and give its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [part.replace("PORT", str(port)) for part in command]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1", **environment}
-    with log.open("w") as out:
-        process = subprocess.Popen(command, env=environ, stdout=out, stderr=out)
-    try:
-        limit = time.monotonic() + 600
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > limit:
-                    pytest.fail(f"the server did not start:\n{log.read_text()[-3000:]}")
-                time.sleep(2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 def dtt_serve(models: Path, *more: str) -> list[str]:

@@ -14,7 +14,8 @@ import pytest
 
 from dtt_plugin.data.records import RECORDS_FILE, SENTENCES_FILE, Record
 from dtt_plugin.errors import DttError
-from dtt_plugin.tasks.attacks import ATTACKS, BENIGN, VARIANTS, injected_data
+from dtt_plugin.tasks.attacks import ATTACKS, VARIANTS, injected_data
+from dtt_plugin.tasks.description import BENIGN
 from dtt_plugin.tasks.metrics import is_hacked, is_refusal, max_over_attacks, process_results
 from tests import conftest
 from tests.conftest import METRICS, our_tasks

@@ -18,7 +18,7 @@ from dtt_plugin.cli import main
 from dtt_plugin.leaderboard import comparison, tables
 from dtt_plugin.leaderboard.lm_eval_files import read_run, read_runs
 from dtt_plugin.model_wrappers.arguments import template_arguments
-from dtt_plugin.tasks.attacks import BENIGN
+from dtt_plugin.tasks.description import BENIGN
 from dtt_plugin.tasks.metrics import DECIDED, is_hacked, is_refusal
 from dtt_plugin.tasks.thoughts import answer_begun, behind, marker_tokens, opened_by, read
 from tests import conftest

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtt_plugin.alignment.options import AlignmentOptions
+from dtt_plugin.arrays import Bool
 from dtt_plugin.checkpoint.tensors import TensorLocation
 from dtt_plugin.checkpoint.vocabulary import Vocabulary
 from dtt_plugin.errors import DttError
@@ -26,7 +27,7 @@ class Anchors:
     """(n,)"""
     target_rows: Rows
     """(n,)"""
-    held_out: NDArray[np.bool_]
+    held_out: Bool[NDArray[np.bool_], " n"]
     """(n,): the seeded share that the diagnostics hold out."""
     n_shared: int
     """Shared tokens before any sampling."""
@@ -135,7 +136,7 @@ def _rows_of_file(path: Path, source: Vocabulary) -> Rows:
     return np.array(rows, np.int64)
 
 
-def _hold_out(n: int, needed: int, options: AlignmentOptions) -> NDArray[np.bool_]:
+def _hold_out(n: int, needed: int, options: AlignmentOptions) -> Bool[NDArray[np.bool_], " n"]:
     """Draw the held-out share; what is left must still determine the map."""
     count = min(round(options.holdout * n), options.holdout_most, n - needed)
     held_out = np.zeros(n, bool)

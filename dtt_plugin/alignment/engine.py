@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dtt_plugin.alignment.workers import Workers
+from dtt_plugin.arrays import Float, Float64
 from dtt_plugin.errors import DttError
 
 Matrix = NDArray[np.float64]
@@ -35,22 +36,23 @@ _FEW_ROWS = 32
 class Eigh(NamedTuple):
     """Eigenvalues (d,), ascending, and eigenvectors (d, d) in columns."""
 
-    values: Matrix
-    vectors: Matrix
+    values: Float64[Matrix, " d"]
+    vectors: Float64[Matrix, "d d"]
 
 
 class Svd(NamedTuple):
     """M = u diag(s) vt, thin, s descending."""
 
-    u: Matrix
-    s: Matrix
-    vt: Matrix
+    u: Float64[Matrix, "m r"]
+    s: Float64[Matrix, " r"]
+    vt: Float64[Matrix, "r n"]
 
 
+@runtime_checkable
 class Cross(Protocol):
     """The sum over blocks of x^T y, in float64."""
 
-    def add(self, x: NDArray[Any], y: NDArray[Any], *, bfloat16: bool) -> None:
+    def add(self, x: Float[NDArray[Any], "n d_s"], y: Float[NDArray[Any], "n d_t"], *, bfloat16: bool) -> None:
         """Add x^T y: x (b, d_s), y (b, d_t); `bfloat16` promises that the values are bfloat16 numbers.
 
         The block before it is in the sum when this returns; x and y may be needed until `finish`, or the next one.
@@ -59,10 +61,11 @@ class Cross(Protocol):
     def finish(self) -> None:
         """Return when every block is in the sum."""
 
-    def total(self) -> Matrix:
+    def total(self) -> Float64[Matrix, "d_s d_t"]:
         """Return the sum, (d_s, d_t)."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What an alignment computes with; arrays are numpy arrays on both sides."""
 
@@ -75,19 +78,19 @@ class Engine(Protocol):
     def cross(self, d_s: int, d_t: int) -> Cross:
         """Return an empty sum of products."""
 
-    def matmul(self, a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
+    def matmul(self, a: Float[NDArray[Any], "m n"], b: Float[NDArray[Any], "n p"]) -> Float[NDArray[Any], "m p"]:
         """Return a @ b in the type of the operands."""
 
-    def gram(self, a: Matrix) -> Matrix:
+    def gram(self, a: Float64[Matrix, "n d"]) -> Float64[Matrix, "d d"]:
         """Return a^T a, exactly symmetric."""
 
-    def eigh(self, a: Matrix) -> Eigh:
+    def eigh(self, a: Float64[Matrix, "d d"]) -> Eigh:
         """Return the eigenvalues and eigenvectors of the symmetric matrix `a`, which may be overwritten."""
 
-    def svd(self, a: Matrix) -> Svd:
+    def svd(self, a: Float64[Matrix, "m n"]) -> Svd:
         """Return the thin singular value decomposition of `a`."""
 
-    def divide(self, b: NDArray[Any], a: NDArray[Any]) -> NDArray[Any]:
+    def divide(self, b: Float[NDArray[Any], "n d"], a: Float[NDArray[Any], "d d"]) -> Float[NDArray[Any], "n d"]:
         """Return b a^-1, (n, d), for `a` (d, d), best in Fortran's order; both may be overwritten."""
 
 
@@ -110,13 +113,13 @@ class NumpyEngine:
         """Return an empty sum of products."""
         return _NumpyCross(self.workers, d_s, d_t, self.work_dtype)
 
-    def matmul(self, a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
+    def matmul(self, a: Float[NDArray[Any], "m n"], b: Float[NDArray[Any], "n p"]) -> Float[NDArray[Any], "m p"]:
         """Return a @ b."""
         product = np.empty((len(a), b.shape[1]), np.result_type(a, b))
         self.workers.over_strips(len(a), lambda strip: np.matmul(a[strip], b, out=product[strip]))
         return product
 
-    def gram(self, a: Matrix) -> Matrix:
+    def gram(self, a: Float64[Matrix, "n d"]) -> Float64[Matrix, "d d"]:
         """Return a^T a; the lower triangle is computed and mirrored."""
         n = a.shape[1]
         product: Matrix = np.empty((n, n))
@@ -133,7 +136,7 @@ class NumpyEngine:
         self.workers.over_strips(n, strip_of_rows)
         return product
 
-    def eigh(self, a: Matrix) -> Eigh:
+    def eigh(self, a: Float64[Matrix, "d d"]) -> Eigh:
         """Tridiagonalise, divide and conquer, transform back: LAPACK's three steps.
 
         The first two have little to share between threads: half of the first is memory traffic. The third is
@@ -183,7 +186,7 @@ class NumpyEngine:
 
         self.workers.over_strips(len(rows), strip_of_rows)
 
-    def svd(self, a: Matrix) -> Svd:
+    def svd(self, a: Float64[Matrix, "m n"]) -> Svd:
         """Divide and conquer; SciPy falls back on nothing, so failure is said."""
         from scipy import linalg
 
@@ -192,7 +195,7 @@ class NumpyEngine:
         except linalg.LinAlgError as error:
             raise DttError(f"The singular values did not converge ({error}); check the embeddings.") from error
 
-    def divide(self, b: NDArray[Any], a: NDArray[Any]) -> NDArray[Any]:
+    def divide(self, b: Float[NDArray[Any], "n d"], a: Float[NDArray[Any], "d d"]) -> Float[NDArray[Any], "n d"]:
         """Factorise once; rows of b are shared by all threads."""
         from scipy import linalg
 
@@ -218,7 +221,7 @@ class _NumpyCross:
         self._earlier: list[Future[None]] = []
         self._latest: list[Future[None]] = []
 
-    def add(self, x: NDArray[Any], y: NDArray[Any], *, bfloat16: bool) -> None:
+    def add(self, x: Float[NDArray[Any], "n d_s"], y: Float[NDArray[Any], "n d_t"], *, bfloat16: bool) -> None:
         def strip_of_rows(strip: slice) -> None:
             np.matmul(x.T[strip], y, out=self._product[strip])
             _add(self._sum[strip], self._product[strip])
@@ -230,7 +233,7 @@ class _NumpyCross:
     def finish(self) -> None:
         _finish(self._latest)
 
-    def total(self) -> Matrix:
+    def total(self) -> Float64[Matrix, "d_s d_t"]:
         self.finish()
         return self._sum
 
@@ -267,27 +270,27 @@ class TorchEngine(NumpyEngine):
             return _TorchCpuCross(self._torch, self.workers, d_s, d_t)
         return _TorchDeviceCross(self._torch, self.device, d_s, d_t)
 
-    def eigh(self, a: Matrix) -> Eigh:
+    def eigh(self, a: Float64[Matrix, "d d"]) -> Eigh:
         """Divide and conquer of cuSOLVER."""
         if self.device == "cpu":
             return super().eigh(a)
         values, vectors = self._torch.linalg.eigh(self._to(a))
         return Eigh(self._from(values), self._from(vectors))
 
-    def matmul(self, a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
+    def matmul(self, a: Float[NDArray[Any], "m n"], b: Float[NDArray[Any], "n p"]) -> Float[NDArray[Any], "m p"]:
         """Return a @ b; on the processor numpy's product is as fast."""
         if self.device == "cpu":
             return super().matmul(a, b)
         return self._from(self._to(a) @ self._to(b))
 
-    def gram(self, a: Matrix) -> Matrix:
+    def gram(self, a: Float64[Matrix, "n d"]) -> Float64[Matrix, "d d"]:
         """Return a^T a; on the processor numpy's symmetric product is faster."""
         if self.device == "cpu":
             return super().gram(a)
         tensor = self._to(a)
         return self._from(tensor.T @ tensor)
 
-    def svd(self, a: Matrix) -> Svd:
+    def svd(self, a: Float64[Matrix, "m n"]) -> Svd:
         """On the processor SciPy's."""
         if self.device == "cpu":
             return super().svd(a)
@@ -315,7 +318,7 @@ class _TorchCpuCross(_NumpyCross):
         super().__init__(workers, d_s, d_t, np.dtype(np.float32))
         self._torch, self._out = torch, torch.from_numpy(self._product)
 
-    def add(self, x: NDArray[Any], y: NDArray[Any], *, bfloat16: bool) -> None:
+    def add(self, x: Float[NDArray[Any], "n d_s"], y: Float[NDArray[Any], "n d_t"], *, bfloat16: bool) -> None:
         source, target = self._torch.from_numpy(x).T, self._torch.from_numpy(y)
 
         def strip_of_rows(strip: slice) -> None:
@@ -334,7 +337,7 @@ class _TorchDeviceCross:
         self._sum = torch.zeros((d_s, d_t), dtype=torch.float64, device=device)
         self._product = torch.empty((d_s, d_t), dtype=torch.float32, device=device)
 
-    def add(self, x: NDArray[Any], y: NDArray[Any], *, bfloat16: bool) -> None:
+    def add(self, x: Float[NDArray[Any], "n d_s"], y: Float[NDArray[Any], "n d_t"], *, bfloat16: bool) -> None:
         torch = self._torch
         source, target = (torch.from_numpy(block).to(self._device) for block in (x, y))
         if bfloat16:
@@ -348,7 +351,7 @@ class _TorchDeviceCross:
     def finish(self) -> None:
         pass  # the sum is asked for behind all of it
 
-    def total(self) -> Matrix:
+    def total(self) -> Float64[Matrix, "d_s d_t"]:
         total: Matrix = self._sum.cpu().numpy()
         return total
 

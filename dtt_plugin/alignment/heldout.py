@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dtt_plugin.alignment.engine import Engine, Matrix
 from dtt_plugin.alignment.polar import Polar, polar_factor
 from dtt_plugin.alignment.rotations import mixing_rotation
+from dtt_plugin.arrays import Float, Float32, Float64
 
 # Up to this width a second exact fit costs under a second.
 _EXACT_UP_TO = 1024
@@ -49,7 +50,15 @@ class HeldOut:
     """Smallest, mean and largest ||x W|| / ||x||; 1 except where the width shrinks."""
 
 
-def hold_out(M: Matrix, polar: Polar, x: NDArray[Any], y: NDArray[Any], engine: Engine, *, seed: int) -> HeldOut:
+def hold_out(
+    M: Float64[Matrix, "d_s d_t"],
+    polar: Polar,
+    x: Float[NDArray[Any], "n d_s"],
+    y: Float[NDArray[Any], "n d_t"],
+    engine: Engine,
+    *,
+    seed: int,
+) -> HeldOut:
     """Measure the map fitted to all anchors but the held-out ones on the held-out ones.
 
     Args:
@@ -75,9 +84,9 @@ def hold_out(M: Matrix, polar: Polar, x: NDArray[Any], y: NDArray[Any], engine: 
 
 def held_out_figures(
     fit: Literal["exact", "first-order"],
-    x: NDArray[np.float32],
-    predicted: NDArray[np.float32],
-    targets: NDArray[np.float32],
+    x: Float32[NDArray[np.float32], "n d_s"],
+    predicted: Float32[NDArray[np.float32], "n d_t"],
+    targets: Float32[NDArray[np.float32], "n d_t"],
     *,
     seed: int,
 ) -> HeldOut:
@@ -104,8 +113,12 @@ def held_out_figures(
 
 
 def _first_order(
-    polar: Polar, V: NDArray[np.float32], x: NDArray[np.float32], y: NDArray[np.float32], engine: Engine
-) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
+    polar: Polar,
+    V: Float32[NDArray[np.float32], "d d"],
+    x: Float32[NDArray[np.float32], "n d"],
+    y: Float32[NDArray[np.float32], "n d"],
+    engine: Engine,
+) -> tuple[Float32[NDArray[np.float32], "n d"] | None, Float32[NDArray[np.float32], "n d"] | None]:
     """Take the held-out rows' share E = x^T y out of the polar factor of M, to first order.
 
     With N = W^T (M - E) = H - W^T E = Q P, the factor sought is W Q. Q is near I: Q = I + K + ..., K skew
@@ -134,7 +147,9 @@ def _first_order(
     return engine.divide(turned, K.T), b
 
 
-def retrieval(predicted: NDArray[np.float32], targets: NDArray[np.float32]) -> Retrieval:
+def retrieval(
+    predicted: Float32[NDArray[np.float32], "n d"], targets: Float32[NDArray[np.float32], "n d"]
+) -> Retrieval:
     """Compare predictions with targets, (n, d) each, row by row and among each other."""
     similarity = _unit(predicted) @ _unit(targets).T  # (n, n)
     error = np.linalg.norm(predicted - targets) / max(np.linalg.norm(targets), np.finfo(np.float32).tiny)
@@ -143,7 +158,7 @@ def retrieval(predicted: NDArray[np.float32], targets: NDArray[np.float32]) -> R
     near_predictions = np.partition(similarity, -k, axis=0)[-k:].mean(axis=0)  # (n,) per target
     own = np.arange(len(similarity))
 
-    def hits(scores: NDArray[Any], axis: int) -> float:
+    def hits(scores: Float[NDArray[Any], "n n"], axis: int) -> float:
         return float(np.mean(scores.argmax(axis=axis) == own))
 
     return Retrieval(
@@ -156,7 +171,7 @@ def retrieval(predicted: NDArray[np.float32], targets: NDArray[np.float32]) -> R
     )
 
 
-def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+def _unit(rows: Float32[NDArray[np.float32], "n d"]) -> Float32[NDArray[np.float32], "n d"]:
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     unit: NDArray[np.float32] = rows / np.where(lengths > 0, lengths, 1)
     return unit

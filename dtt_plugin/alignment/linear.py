@@ -21,6 +21,7 @@ from dtt_plugin.alignment.heldout import HeldOut, held_out_figures
 from dtt_plugin.alignment.moments import Moments
 from dtt_plugin.alignment.polar import RANK_TOLERANCE, orthogonality_error, polar_factor
 from dtt_plugin.alignment.report import MapFigures
+from dtt_plugin.arrays import Float64
 from dtt_plugin.errors import DttError
 
 LinearMethod = Literal["ridge", "relative", "whitened"]
@@ -31,7 +32,7 @@ STRENGTHS = tuple(float(strength) for strength in np.logspace(-6, 1, 15))
 class LinearFit(NamedTuple):
     """A map and what is known about it."""
 
-    W: Matrix
+    W: Float64[Matrix, "d_s d_t"]
     """(d_s, d_t)"""
     figures: MapFigures
     """Their `penalty` is l."""
@@ -41,14 +42,16 @@ class LinearFit(NamedTuple):
 class _Factors(NamedTuple):
     """A family of maps: W(l) = left diag(1 / (values + l)) right."""
 
-    left: Matrix
+    left: Float64[Matrix, "d_s r"]
     """(d_s, r)"""
-    values: Matrix
+    values: Float64[Matrix, " r"]
     """(r,): eigenvalues of what is inverted, ascending."""
-    right: Matrix
+    right: Float64[Matrix, "r d_t"]
     """(r, d_t)"""
 
-    def at(self, ridge: float, engine: Engine, rows: Matrix | None = None) -> Matrix:
+    def at(
+        self, ridge: float, engine: Engine, rows: Float64[Matrix, "n d_s"] | None = None
+    ) -> Float64[Matrix, "n_or_d_s d_t"]:
         """Return W(l), or what it makes of `rows` (n, d_s)."""
         left = self.left if rows is None else engine.matmul(rows, self.left)
         return engine.matmul(left / (self.values + ridge), self.right)
@@ -92,15 +95,15 @@ def fit_linear(method: LinearMethod, moments: Moments, engine: Engine, *, seed: 
 
 
 class _Sums(NamedTuple):
-    M: Matrix
-    source_gram: Matrix | None
-    target_gram: Matrix | None
+    M: Float64[Matrix, "d_s d_t"]
+    source_gram: Float64[Matrix, "d_s d_s"] | None
+    target_gram: Float64[Matrix, "d_t d_t"] | None
 
     @classmethod
     def of(cls, moments: Moments) -> _Sums:
         return cls(moments.M, moments.source_gram, moments.target_gram)
 
-    def minus(self, x: Matrix, y: Matrix, engine: Engine) -> _Sums:
+    def minus(self, x: Float64[Matrix, "n d_s"], y: Float64[Matrix, "n d_t"], engine: Engine) -> _Sums:
         """Return the sums without the rows x (n, d_s) and y (n, d_t)."""
         return _Sums(
             self.M - engine.matmul(x.T, y),
@@ -132,18 +135,20 @@ def _factors(method: LinearMethod, sums: _Sums, engine: Engine) -> _Factors:
     return _Factors(U * u, source_values, engine.matmul(turned, V.T))
 
 
-def _eigh(gram: Matrix | None, engine: Engine) -> tuple[Matrix, Matrix]:
+def _eigh(gram: Float64[Matrix, "d d"] | None, engine: Engine) -> tuple[Float64[Matrix, " d"], Float64[Matrix, "d d"]]:
     """Return eigenvalues (d,), ascending and not negative, and eigenvectors (d, d) in columns."""
     assert gram is not None, "measured for every method that needs it"
     values, vectors = engine.eigh((gram + gram.T) / 2)  # sums of float32 products are symmetric up to rounding
     return np.maximum(values, 0), vectors
 
 
-def _rank(values: Matrix) -> int:
+def _rank(values: Float64[Matrix, " d"]) -> int:
     return int(np.count_nonzero(values > RANK_TOLERANCE * values[-1]))
 
 
-def _best_strength(kept: _Factors, x: Matrix, y: Matrix, engine: Engine) -> tuple[float, Matrix]:
+def _best_strength(
+    kept: _Factors, x: Float64[Matrix, "n d_s"], y: Float64[Matrix, "n d_t"], engine: Engine
+) -> tuple[float, Float64[Matrix, "n d_t"]]:
     """Return the strength whose map without the held-out rows predicts them best, and its prediction."""
     mean = float(kept.values.mean())
     best: tuple[float, float, NDArray[np.float64]] | None = None
@@ -158,7 +163,12 @@ def _best_strength(kept: _Factors, x: Matrix, y: Matrix, engine: Engine) -> tupl
 
 
 def _figures(
-    method: LinearMethod, moments: Moments, W: Matrix, values: Matrix, ridge: float, engine: Engine
+    method: LinearMethod,
+    moments: Moments,
+    W: Float64[Matrix, "d_s d_t"],
+    values: Float64[Matrix, " r"],
+    ridge: float,
+    engine: Engine,
 ) -> MapFigures:
     """Return what follows from the sums alone; ||X W||^2 = tr(W^T Cxx W), since W keeps no lengths."""
     assert moments.source_gram is not None

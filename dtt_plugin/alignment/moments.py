@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from dtt_plugin.alignment.anchors import Anchors, Rows
 from dtt_plugin.alignment.engine import Cross, Engine, Matrix
 from dtt_plugin.alignment.options import AlignmentOptions
+from dtt_plugin.arrays import Float, Float64
 from dtt_plugin.checkpoint.tensors import TensorLocation
 from dtt_plugin.checkpoint.vocabulary import Vocabulary
 from dtt_plugin.errors import DttError
@@ -46,22 +47,22 @@ class Side:
 class Moments:
     """Sums over the anchors; x and y are the rows as they entered: weighted and centred by the options."""
 
-    M: Matrix
+    M: Float64[Matrix, "d_s d_t"]
     """(d_s, d_t): sum of x^T y."""
     source_square: float
     """Sum of ||x||^2."""
     target_square: float
     """Sum of ||y||^2."""
-    source_mean: Matrix | None
+    source_mean: Float64[Matrix, " d_s"] | None
     """(d_s,): what was subtracted, with `center`."""
-    target_mean: Matrix | None
-    held_source: NDArray[Any]
+    target_mean: Float64[Matrix, " d_t"] | None
+    held_source: Float[NDArray[Any], "n d_s"]
     """(n_held, d_s): the held-out rows."""
-    held_target: NDArray[Any]
+    held_target: Float[NDArray[Any], "n d_t"]
     """(n_held, d_t)"""
-    source_gram: Matrix | None = None
+    source_gram: Float64[Matrix, "d_s d_s"] | None = None
     """(d_s, d_s): sum of x^T x, where the method needs it."""
-    target_gram: Matrix | None = None
+    target_gram: Float64[Matrix, "d_t d_t"] | None = None
     """(d_t, d_t): sum of y^T y, likewise."""
 
 

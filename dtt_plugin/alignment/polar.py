@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtt_plugin.alignment.engine import Engine, Matrix, NumpyEngine
+from dtt_plugin.arrays import Float32, Float64
 from dtt_plugin.errors import DttError
 
 # Through the eigenvalues of M^T M an error of eps cond(M)^2 enters W: at most about 2e-6 up to here.
@@ -23,11 +24,11 @@ _ORTHOGONAL_ENOUGH = 2e-13
 class Polar:
     """W of M = W H, with what is known about M."""
 
-    W: Matrix
+    W: Float64[Matrix, "d_s d_t"]
     """(d_s, d_t): orthonormal columns, or orthonormal rows where d_s < d_t."""
-    singular_values: Matrix
+    singular_values: Float64[Matrix, " r"]
     """(min(d_s, d_t),), descending."""
-    vectors: NDArray[np.float32] | None
+    vectors: Float32[NDArray[np.float32], "d_t d_t"] | None
     """(d, d): eigenvectors of H in columns, in the order of `singular_values`; None where not computed."""
     rank: int
     """Of M, with `RANK_TOLERANCE`."""
@@ -51,7 +52,7 @@ class Polar:
         return float(self.singular_values[self.rank - 1] / self.singular_values[0])
 
 
-def polar_factor(M: Matrix, engine: Engine | None = None) -> Polar:
+def polar_factor(M: Float64[Matrix, "d_s d_t"], engine: Engine | None = None) -> Polar:
     """Return the (semi-)orthogonal W that maximises tr(W^T M).
 
     Args:
@@ -88,20 +89,20 @@ def polar_factor(M: Matrix, engine: Engine | None = None) -> Polar:
     return Polar(W, sigma, vectors, rank, error)
 
 
-def orthogonality_error(W: Matrix, engine: Engine | None = None) -> float:
+def orthogonality_error(W: Float64[Matrix, "d_s d_t"], engine: Engine | None = None) -> float:
     """Return ||W^T W - I||_F, or ||W W^T - I||_F where W (d_s, d_t) has fewer rows than columns."""
     engine = engine or NumpyEngine(np.float64)
     return float(np.linalg.norm(_defect(W if W.shape[0] >= W.shape[1] else W.T, engine)))
 
 
-def _defect(W: Matrix, engine: Engine) -> Matrix:
+def _defect(W: Float64[Matrix, "m n"], engine: Engine) -> Float64[Matrix, "n n"]:
     """Return W^T W - I."""
     defect = engine.gram(W)
     defect.flat[:: len(defect) + 1] -= 1
     return defect
 
 
-def _orthogonalise(W: Matrix, engine: Engine) -> float:
+def _orthogonalise(W: Float64[Matrix, "m n"], engine: Engine) -> float:
     """Take Newton-Schulz steps W (3 I - W^T W) / 2 in place; return what is left of ||W^T W - I||_F.
 
     Each step squares the distance from orthogonality.

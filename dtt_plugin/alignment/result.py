@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dtt_plugin.alignment.engine import Matrix
 from dtt_plugin.alignment.report import AlignmentReport
+from dtt_plugin.arrays import Float, Float64
 from dtt_plugin.checkpoint.tensors import read_header, write_safetensors
 from dtt_plugin.costs import recorded_costs
 from dtt_plugin.errors import DttError
@@ -39,13 +40,13 @@ REPORTED = (
 class Alignment:
     """The map from one model's embedding space to another's: x -> scale (x - source_mean) W + target_mean."""
 
-    W: Matrix
+    W: Float64[Matrix, "d_s d_t"]
     """(d_s, d_t), float64: (semi-)orthogonal by Procrustes, any matrix by the other methods."""
     report: AlignmentReport
     """What the map is and how good."""
-    source_mean: Matrix | None = None
+    source_mean: Float64[Matrix, " d_s"] | None = None
     """(d_s,), where the alignment is centred."""
-    target_mean: Matrix | None = None
+    target_mean: Float64[Matrix, " d_t"] | None = None
     """(d_t,)"""
     seconds: dict[str, float] = field(default_factory=dict, compare=False)
     """How long each stage took in this run; not stored."""
@@ -69,7 +70,7 @@ class Alignment:
         """Whose space it leads to."""
         return self.report.target_model
 
-    def apply(self, rows: NDArray[Any]) -> Matrix:
+    def apply(self, rows: Float[NDArray[Any], "k d_s"]) -> Float64[Matrix, "k d_t"]:
         """Map `rows`, (k, d_s), to the target's space: (k, d_t), float64.
 
         Raises:

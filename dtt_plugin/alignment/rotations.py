@@ -6,9 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtt_plugin.alignment.engine import Matrix
+from dtt_plugin.arrays import Float32, Float64
 
 
-def haar_rotation(rows: NDArray[np.float64], generator: np.random.Generator) -> Matrix:
+def haar_rotation(rows: Float64[NDArray[np.float64], "k d"], generator: np.random.Generator) -> Float64[Matrix, "k d"]:
     """Apply a uniformly random orthogonal map to few `rows` (k, d) without forming it.
 
     One Householder reflection of a random vector per dimension, each in one dimension less, and a random sign
@@ -28,7 +29,9 @@ def haar_rotation(rows: NDArray[np.float64], generator: np.random.Generator) -> 
     return turned
 
 
-def mixing_rotation(rows: NDArray[np.float32], generator: np.random.Generator) -> NDArray[np.float32]:
+def mixing_rotation(
+    rows: Float32[NDArray[np.float32], "n d"], generator: np.random.Generator
+) -> Float32[NDArray[np.float32], "n d"]:
     """Apply a seeded random orthogonal map to many `rows` (n, d): three rounds of random signs and a cosine transform.
 
     Fast, and not uniform among rotations. A drawn d x d matrix would have to be orthogonalised first, which costs

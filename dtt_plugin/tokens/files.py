@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dtt_plugin.arrays import Float32
 from dtt_plugin.checkpoint.defended import MOST_TOKENS
 from dtt_plugin.checkpoint.tensors import FLOAT_DTYPES, TensorLocation, read_header, write_safetensors
 from dtt_plugin.errors import DttError
@@ -37,7 +38,7 @@ _RESERVED = ("format", "model", "method", "source_model", "prompt_format", "sha2
 class DefensiveTokens:
     """k DefensiveTokens in the embedding space of one model."""
 
-    rows: NDArray[np.float32]
+    rows: Float32[NDArray[np.float32], "k d"]
     """(k, d): one token per row."""
     model: str
     """The model whose embedding space the rows live in."""
@@ -150,7 +151,7 @@ def _load_safetensors(path: Path, model: str | None) -> DefensiveTokens:
     return tokens if seconds is None else replace(tokens, metadata={**tokens.metadata, "train_seconds": str(seconds)})
 
 
-def _read_rows(location: TensorLocation, dtypes: Set[str]) -> NDArray[np.float32]:
+def _read_rows(location: TensorLocation, dtypes: Set[str]) -> Float32[NDArray[np.float32], "k d"]:
     """Read the tokens in `location` as float32; its size is checked first."""
     if location.dtype not in dtypes or not _can_be_tokens(location.shape):
         kind = "float32" if len(dtypes) == 1 else "floating point"
@@ -238,7 +239,7 @@ def _fields(metadata: Mapping[str, str], **defaults: Any) -> dict[str, Any]:
     }
 
 
-def _table_of_numbers(path: Path, name: str, rows: Any) -> NDArray[np.float32]:
+def _table_of_numbers(path: Path, name: str, rows: Any) -> Float32[NDArray[np.float32], "k d"]:
     """Check that `rows` is a rectangle of numbers before numpy makes something else of it."""
     if not isinstance(rows, list) or not rows or not all(isinstance(row, list) and row for row in rows):
         raise DttError(f"{path}: the entry of {name} is not a list of rows of numbers; check the file.")
@@ -300,7 +301,7 @@ def _noted(tokens: DefensiveTokens) -> dict[str, str]:
 
 def save_upstream_json(
     path: str | Path,
-    tokens_by_model: Mapping[str, NDArray[np.float32]],
+    tokens_by_model: Mapping[str, Float32[NDArray[np.float32], "_ _"]],
     notes: Mapping[str, Mapping[str, str]] | None = None,
 ) -> None:
     """Write `{model: [[float] * d] * k}` as published with the DefensiveTokens paper.

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dtt_plugin.arrays import Float64, Int64
 from dtt_plugin.checkpoint.opening import Checkpoint, open_checkpoint
 from dtt_plugin.errors import DttError
 from dtt_plugin.public_names import public_name
@@ -28,13 +29,13 @@ class Geometry:
     """Whose embedding space it is."""
     sources: tuple[str, ...]
     """One name per set of tokens: the file's, and the method."""
-    source_of: NDArray[np.int64]
+    source_of: Int64[NDArray[np.int64], " n"]
     """(k,): which of `sources` each token is from."""
-    norms: NDArray[np.float64]
+    norms: Float64[NDArray[np.float64], " n"]
     """(k,): Euclidean norms, in the embedding's own unit."""
-    cosine: NDArray[np.float64]
+    cosine: Float64[NDArray[np.float64], "n n"]
     """(k, k): cosine of the angle between any two tokens; 0 for a token of norm 0."""
-    plane: NDArray[np.float64]
+    plane: Float64[NDArray[np.float64], "n 2"]
     """(k, 2): coordinates along the two main components of the centred tokens."""
     explained: tuple[float, float]
     """Share of the variance along each of the two, 0 to 1."""

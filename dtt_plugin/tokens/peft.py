@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dtt_plugin.arrays import Float32
 from dtt_plugin.checkpoint.folder import read_json_table
 from dtt_plugin.checkpoint.tensors import TensorLocation, read_header, write_safetensors
 from dtt_plugin.errors import DttError
@@ -45,7 +46,9 @@ def read_adapter(folder: Path) -> tuple[TensorLocation, str, dict[str, str]]:
     return tensors[TENSOR], str(config.get("base_model_name_or_path") or ""), metadata
 
 
-def write_adapter(folder: Path, rows: NDArray[np.float32], model: str, metadata: Mapping[str, str]) -> None:
+def write_adapter(
+    folder: Path, rows: Float32[NDArray[np.float32], "k d"], model: str, metadata: Mapping[str, str]
+) -> None:
     """Write the adapter folder: `rows` [k, d] for the base model `model`. It appears complete, or not at all.
 
     Raises:

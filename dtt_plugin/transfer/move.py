@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dtt_plugin.alignment.engine import Matrix
 from dtt_plugin.alignment.result import Alignment
 from dtt_plugin.alignment.rotations import haar_rotation
+from dtt_plugin.arrays import Float, Float64
 from dtt_plugin.errors import DttError
 from dtt_plugin.tokens.files import DefensiveTokens
 from dtt_plugin.tokens.licence import inherited, origin_of
@@ -85,7 +86,9 @@ def transfer(
     )
 
 
-def _moved(tokens: DefensiveTokens, alignment: Alignment | None, method: str, width: int, seed: int) -> Matrix:
+def _moved(
+    tokens: DefensiveTokens, alignment: Alignment | None, method: str, width: int, seed: int
+) -> Float64[Matrix, "k width"]:
     """Return the tokens under the chosen map, (k, width)."""
     if alignment is not None and (method in MAPS or alignment.W.shape[0] != tokens.width):
         return alignment.apply(tokens.rows)  # or say what doesn't fit
@@ -101,8 +104,8 @@ def _moved(tokens: DefensiveTokens, alignment: Alignment | None, method: str, wi
 
 
 def _rescaled(
-    rows: Matrix, tokens: DefensiveTokens, norm: str | float | None, native: DefensiveTokens | None
-) -> Matrix:
+    rows: Float64[Matrix, "k d"], tokens: DefensiveTokens, norm: str | float | None, native: DefensiveTokens | None
+) -> Float64[Matrix, "k d"]:
     """Give every token the length that `norm` asks for."""
     if norm is None:
         return rows
@@ -209,7 +212,7 @@ def angle(cosine: float) -> float:
     return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
 
 
-def _cosines(a: NDArray[Any], b: NDArray[Any]) -> list[float]:
+def _cosines(a: Float[NDArray[Any], "k d"], b: Float[NDArray[Any], "k d"]) -> list[float]:
     x, y = a.astype(np.float64), b.astype(np.float64)
     lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
     cosines: list[float] = ((x * y).sum(axis=1) / np.where(lengths > 0, lengths, 1)).tolist()

@@ -30,6 +30,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from dtt_plugin.arrays import Float32, Float64
 from dtt_plugin.checkpoint.opening import Checkpoint, TensorLocation, open_checkpoint
 from dtt_plugin.checkpoint.tensors import safetensors_header
 from dtt_plugin.errors import DttError
@@ -58,14 +59,16 @@ _EMBEDDING, _FINAL_NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight
 _CARRIED = (".json", ".txt", ".model", ".jinja")
 
 
-def turn_tokens(tokens: DefensiveTokens, rotation: NDArray[np.float64], *, model: str) -> DefensiveTokens:
+def turn_tokens(
+    tokens: DefensiveTokens, rotation: Float64[NDArray[np.float64], "d d"], *, model: str
+) -> DefensiveTokens:
     """Return `tokens` (k, d) in the twin's space: rows times `rotation` (d, d)."""
     rows = (tokens.rows.astype(np.float64) @ rotation).astype(np.float32)  # (k, d)
     metadata = tokens.metadata | inherited(tokens)
     return replace(tokens, rows=rows, model=model, source_model=origin_of(tokens), metadata=metadata)
 
 
-def write_twin(model: str, out: Path, *, seed: int = 0, dtype: str = "float32") -> NDArray[np.float64]:
+def write_twin(model: str, out: Path, *, seed: int = 0, dtype: str = "float32") -> Float64[NDArray[np.float64], "d d"]:
     """Write the turned twin of a llama or qwen2 checkpoint.
 
     Args:
@@ -104,7 +107,9 @@ def write_twin(model: str, out: Path, *, seed: int = 0, dtype: str = "float32") 
     return rotation
 
 
-def _write_tensors(path: Path, checkpoint: Checkpoint, rotation: NDArray[np.float64], dtype: str) -> None:
+def _write_tensors(
+    path: Path, checkpoint: Checkpoint, rotation: Float64[NDArray[np.float64], "d d"], dtype: str
+) -> None:
     """Write the turned tensors one by one, so that memory holds one at a time."""
     name_in_file, stored = _DTYPES[dtype]
     shapes = {name: location.shape for name, location in _in_order(checkpoint)}
@@ -122,7 +127,9 @@ def _in_order(checkpoint: Checkpoint) -> Iterator[tuple[str, TensorLocation]]:
             yield name, location
 
 
-def turned_tensor(checkpoint: Checkpoint, name: str, rotation: NDArray[np.float64]) -> NDArray[np.float32]:
+def turned_tensor(
+    checkpoint: Checkpoint, name: str, rotation: Float64[NDArray[np.float64], "d d"]
+) -> Float32[NDArray[np.float32], ...]:
     """Return the tensor `name` of the twin, in its own shape.
 
     Raises:
@@ -150,7 +157,9 @@ def turned_tensor(checkpoint: Checkpoint, name: str, rotation: NDArray[np.float6
     raise DttError(f"{checkpoint.name} has the tensor {name}, which a twin can't be made of.")
 
 
-def _product(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float32]:
+def _product(
+    left: Float32[NDArray[np.float32], "m n"], right: Float32[NDArray[np.float32], "n p"]
+) -> Float32[NDArray[np.float32], "m p"]:
     product: NDArray[np.float32] = left @ right
     return product
 

@@ -40,7 +40,7 @@ def tokens(alignment: Alignment) -> DefensiveTokens:
 
 
 def native(rows: Any = 2 * ROWS @ Q) -> DefensiveTokens:
-    return DefensiveTokens(rows, "target", "native", "qwen2.5")
+    return DefensiveTokens(rows.astype(np.float32), "target", "native", "qwen2.5")
 
 
 def test_transferred_tokens_are_the_planted_ones(tokens: DefensiveTokens, alignment: Alignment) -> None:

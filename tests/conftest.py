@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -280,10 +281,19 @@ def our_tasks(**metadata: Any) -> Any:
     return TaskManager(include_path=str(ROOT / "tasks"), include_defaults=False, metadata=metadata)
 
 
+@cache
+def list_packages_once() -> None:
+    """Let lm-eval, which notes `pip list` in every result, ask for it once in a process: it takes a second."""
+    from torch.utils import collect_env
+
+    setattr(collect_env, "get_pip_packages", cache(collect_env.get_pip_packages))  # noqa: B010  as mypy has it
+
+
 def evaluate(model: str, model_args: dict[str, Any], *, metadata: dict[str, Any] | None = None, **options: Any) -> Any:
     """Run `lm_eval.simple_evaluate` on our tasks."""
     import lm_eval
 
+    list_packages_once()
     manager = our_tasks(**model_args | (metadata or {}))
     defaults = {"tasks": ["injection_demo"], "limit": 2, "bootstrap_iters": 0, "batch_size": 8, "device": "cpu"}
     generation = {"gen_kwargs": {"max_gen_toks": 4}}

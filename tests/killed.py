@@ -61,16 +61,11 @@ class Killer:
 def killer(**environment: Any) -> Iterator[Killer]:
     """Yield something that runs commands with these environment variables."""
     root = str(Path(__file__).parent.parent)
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", _FORKING],
         env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in environment.items()}},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-    )
-    try:
-        yield Killer(process)
-    finally:
-        assert process.stdin is not None
-        process.stdin.close()
-        process.wait()
+    ) as process:
+        yield Killer(process)  # it ends where its input does

@@ -29,6 +29,8 @@ def test_doctor_finds_a_sound_model_and_its_tokens(
 def test_doctor_says_what_to_do(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for dear in ("_models", "_tasks", "_imports", "_route"):  # imports both engines; the test above does
+        monkeypatch.setattr(f"dtt_plugin.doctor.{dear}", lambda *_: "")
     monkeypatch.setenv("DTT_DATA_DIR", str(tmp_path))
     wide = write_tokens(tmp_path / "wide.safetensors", width=64)
     config = Path(tiny) / "tokenizer_config.json"

@@ -84,7 +84,8 @@ def test_killed_at_any_moment_it_leaves_a_complete_checkpoint_or_none(tmp_path: 
 
     process = started()
     began = time.monotonic()
-    assert process.wait() == 0, process.stderr and process.stderr.read()
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
     duration = time.monotonic() - began
     shutil.rmtree(out)
     generator = random.Random(0)
@@ -93,7 +94,7 @@ def test_killed_at_any_moment_it_leaves_a_complete_checkpoint_or_none(tmp_path: 
         process = started()
         time.sleep(duration * generator.uniform(0, 1.1))
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
         for left in out.parent.glob(".*"):
             writing += 1
             shutil.rmtree(left)
@@ -174,7 +175,8 @@ def test_eight_processes_that_bake_the_same_make_one(tmp_path: Path, base: Path)
     save_tokens(tmp_path / "tokens.safetensors", random_tokens(512))
     arguments = (BAKE_CACHED, str(base), str(tmp_path / "tokens.safetensors"))
     processes = [start(*arguments, cache=tmp_path / "cache") for _ in range(8)]
-    assert [process.wait() for process in processes] == [0] * 8
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 8, errors
     folders = [path for path in (tmp_path / "cache" / "baked").iterdir() if path.is_dir()]
     assert len(folders) == 1
     assert not altered_since(folders[0], read_manifest(folders[0]))

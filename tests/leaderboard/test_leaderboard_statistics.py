@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from itertools import product
 
 import numpy as np
@@ -14,6 +16,14 @@ from dtt_plugin.leaderboard import statistics
 multipletests = pytest.importorskip("statsmodels.stats.multitest").multipletests
 proportion_confint = pytest.importorskip("statsmodels.stats.proportion").proportion_confint
 sm_mcnemar = pytest.importorskip("statsmodels.stats.contingency_tables").mcnemar
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect() -> Iterator[None]:
+    """statsmodels collects garbage in each call: a second, where other tests of the process have loaded models."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def draw(n: int, *shares: float, seed: int = 0) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from dtt_plugin.model_wrappers.early_decision import Rule, SettledText, count_ge
 from dtt_plugin.tasks.description import BENIGN
 from dtt_plugin.tasks.metrics import DECIDED, is_hacked, is_refusal
 from tests import conftest
-from tests.conftest import VLLMRun, plain_task, run_vllm
+from tests.conftest import plain_task
 
 LIMITED = {"limit": 3, "gen_kwargs": {"max_gen_toks": 64}}
 
@@ -247,32 +246,3 @@ def test_arguments_that_hide_the_end_of_a_response_are_refused(tiny: str) -> Non
         create({"pretrained": tiny, "early_decision": True, "think_end_token": "</think>"})
     with pytest.raises(DttError, match="early_decision='maybe' is neither true nor false"):
         create({"pretrained": tiny, "early_decision": "maybe"})
-
-
-vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-
-
-@vllm
-@pytest.mark.engine
-@pytest.mark.parametrize(
-    ("task", "limit"),
-    [
-        pytest.param("injection_demo", True, id="3 records"),
-        pytest.param("alpacafarm_injection", False, id="all 832 prompts", marks=pytest.mark.slow),
-    ],
-)
-def test_vllm_gives_the_same_metrics_with_a_fifth_of_the_tokens(
-    smollm2: str, undefended_vllm: VLLMRun, tmp_path_factory: pytest.TempPathFactory, task: str, limit: bool
-) -> None:
-    def run(early: bool) -> VLLMRun:
-        folder = tmp_path_factory.mktemp("run")
-        return run_vllm(folder, f"pretrained={smollm2},early_decision={early}", task=task, limit=limit)
-
-    whole = undefended_vllm if limit else run(early=False)
-    early = run(early=True)
-    assert scores(early.results, task) == scores(whole.results, task)
-    for one, other in zip(early.samples, whole.samples, strict=True):
-        assert {name: one[name] for name in one["metrics"]} == {name: other[name] for name in other["metrics"]}
-    facts = [run.results["config"]["dtt_plugin"] for run in (whole, early)]
-    least = 2 if limit else 5  # 48 tokens decide no benign response
-    assert facts[1]["generated_tokens"] * least <= facts[0]["generated_tokens"]

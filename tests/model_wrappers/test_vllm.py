@@ -12,6 +12,7 @@ import pytest
 from dtt_plugin.demo.model import MODELS, SMOLLM2
 from tests import conftest
 from tests.conftest import METRICS, VLLMRun, run_vllm
+from tests.model_wrappers.test_early_decision import scores
 
 pytestmark = [
     pytest.mark.engine,
@@ -46,3 +47,27 @@ def test_both_wrappers_send_the_same_ids_and_the_defense_reaches_the_engine(
     responses = [[response for (response,) in sample["resps"]] for sample in vllm]
     plain = [[response for (response,) in sample["resps"]] for sample in undefended_vllm.samples]
     assert responses != plain
+
+
+@pytest.mark.parametrize(
+    ("task", "limit"),
+    [
+        pytest.param("injection_demo", True, id="3 records"),
+        pytest.param("alpacafarm_injection", False, id="all 832 prompts", marks=pytest.mark.slow),
+    ],
+)
+def test_vllm_gives_the_same_metrics_with_a_fifth_of_the_tokens(
+    smollm2: str, undefended_vllm: VLLMRun, tmp_path_factory: pytest.TempPathFactory, task: str, limit: bool
+) -> None:
+    def run(early: bool) -> VLLMRun:
+        folder = tmp_path_factory.mktemp("run")
+        return run_vllm(folder, f"pretrained={smollm2},early_decision={early}", task=task, limit=limit)
+
+    whole = undefended_vllm if limit else run(early=False)
+    early = run(early=True)
+    assert scores(early.results, task) == scores(whole.results, task)
+    for one, other in zip(early.samples, whole.samples, strict=True):
+        assert {name: one[name] for name in one["metrics"]} == {name: other[name] for name in other["metrics"]}
+    facts = [run.results["config"]["dtt_plugin"] for run in (whole, early)]
+    least = 2 if limit else 5  # 48 tokens decide no benign response
+    assert facts[1]["generated_tokens"] * least <= facts[0]["generated_tokens"]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from typing import Any, NamedTuple
 
 import pytest
 
 from dtt_plugin.model_wrappers.vllm_import import import_vllm_class
 from dtt_plugin.serving.hooks import HOOKS
+from tests.conftest import ROOT
 
 
 class PrivateName(NamedTuple):
@@ -77,6 +79,8 @@ NAMES = [
         PrivateName(f"{module}:{path}", takes, "serving/hooks", "token files in an engine")
         for module, path, takes in HOOKS
     ),
+    PrivateName("torch.nn.modules.module:_IncompatibleKeys", (), "training/soft_prompt", "loads the tokens alone"),
+    PrivateName("torch.utils.collect_env:get_pip_packages", (), "tests/conftest", "asked once in a process"),
     PrivateName("transformers:TrainingArguments.n_gpu", (), "training/train", "one device: _n_gpu is set to 1"),
     PrivateName(
         "transformers.integrations.integration_utils:get_reporting_integration_callbacks",
@@ -124,3 +128,9 @@ def test_a_name_that_is_gone_is_told_in_a_sentence(gone: str) -> None:
     name = PrivateName(gone, (), "some_module", "something")
     with pytest.raises(pytest.fail.Exception, match=r"has moved .* which dtt_plugin/some_module needs .* lower the bo"):
         found(name)
+
+
+def test_contributing_lists_each_name_once() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([\w.]+:[\w.]+)` \| `([\w/]+)` \|", text, re.MULTILINE)
+    assert sorted(listed) == sorted((name.name, name.used_by) for name in NAMES)

@@ -129,6 +129,6 @@ def adaptive_results(doc: Mapping[str, Any], results: Sequence[str | None]) -> d
     scores = process_results({**doc, "variants": [v for v, _ in static]}, [response for _, response in static])
     adaptive = process_results({**doc, "variants": [v for v, _ in alone]}, [response for _, response in alone])
     scores[followed_under(ADAPTIVE)] = adaptive[FOLLOWED]
-    static = scores.get(followed_under("any"), scores.get(FOLLOWED, 0.0))
-    scores[followed_under("worst")] = max(static, adaptive[FOLLOWED])
+    any_static = scores.get(followed_under("any"), scores.get(FOLLOWED, 0.0))
+    scores[followed_under("worst")] = max(any_static, adaptive[FOLLOWED])
     return scores

@@ -11,10 +11,10 @@ from markupsafe import Markup, escape
 
 from dtt_plugin.leaderboard.board import Bound, Group, Suite
 from dtt_plugin.leaderboard.curves import Curve
-from dtt_plugin.leaderboard.runs import ADAPTIVE
 from dtt_plugin.leaderboard.statistics import Rate
 from dtt_plugin.leaderboard.tables import arm_name, bound_name
 from dtt_plugin.leaderboard.wording import percent, rate_text, value_text
+from dtt_plugin.tasks.attacks import ADAPTIVE
 from dtt_plugin.tokens.geometry import Geometry, letter
 
 WIDTH = 900

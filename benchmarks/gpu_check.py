@@ -108,10 +108,10 @@ def alignment(folder: Path, size: Size, device: str) -> dict[str, Any]:
         "first_seconds": seconds[0],
         "seconds": seconds[1],
         "stages": found.seconds,
-        "engine": report["engine"],
+        "engine": report.engine,
         "difference": float(np.linalg.norm(found.W - exact) / np.sqrt(len(exact))),
-        "orthogonality_error": report["orthogonality_error"],
-        "condition": report["condition"],
+        "orthogonality_error": report.orthogonality_error,
+        "condition": report.condition,
     }
 
 

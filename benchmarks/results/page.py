@@ -15,7 +15,7 @@ from benchmarks.alignment import machine
 from benchmarks.results import plan
 from dtt_plugin.files.digests import sha256_file
 from dtt_plugin.files.replacing import replacing
-from dtt_plugin.leaderboard import statistics, tables
+from dtt_plugin.leaderboard import sheets, statistics, tables
 from dtt_plugin.leaderboard.comparison import build
 from dtt_plugin.leaderboard.curves import FORMAT, read_curve
 from dtt_plugin.leaderboard.figures import write_figures
@@ -86,7 +86,7 @@ def _text(measured: dict[str, Facts], took: dict[str, str], kept: dict[str, str]
 
     where = _where() if measured else ""
     native = {"native_steps": int(load_tokens(plan.NATIVE).metadata["steps"])} if measured else {}
-    parts = [block("introduction", {"legend": tables.escaped(tables.legend(build([])))})]
+    parts = [block("introduction", {"legend": tables.escaped(sheets.legend(build([])))})]
     for name, title in TITLES.items():
         if name in measured:
             body = f"{where}\n{took[name]}\n{block(name, native | measured[name])}"

@@ -35,10 +35,10 @@ def run(args: argparse.Namespace) -> int:
     """Compare, print, and fail where a condition holds."""
     from dtt_plugin.errors import DttError
     from dtt_plugin.leaderboard import gate
+    from dtt_plugin.leaderboard.differences import differences, small_differences
     from dtt_plugin.leaderboard.flips import check_paired
     from dtt_plugin.leaderboard.lm_eval_files import read_run
-    from dtt_plugin.leaderboard.runs import differences, small_differences
-    from dtt_plugin.leaderboard.tables import plain
+    from dtt_plugin.leaderboard.sheets import plain
     from dtt_plugin.leaderboard.wording import p_text, points, rate_text
 
     started = time.perf_counter()

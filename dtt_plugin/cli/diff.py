@@ -26,10 +26,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Print what flipped."""
     from dtt_plugin.errors import DttError
+    from dtt_plugin.leaderboard.differences import differences, small_differences
     from dtt_plugin.leaderboard.flips import flips
     from dtt_plugin.leaderboard.lm_eval_files import read_run
-    from dtt_plugin.leaderboard.runs import differences, small_differences
-    from dtt_plugin.leaderboard.tables import plain
+    from dtt_plugin.leaderboard.sheets import plain
     from dtt_plugin.tasks.description import BENIGN
 
     a, b = read_run(args.a), read_run(args.b)
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _beginning(text: str) -> str:
-    from dtt_plugin.leaderboard.tables import plain
+    from dtt_plugin.leaderboard.sheets import plain
 
     line = plain(text)
     return line if len(line) <= 300 else f"{line[:300]} [{len(line) - 300} more, see --json]"

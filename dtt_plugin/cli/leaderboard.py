@@ -78,7 +78,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Read, compare, print, and write what was asked for."""
-    from dtt_plugin.leaderboard import tables
+    from dtt_plugin.leaderboard import sheets
     from dtt_plugin.leaderboard.comparison import build
     from dtt_plugin.leaderboard.curves import read_curves
     from dtt_plugin.leaderboard.lm_eval_files import read_runs
@@ -95,8 +95,8 @@ def run(args: argparse.Namespace) -> int:
     runs, problems = read_runs(args.results, bounds=bounds)
     if not runs and not bounds:
         for problem in problems[:-1]:
-            print(f"dtt leaderboard: {tables.plain(problem)}", file=sys.stderr)
-        raise DttError(tables.plain(problems[-1]))
+            print(f"dtt leaderboard: {sheets.plain(problem)}", file=sys.stderr)
+        raise DttError(sheets.plain(problems[-1]))
     if args.export and not runs:
         raise DttError("--export is about runs, and there is none; a file of attacks holds its own outcomes.")
     if args.export:
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(board: Leaderboard, form: str) -> None:
-    from dtt_plugin.leaderboard import tables
+    from dtt_plugin.leaderboard import sheets, tables
 
     if form == "json":
         show(board.to_dict(), as_json=True)
@@ -132,4 +132,4 @@ def _print(board: Leaderboard, form: str) -> None:
     texts = {"markdown": tables.markdown, "csv": tables.comma_separated, "latex": tables.latex}
     print(texts[form](board), end="")
     for problem in board.problems if form == "csv" else ():
-        print(f"dtt leaderboard: {tables.plain(problem)}", file=sys.stderr)
+        print(f"dtt leaderboard: {sheets.plain(problem)}", file=sys.stderr)

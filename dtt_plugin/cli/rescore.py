@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Rescore, or show the rules."""
     from dtt_plugin.leaderboard import rules
     from dtt_plugin.leaderboard.lm_eval_files import read_run
-    from dtt_plugin.leaderboard.tables import plain
+    from dtt_plugin.leaderboard.sheets import plain
     from dtt_plugin.leaderboard.wording import rate_text
     from dtt_plugin.tasks.metrics import REFUSAL
 
@@ -89,7 +89,7 @@ def _judge(args: argparse.Namespace) -> int:
     from dtt_plugin.judging.agreement import compare
     from dtt_plugin.judging.client import Judge
     from dtt_plugin.judging.questions import read_questions, unanswered
-    from dtt_plugin.leaderboard.tables import plain
+    from dtt_plugin.leaderboard.sheets import plain
     from dtt_plugin.leaderboard.wording import percent, rate_text
 
     if not (args.samples and args.judge and args.judge_model) or args.rule:

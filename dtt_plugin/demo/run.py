@@ -19,9 +19,10 @@ from dtt_plugin.files.replacing import write_json
 from dtt_plugin.leaderboard import statistics
 from dtt_plugin.leaderboard.board import Leaderboard, Row
 from dtt_plugin.leaderboard.comparison import build
+from dtt_plugin.leaderboard.labels import labelled
 from dtt_plugin.leaderboard.lm_eval_files import read_run
 from dtt_plugin.leaderboard.page import write_report
-from dtt_plugin.leaderboard.runs import Run, labelled
+from dtt_plugin.leaderboard.runs import Run
 from dtt_plugin.leaderboard.wording import interval_text, p_text, percent
 from dtt_plugin.progress import Steps
 from dtt_plugin.quiet import Event, run_quietly

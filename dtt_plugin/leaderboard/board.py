@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dtt_plugin.leaderboard.statistics import Maximum, Rate
+from dtt_plugin.tokens.methods import CONTROLS, MAPS
 
 FORMAT = "dtt.leaderboard/1"
 
@@ -64,6 +65,17 @@ class Cost:
     peak_memory_mb: float | None = None
     speedup: float | None = None
     """What training the model's own tokens costs over `pipeline_s`."""
+
+    @classmethod
+    def of(cls, costs: Mapping[str, float], method: str, evaluation: float | None) -> Cost:
+        """Return what was recorded; what the tokens' making saves is only known beside the other rows."""
+        align, transfer, bake = (costs.get(f"{step}_seconds") for step in ("align", "transfer", "bake"))
+        pipeline = costs.get("pipeline_seconds")
+        # A sum that lacks the alignment would flatter.
+        complete = method in CONTROLS or (method in MAPS and align is not None)
+        if pipeline is None and complete and transfer is not None:
+            pipeline = sum(part for part in (align, transfer, bake) if part is not None)
+        return cls(align, transfer, bake, pipeline, evaluation, costs.get("peak_memory_mb"))
 
 
 @dataclass(frozen=True)

@@ -73,3 +73,11 @@ def hits_by_step(hits: Sequence[int | None], budget: int) -> tuple[tuple[int, fl
 def named(bounds: Iterable[Bound], runs: Sequence[Run]) -> tuple[Bound, ...]:
     """Return bounds whose arms are called as the runs call them."""
     return tuple(replace(bound, arm=arm_called(bound.arm, bound.tokens_sha256, runs)) for bound in bounds)
+
+
+def optimiser_of(run: Run) -> tuple[tuple[int, float], ...]:
+    """Return what the optimiser reached step by step on a run's own arm and records."""
+    attack = run.attack
+    if attack is None or not attack.own or not attack.steps or attack.budget_steps is None:
+        return ()
+    return hits_by_step(attack.steps, attack.budget_steps)

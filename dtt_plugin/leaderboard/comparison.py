@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from dtt_plugin.leaderboard import published as paper
 from dtt_plugin.leaderboard import statistics
 from dtt_plugin.leaderboard.board import FORMAT, Bound, Cost, GapClosed, Group, Leaderboard, Ratio, Row, Test
-from dtt_plugin.leaderboard.bounds import hits_by_step, named
-from dtt_plugin.leaderboard.runs import COMPARABLE, Run, arm_called, arm_label, differences, small_differences
+from dtt_plugin.leaderboard.bounds import named, optimiser_of
+from dtt_plugin.leaderboard.differences import COMPARABLE
+from dtt_plugin.leaderboard.gap_closed import Point, figure_point, ratio_of, with_weak_natives
+from dtt_plugin.leaderboard.grouping import duplicates, groups_of, incomplete, reason_of
+from dtt_plugin.leaderboard.runs import Run, arm_called, arm_label
 from dtt_plugin.leaderboard.suite import suites
-from dtt_plugin.leaderboard.wording import WEAK_NATIVE, percent
+from dtt_plugin.leaderboard.wording import method_in_words, percent
 from dtt_plugin.prompt.defenses import NONE
 from dtt_plugin.tasks.metrics import REFUSAL
-from dtt_plugin.tokens.methods import CONTROLS, MAPS
 
 FLOOR = 0.10
-_Point = tuple[statistics.Rate, statistics.Floats | float]
-"""A value of ASR(max), and what it is in each bootstrap sample; a published figure is the same in all."""
 
 
 def build(
@@ -46,91 +45,18 @@ def build(
     found = list(problems)
     tables: list[Group] = []
     firsts: list[Run] = []
-    for members in _groups(runs):
-        found += _duplicates(members)
+    for members in groups_of(runs):
+        found += duplicates(members)
         group = _Table(members, floor, seed, published)
-        tables.append(group.finished(_reason(group.first, firsts)))
+        tables.append(group.finished(reason_of(group.first, firsts)))
         firsts.append(group.first)
     files = tuple(str(run.path) for run in runs)
     over = suites(runs, tables)
     models = dict.fromkeys(run.model for run in runs if published and paper.table_4(run.model))
     beside = named(bounds, runs)
-    return Leaderboard(FORMAT, _method(floor, seed), over, tuple(tables), tuple(found), files, tuple(models), beside)
-
-
-def _method(floor: float, seed: int) -> dict[str, str | float]:
-    """Return how the figures are made, in words."""
-    return {
-        "confidence": 1 - statistics.ALPHA,
-        "rates": "Clopper-Pearson",
-        "asr_max": f"percentile bootstrap over records, {statistics.RESAMPLES} samples, seed {seed}; exact"
-        f" with fewer than {statistics.FEW} hits or misses",
-        "tests": "exact McNemar on whether any attack worked on a record; Holm over all tests of a table",
-        "speed-up": "what training the model's own tokens costs (as the native row's token file tells, or 16"
-        " GPU-hours where that is published for the model) over what making the row's tokens cost; only where the"
-        " row is told apart from undefended",
-        "floor": floor,
-    }
-
-
-def _groups(runs: Sequence[Run]) -> list[list[Run]]:
-    """Return the runs that may be compared, each group in the order of `runs`.
-
-    A run that can't tell all of its facts joins the one group that it does not contradict; of several, none.
-    """
-    groups: list[list[Run]] = []
-    for run in sorted(runs, key=_incomplete):
-        fitting = [group for group in groups if _fits(run, group)]
-        if len(fitting) == 1:
-            fitting[0].append(run)
-        else:
-            groups.append([run])
-    place = {id(run): number for number, run in enumerate(runs)}
-    for group in groups:
-        group.sort(key=lambda run: place[id(run)])
-    return sorted(groups, key=lambda group: place[id(group[0])])
-
-
-def _incomplete(run: Run) -> bool:
-    return bool(run.identity.unknown)
-
-
-def _fits(run: Run, group: Sequence[Run]) -> bool:
-    """Return whether a run contradicts no row of a table; a defended checkpoint's format is proved by one row."""
-    found = [{difference.name for difference in differences(run, member)} for member in group]
-    return not all(found) and all(names <= {COMPARABLE["prompt_format"]} for names in found)
-
-
-def _duplicates(members: Sequence[Run]) -> list[str]:
-    """Say which runs are of the same arm: they are shown each for itself, never averaged."""
-    arms: dict[tuple[str, str], list[Run]] = {}
-    for run in members:
-        arms.setdefault((run.arm, run.tokens_sha256), []).append(run)
-    found = []
-    for first, *others in arms.values():
-        for other in others:
-            changed = int(sum((first.outcomes[name] != other.outcomes[name]).sum() for name in first.outcomes))
-            apart = ", ".join(difference.told("there", "here") for difference in small_differences(first, other))
-            arm = f"{first.model}, {first.defense}"
-            what = f"({arm}) differ in {apart}" if apart else f"are the same arm ({arm}) run twice"
-            found.append(
-                f"{first.path} and {other.path} {what}, {changed} of {first.n * len(first.outcomes)} outcomes differ;"
-                " both are shown, nothing is averaged."
-            )
-    return found
-
-
-def _reason(run: Run, earlier: Sequence[Run]) -> str:
-    """Say what keeps a group apart from the earlier one that it is most like."""
-    if not earlier:
-        return ""
-    apart = [(other, differences(other, run)) for other in earlier]
-    nearest, found = min(apart, key=lambda pair: (not pair[1], len(pair[1])))
-    if not all(names for _, names in apart) and (run.identity.unknown or not found):
-        silent = run if run.identity.unknown else nearest
-        return f"Apart, since {silent.label} does not tell its {', '.join(sorted(silent.identity.unknown))}."
-    told = ", ".join(difference.told("there", "here") for difference in found)
-    return f"Apart from the table with {nearest.label}: not the same {told}."
+    return Leaderboard(
+        FORMAT, method_in_words(floor, seed), over, tuple(tables), tuple(found), files, tuple(models), beside
+    )
 
 
 @dataclass(frozen=True)
@@ -147,7 +73,7 @@ class _Table:
 
     def __init__(self, members: Sequence[Run], floor: float, seed: int, published: bool) -> None:
         self.members = members
-        self.first = min(members, key=_incomplete)
+        self.first = min(members, key=incomplete)
         self.attacked = bool(self.first.attacks)
         as_published = self.first.identity.as_published
         self.figures = paper.figures(self.first.model, self.first.task) if as_published else ()
@@ -205,7 +131,8 @@ class _Table:
             reason: what keeps it apart from earlier ones.
         """
         rows, tests = _tested([self._row(run) for run in self.members])
-        rows = self._with_weak_natives(self._with_speedups(rows))
+        rows, weak = with_weak_natives(self._with_speedups(rows), self._native_figure())
+        self.notes += weak
         ranked = self.attacked and self.discriminating and self.undefended is not None
         if ranked:
             rows.sort(key=_rank)
@@ -215,7 +142,7 @@ class _Table:
                 " does not name another. 0 means that no attack was found within that budget, not that there is none."
             )
         if self.published:
-            rows += [_published_row(self.first.model, figure) for figure in self.figures]
+            rows += [paper.row(self.first.model, figure) for figure in self.figures]
         if self.native is not None and self.native.method == "trained":
             self.notes.append(f"Native here: tokens trained for this model ({self.native.label}).")
         if self.clusters is not None:
@@ -263,12 +190,12 @@ class _Table:
             vs_undefended=None,
             vs_native=None,
             gap_closed=self._gap_closed(run),
-            cost=_costs(run.costs, run.method, run.seconds),
+            cost=Cost.of(run.costs, run.method, run.seconds),
             file=str(run.path),
             arm=arm_label(run, self.members),
             attack=run.attack.name if run.attack else "",
             attack_from=self._made_on(run),
-            optimiser=_optimiser(run),
+            optimiser=optimiser_of(run),
         )
         return _Found(row, self._test(run, self.undefended), against_native)
 
@@ -296,26 +223,6 @@ class _Table:
 
         return [told(row) for row in rows]
 
-    def _with_weak_natives(self, rows: Sequence[Row]) -> list[Row]:
-        """Mark the ratios whose native tokens are told apart from, and worse than, some row of the table."""
-        tests = [row.vs_native for row in rows if row.vs_native]
-        weak = {"measured": any(test.told_from_noise and test.effect < 0 for test in tests)}
-        if (figure := self._native_figure()) is not None:
-            weak["published"] = any(row.asr_max.ends[1] < figure for row in rows if row.asr_max)
-        if any(weak[kind] for row in rows for kind in row.ratios):
-            self.notes.append(
-                f"{WEAK_NATIVE}: these native tokens are themselves worse than a row of this table, told apart from it;"
-                " 1 or more is no proof of tokens as good as well-trained ones."
-            )
-
-        def marked(gap: GapClosed | None) -> GapClosed | None:
-            return gap and replace(
-                gap,
-                ratios={kind: r and replace(r, weak_native=weak[kind]) for kind, r in gap.ratios.items()},
-            )
-
-        return [replace(row, gap_closed=marked(row.gap_closed)) for row in rows]
-
     def _test(self, run: Run, reference: Run | None) -> tuple[float, float] | None:
         if reference is None or run is reference or not self.attacked:
             return None
@@ -329,7 +236,7 @@ class _Table:
         if none is not None:
             undefended = self._point(none)
         elif self.published and paper_none is not None:
-            undefended = _figure_point(paper_none)
+            undefended = figure_point(paper_none)
         else:
             return None
         ratios: dict[str, Ratio | None] = {}
@@ -339,15 +246,15 @@ class _Table:
             elif run is self.native:
                 ratios["measured"] = Ratio(1.0, None, None)
             else:
-                ratios["measured"] = _ratio(undefended, self._point(run), self._point(self.native))
+                ratios["measured"] = ratio_of(undefended, self._point(run), self._point(self.native))
         paper_native = self._native_figure()
         if paper_native is not None:
             apart = undefended[0].ends[0] > paper_native
-            closed = _ratio(undefended, self._point(run), _figure_point(paper_native)) if apart else None
+            closed = ratio_of(undefended, self._point(run), figure_point(paper_native)) if apart else None
             ratios["published"] = closed
         return GapClosed(ratios, "measured" if none else "published") if ratios else None
 
-    def _point(self, run: Run) -> _Point:
+    def _point(self, run: Run) -> Point:
         return self.maxima[run.label], self.resampled[run.label]
 
     def _native_figure(self) -> float | None:
@@ -392,71 +299,5 @@ def _rank(row: Row) -> tuple[float, float]:
     return (row.headline.rate if row.headline else 0.0, row.asr_any.rate if row.asr_any else 0.0)
 
 
-def _optimiser(run: Run) -> tuple[tuple[int, float], ...]:
-    """Return what the optimiser reached step by step on a run's own arm and records."""
-    attack = run.attack
-    if attack is None or not attack.own or not attack.steps or attack.budget_steps is None:
-        return ()
-    return hits_by_step(attack.steps, attack.budget_steps)
-
-
 def _only_tokens(run: Run, method: str) -> bool:
     return run.method == method and "+" not in run.defense
-
-
-def _figure_point(share: float) -> _Point:
-    return statistics.Rate(None, paper.RECORDS, share, None, None), share
-
-
-def _closed(none: Any, own: Any, native: Any) -> Any:
-    """The gap-closed ratio: 1 closes as much of the gap as the native tokens, 0 nothing."""
-    return (none - own) / (none - native)
-
-
-def _ratio(undefended: _Point, own: _Point, native: _Point) -> Ratio | None:
-    """Return the ratio with its interval; None where it is undefined."""
-    points = (undefended[0], own[0], native[0])
-    centre = [point.rate for point in points]
-    if centre[0] <= centre[2]:
-        return None
-    interval = statistics.ratio_interval(_closed, points, (undefended[1], own[1], native[1]))
-    return Ratio(float(_closed(*centre)), *interval) if interval else None
-
-
-def _costs(costs: Mapping[str, float], method: str, evaluation: float | None) -> Cost:
-    """Return the cost columns; what the tokens' making saves is only known beside the other rows."""
-    align, transfer, bake = (costs.get(f"{step}_seconds") for step in ("align", "transfer", "bake"))
-    pipeline = costs.get("pipeline_seconds")
-    # A sum that lacks the alignment would flatter.
-    complete = method in CONTROLS or (method in MAPS and align is not None)
-    if pipeline is None and complete and transfer is not None:
-        pipeline = sum(part for part in (align, transfer, bake) if part is not None)
-    return Cost(align, transfer, bake, pipeline, evaluation, costs.get("peak_memory_mb"))
-
-
-def _published_row(model: str, figure: paper.Figure) -> Row:
-    cost = _costs(figure.costs or {}, "", None)
-    if cost.pipeline_s:
-        cost = replace(cost, speedup=paper.GPU_SECONDS / cost.pipeline_s)
-    worst = paper.share(figure.asr_max, figure.records)
-    return Row(
-        run=f"published: {figure.defense}",
-        model=model,
-        defense=figure.defense,
-        published=True,
-        limited=False,
-        early_decision=False,
-        unfinished=0,
-        n=figure.records,
-        asr={attack: paper.share(share) for attack, share in zip(paper.ATTACKS, figure.attacks or (), strict=False)},
-        asr_max=statistics.Maximum(worst.hits, worst.n, worst.rate, worst.low, worst.high),
-        asr_any=None,
-        measures={},
-        refusal=None if figure.refusal is None else paper.share(figure.refusal),
-        vs_undefended=None,
-        vs_native=None,
-        gap_closed=None,
-        cost=cost,
-        file=None,
-        protocol=figure.protocol,
-    )

@@ -9,14 +9,12 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from dtt_plugin.files.digests import sha256_bytes, sha256_json
 from dtt_plugin.prompt.formats import TOKENS_SWITCH
-from dtt_plugin.public_names import is_hub_model, public_name, public_text
 
 
 def _names(words: str) -> frozenset[str]:
@@ -89,7 +87,6 @@ _DATE = re.compile(
     r"(?:[T ]\d\d:\d\d(?::\d\d)?)?(?!\d)"
 )
 _LONGEST_LITERAL = 2000
-_LONGEST_SHOWN = 40
 
 
 @dataclass(frozen=True)
@@ -283,35 +280,3 @@ def _plain(value: Any) -> Any:
 
 def _table(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
-
-
-def told_apart(names: Iterable[str]) -> dict[str, str]:
-    """Return a brief form of each name, no two the same: of a path the last part, of a long text the beginning.
-
-    Where two would be the same, a hub id is given in full, and anything else gets a digest; no path is ever shown.
-    """
-    brief = {name: _brief(name) for name in names}
-    taken = Counter(brief.values())
-    return {
-        name: text if taken[text] == 1 else name if is_hub_model(name) else f"{text} ({_digest(name)})"
-        for name, text in brief.items()
-    }
-
-
-def public_facts(facts: Mapping[str, str]) -> dict[str, str]:
-    """Return facts of a run without paths: of each the last part, with a digest that tells two of one name apart."""
-    shown = {name: public_text(value) for name, value in facts.items()}
-    return {name: text if text == facts[name] else f"{text} ({_digest(facts[name])})" for name, text in shown.items()}
-
-
-def _brief(name: str) -> str:
-    if re.fullmatch(r"[0-9a-f]{16,}", name):
-        return name[:8]
-    if "/" in name and not re.search(r"[\[{<]|://", name):
-        public = public_name(name)
-        return public.rsplit("/", 1)[-1]
-    return name if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}…"
-
-
-def _digest(name: str) -> str:
-    return sha256_bytes(name.encode("utf-8", "replace"))[:6]

@@ -18,7 +18,8 @@ import numpy as np
 from dtt_plugin.errors import DttError
 from dtt_plugin.files.digests import sha256_json
 from dtt_plugin.files.replacing import replacing
-from dtt_plugin.leaderboard.identity import Identity, public_facts
+from dtt_plugin.leaderboard.identity import Identity
+from dtt_plugin.leaderboard.labels import public_facts
 from dtt_plugin.leaderboard.runs import MOST_FLOPS, AttackUsed, Floats, Outcomes, Run
 from dtt_plugin.public_names import public_name
 from dtt_plugin.safe_text import all_printable, json_text

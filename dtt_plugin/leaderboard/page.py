@@ -10,14 +10,14 @@ from importlib.resources import files
 from pathlib import Path
 
 from dtt_plugin.files.replacing import replacing
-from dtt_plugin.leaderboard import charts
+from dtt_plugin.leaderboard import charts, token_charts
 from dtt_plugin.leaderboard.board import Leaderboard
 from dtt_plugin.leaderboard.curves import Curve
 from dtt_plugin.leaderboard.palette import style_sheet
 from dtt_plugin.leaderboard.public import Public
 from dtt_plugin.leaderboard.runs import Run
 from dtt_plugin.leaderboard.sample_book import make_book
-from dtt_plugin.leaderboard.tables import (
+from dtt_plugin.leaderboard.sheets import (
     COSTS,
     any_title,
     arm_name,
@@ -119,6 +119,7 @@ def render(
         geometries=geometries,
         curves=curves,
         charts=charts,
+        token_charts=token_charts,
     )
     return html
 

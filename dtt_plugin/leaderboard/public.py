@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dtt_plugin.leaderboard.board import Leaderboard
-from dtt_plugin.leaderboard.identity import told_apart
+from dtt_plugin.leaderboard.labels import told_apart
 from dtt_plugin.public_names import public_name
 from dtt_plugin.safe_text import with_texts
 from dtt_plugin.tokens.geometry import Geometry

@@ -7,9 +7,11 @@ Llama 3.1 on AlpacaFarm, which has the rest.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
-from dtt_plugin.leaderboard.statistics import Rate
+from dtt_plugin.leaderboard.board import Cost, Row
+from dtt_plugin.leaderboard.statistics import Maximum, Rate
 from dtt_plugin.public_names import public_name
 
 TASK = "alpacafarm_injection"
@@ -198,3 +200,32 @@ def _last_part(model: str) -> str:
 def share(percent: float, records: int = RECORDS) -> Rate:
     """Return a published figure as a rate: without counts, so without an interval."""
     return Rate(None, records, percent / 100, None, None)
+
+
+def row(model: str, figure: Figure) -> Row:
+    """Return a published figure as a row of its own."""
+    cost = Cost.of(figure.costs or {}, "", None)
+    if cost.pipeline_s:
+        cost = replace(cost, speedup=GPU_SECONDS / cost.pipeline_s)
+    worst = share(figure.asr_max, figure.records)
+    return Row(
+        run=f"published: {figure.defense}",
+        model=model,
+        defense=figure.defense,
+        published=True,
+        limited=False,
+        early_decision=False,
+        unfinished=0,
+        n=figure.records,
+        asr={attack: share(percent) for attack, percent in zip(ATTACKS, figure.attacks or (), strict=False)},
+        asr_max=Maximum(worst.hits, worst.n, worst.rate, worst.low, worst.high),
+        asr_any=None,
+        measures={},
+        refusal=None if figure.refusal is None else share(figure.refusal),
+        vs_undefended=None,
+        vs_native=None,
+        gap_closed=None,
+        cost=cost,
+        file=None,
+        protocol=figure.protocol,
+    )

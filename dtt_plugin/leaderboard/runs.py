@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dtt_plugin.errors import DttError
-from dtt_plugin.leaderboard.identity import Identity, public_facts, told_apart
+from dtt_plugin.leaderboard.identity import Identity
 from dtt_plugin.prompt.defenses import TOKENS
-from dtt_plugin.public_names import is_hub_model, public_name
 from dtt_plugin.tasks.attacks import ADAPTIVE
 from dtt_plugin.tasks.metrics import REFUSAL
 
@@ -24,18 +22,6 @@ MOST_FLOPS = 10**40
 Outcomes = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-COMPARABLE = {
-    "model": "model",
-    "task": "task",
-    "version": "task version",
-    "prompt_format": "prompt format",
-    "generation": "generation settings",
-    "n": "n",
-    "record_ids": "records",
-    "data_digest": "data",
-}
-"""What runs have to agree in, beside the facts of their identity, to be rows of one table: attributes of `Run`, and
-what a reader calls them."""
 
 
 @dataclass(frozen=True)
@@ -257,91 +243,3 @@ def arm_called(defense: str, tokens_sha256: str, runs: Sequence[Run]) -> str:
         if (sorted(plain.split("+")), run.tokens_sha256) == (sorted(defense.split("+")), tokens_sha256):
             return arm_label(run, runs)
     return " ".join(filter(None, (defense, tokens_sha256[:8])))
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Something in which two runs differ, and both values; "" where there is none."""
-
-    name: str
-    a: str
-    b: str
-
-    def told(self, first: str, second: str) -> str:
-        """Return it with both values, for instance `peft (none there, lora here)`."""
-        if self.name in (COMPARABLE["record_ids"], COMPARABLE["data_digest"]):
-            return self.name
-        shown = told_apart([self.a, self.b])
-        a, b = (value if is_hub_model(value) else shown[value] or "none" for value in (self.a, self.b))
-        return f"{self.name} ({a} {first}, {b} {second})"
-
-
-def differences(a: Run, b: Run) -> list[Difference]:
-    """Return in what two runs differ of what rows of one table agree in; the arm, defense and tokens, is no part."""
-    unknown = a.identity.unknown | b.identity.unknown
-    values = [{title: getattr(run, name) for name, title in COMPARABLE.items()} for run in (a, b)]
-    if a.is_baked or b.is_baked or a.reader is None or b.reader is None:
-        # A manifest has the base model's public name, and so has an outcome file; and a baked template differs from
-        # the base's by the tokens only, if the prompts do.
-        models = [public_name(run.model) if run.is_baked or run.reader is None else run.model for run in (a, b)]
-        if models[0] in (models[1], public_name(b.model)) or models[1] == public_name(a.model):
-            values[1][COMPARABLE["model"]] = a.model
-        if a.prompts_digest == b.prompts_digest:
-            values[1][COMPARABLE["prompt_format"]] = a.prompt_format
-    named = [
-        Difference(title, str(x), str(values[1][title])) for title, x in values[0].items() if x != values[1][title]
-    ]
-    facts = [run.identity.facts for run in (a, b)]
-    if a.reader is None or b.reader is None:
-        facts = [public_facts(told) if run.reader else told for run, told in zip((a, b), facts, strict=True)]
-    return named + [d for d in _unlike(*facts) if d.name not in unknown]
-
-
-def small_differences(a: Run, b: Run) -> list[Difference]:
-    """Return in what two runs of one table differ beside their arm: where they ran, and what only digests tell."""
-    found = _unlike(a.identity.circumstances, b.identity.circumstances)
-    if (a.defense, a.tokens_sha256) == (b.defense, b.tokens_sha256) and not differences(a, b):
-        if a.prompts_digest != b.prompts_digest:
-            found.append(Difference("prompts", a.prompts_digest, b.prompts_digest))
-        if not found and a.identity.fingerprint != b.identity.fingerprint:
-            found.append(Difference("fingerprint", a.identity.fingerprint, b.identity.fingerprint))
-    return found
-
-
-def _unlike(a: Mapping[str, str], b: Mapping[str, str]) -> list[Difference]:
-    names = sorted(name for name in {*a, *b} if a.get(name) != b.get(name))
-    return [Difference(name, a.get(name, ""), b.get(name, "")) for name in names]
-
-
-def labelled(runs: Sequence[Run]) -> list[Run]:
-    """Give each run the shortest label that tells it from the others, and the title of its table."""
-    models, facts = told_apart(run.model for run in runs), _facts_that_differ(runs)
-    details = [[models[run.model], run.task, run.prompt_format, *own] for run, own in zip(runs, facts, strict=True)]
-    told = [len({run[place] for run in details}) > 1 for place in range(3)]
-    labels = []
-    for run, parts in zip(runs, details, strict=True):
-        kept = [part for place, part in enumerate(parts) if place >= len(told) or told[place]]
-        labels.append(" · ".join([run.arm, *kept]))
-    totals, seen = Counter(labels), Counter[str]()
-    unique = []
-    for label, run, parts in zip(labels, runs, details, strict=True):
-        seen[label] += 1
-        label = label if totals[label] == 1 else f"{label} #{seen[label]}"
-        unique.append(replace(run, label=label, title=" · ".join(parts)))
-    return unique
-
-
-def _facts_that_differ(runs: Sequence[Run]) -> list[list[str]]:
-    """Return for each run its facts that not all runs of its model, task and format share, such as `peft: none`."""
-    alike: dict[tuple[str, str, str], list[Run]] = {}
-    for run in runs:
-        alike.setdefault((run.model, run.task, run.prompt_format), []).append(run)
-    told: dict[int, list[str]] = {id(run): [] for run in runs}
-    for members in alike.values():
-        for name in sorted({name for run in members for name in run.identity.facts}):
-            known = [run for run in members if name not in run.identity.unknown]
-            shown = told_apart(run.identity.facts.get(name, "") for run in known)
-            if len(shown) > 1:
-                for run in known:
-                    told[id(run)].append(f"{name}: {shown[run.identity.facts.get(name, '')] or 'none'}")
-    return [told[id(run)] for run in runs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dtt_plugin.leaderboard import statistics
 from dtt_plugin.leaderboard.board import Cost, GapClosed, Ratio, Test
 from dtt_plugin.leaderboard.statistics import Rate
 
@@ -75,3 +76,18 @@ def cost_text(cost: Cost, name: str) -> str:
     if name == "speedup":
         return f"{value:.1f} x"
     return f"{value:.1f} s" if value >= 1 else f"{value:.3g} s"
+
+
+def method_in_words(floor: float, seed: int) -> dict[str, str | float]:
+    """Return how the figures are made, in words."""
+    return {
+        "confidence": 1 - statistics.ALPHA,
+        "rates": "Clopper-Pearson",
+        "asr_max": f"percentile bootstrap over records, {statistics.RESAMPLES} samples, seed {seed}; exact"
+        f" with fewer than {statistics.FEW} hits or misses",
+        "tests": "exact McNemar on whether any attack worked on a record; Holm over all tests of a table",
+        "speed-up": "what training the model's own tokens costs (as the native row's token file tells, or 16"
+        " GPU-hours where that is published for the model) over what making the row's tokens cost; only where the"
+        " row is told apart from undefended",
+        "floor": floor,
+    }

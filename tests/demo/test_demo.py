@@ -13,8 +13,8 @@ from dtt_plugin.demo import model as demo_models
 from dtt_plugin.demo.model import MODELS
 from dtt_plugin.demo.run import ARMS, COPIED, MOVED, NATIVE, NONE, Outcome, outcome, sentences, table
 from dtt_plugin.leaderboard.comparison import build
+from dtt_plugin.leaderboard.labels import labelled
 from dtt_plugin.leaderboard.lm_eval_files import read_run
-from dtt_plugin.leaderboard.runs import labelled
 from dtt_plugin.tokens.files import load_tokens
 from tests.checkpoints import make_checkpoint
 from tests.conftest import write_tokens

@@ -10,7 +10,7 @@ import pytest
 
 from dtt_plugin.cli import main
 from dtt_plugin.data.suffixes import AttackFile, Suffix, write_attacks
-from dtt_plugin.leaderboard import charts, figures, tables
+from dtt_plugin.leaderboard import charts, figures, sheets
 from dtt_plugin.leaderboard.board import Bound
 from dtt_plugin.leaderboard.comparison import build
 from dtt_plugin.leaderboard.lm_eval_files import read_run, read_runs
@@ -89,7 +89,7 @@ def test_references_are_the_arms_under_their_own_attack(matrix: Path) -> None:
 
 def test_whether_attacks_move_with_tokens_is_a_table(matrix: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (group,) = build(read_runs([matrix])[0]).groups
-    sheet = tables.attack_matrix(group)
+    sheet = sheets.attack_matrix(group)
     assert sheet is not None
     assert sheet.header == ["made on", "tokens (trained)", "none"]
     found = {row[0]: [cell.partition(" =")[0] for cell in row[1:]] for row in sheet.rows}
@@ -132,7 +132,7 @@ def test_two_token_files_of_one_name_are_two_arms_of_the_matrix(tmp_path: Path) 
         other.read_text().replace(json.loads(own.read_text())["config"]["dtt_plugin"]["tokens_sha256"], swapped)
     )
     arm(tmp_path / "same", 2, 3, attacked=other, stamp=2, **shared)
-    sheet = tables.attack_matrix(build(read_runs([tmp_path])[0]).groups[0])
+    sheet = sheets.attack_matrix(build(read_runs([tmp_path])[0]).groups[0])
     assert sheet is not None
     assert len(sheet.header) == 3
     assert {row[0]: [cell.partition(" =")[0] for cell in row[1:]] for row in sheet.rows}["tokens (trained) ffffffff"]
@@ -275,7 +275,7 @@ def test_an_outcome_file_keeps_the_attack(matrix: Path) -> None:
     assert len(attacks) == 4
     assert all((used.budget_steps, used.flops, used.left_out) == (400, 10**15, 168) for used in attacks)
     kept, made = build(again).groups[0], build(runs).groups[0]
-    assert tables.attack_matrix(kept) == tables.attack_matrix(made)
+    assert sheets.attack_matrix(kept) == sheets.attack_matrix(made)
     assert charts.steps_of(kept) == charts.steps_of(made) is not None
     assert [row.asr_any for row in kept.rows] == [row.asr_any for row in made.rows]
     assert "Data of" not in file.read_text(encoding="utf-8")

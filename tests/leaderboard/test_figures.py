@@ -15,9 +15,9 @@ from matplotlib.container import BarContainer
 from dtt_plugin.errors import DttError
 from dtt_plugin.leaderboard import charts
 from dtt_plugin.leaderboard.board import GapClosed, Ratio
-from dtt_plugin.leaderboard.charts import learning_curves
 from dtt_plugin.leaderboard.curves import read_curve, read_curves
 from dtt_plugin.leaderboard.figures import asr_bars, gap_closed, tradeoff, write_figures
+from dtt_plugin.leaderboard.token_charts import learning_curves
 from dtt_plugin.tokens.files import DefensiveTokens, save_tokens
 from dtt_plugin.tokens.geometry import letter, read_geometry
 from tests.checkpoints import make_checkpoint

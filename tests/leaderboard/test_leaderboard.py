@@ -18,7 +18,7 @@ import pytest
 
 from dtt_plugin.cli import main
 from dtt_plugin.costs import recorded_costs
-from dtt_plugin.leaderboard import published, tables, wording
+from dtt_plugin.leaderboard import published, sheets, tables, wording
 from dtt_plugin.leaderboard.board import Leaderboard
 from dtt_plugin.leaderboard.comparison import build
 from dtt_plugin.leaderboard.lm_eval_files import read_runs
@@ -132,7 +132,7 @@ def test_a_transfer_that_closes_nothing_has_no_speedup(tmp_path: Path, hits: int
     arm(tmp_path, hits, model=LLAMA_3, defense="tokens", method="procrustes", facts={"costs": costs}, stamp=1)
     table = board(tmp_path)
     assert rows(table)["tokens (procrustes)"]["cost"]["speedup"] is None
-    cost = next(sheet for sheet in tables.sheets(compared(tmp_path)) if sheet.title.endswith("cost"))
+    cost = next(sheet for sheet in sheets.sheets(compared(tmp_path)) if sheet.title.endswith("cost"))
     assert "speed-up" not in cost.header
     arm(tmp_path, 107, model=LLAMA_3, defense="reminder", stamp=2)
     assert rows(board(tmp_path))["tokens (procrustes)"]["cost"]["speedup"] is None
@@ -371,7 +371,7 @@ def test_every_form_shows_the_same_numbers(tmp_path: Path, capsys: pytest.Captur
         assert main(["leaderboard", str(tmp_path), "--format", form]) == 0
         outputs[form] = capsys.readouterr().out
     table = json.loads(outputs["json"])
-    cells = [cell for sheet in tables.sheets(compared(tmp_path)) for row in sheet.rows for cell in row]
+    cells = [cell for sheet in sheets.sheets(compared(tmp_path)) for row in sheet.rows for cell in row]
     assert "0/208 = 0.0 % [0.0, 1.8]" in cells
     for form in ("markdown", "latex"):
         bare = outputs[form].replace("\\", "").replace("textless{}", "<").replace("dag{}", "†")
@@ -414,14 +414,14 @@ def test_a_tables_rows_leave_out_what_its_title_says(tmp_path: Path) -> None:
         arm(tmp_path, 100, model=model, defense=defense, stamp=stamp)
     table = board(tmp_path)
     assert rows(table).keys() == {"none · x #1", "none · x #2"}
-    names = [[row[0] for row in sheet.rows] for sheet in tables.sheets(compared(tmp_path))]
+    names = [[row[0] for row in sheet.rows] for sheet in sheets.sheets(compared(tmp_path))]
     assert names == [["none #1", "none #2"]] * 3 + [["none", "reminder"]] * 3
 
 
 def test_a_name_that_begins_like_another_stays_whole(tmp_path: Path) -> None:
     arm(tmp_path, 100, model="x/llama", prompt_format="llama3", stamp=0)
     arm(tmp_path, 100, model="y/other", prompt_format="chatml", stamp=1)
-    names = [sheet.rows[0][0] for sheet in tables.sheets(compared(tmp_path)) if "cost" not in sheet.title]
+    names = [sheet.rows[0][0] for sheet in sheets.sheets(compared(tmp_path)) if "cost" not in sheet.title]
     assert set(names) == {"none"}
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from dtt_plugin.cli import main
-from dtt_plugin.leaderboard import tables
+from dtt_plugin.leaderboard import sheets
 from dtt_plugin.leaderboard.board import GapClosed, Leaderboard
 from dtt_plugin.leaderboard.curves import read_curve
 from dtt_plugin.leaderboard.page import render, write_report
@@ -455,13 +455,13 @@ def test_the_page_has_the_figures_of_the_other_forms() -> None:
     undefined = replace(group.rows[1], gap_closed=GapClosed({"measured": None}, "measured"))
     leaderboard = replace(usual_board(), groups=(replace(group, rows=(group.rows[0], undefined, *group.rows[2:])),))
     html = unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", render(leaderboard, []))))
-    sheets = list(tables.sheets(leaderboard))
-    words = {word for sheet in sheets for row in sheet.rows for cell in row[1:] for word in cell.split()}
+    shown = list(sheets.sheets(leaderboard))
+    words = {word for sheet in shown for row in sheet.rows for cell in row[1:] for word in cell.split()}
     missing = {word for word in words if word.strip("%=-") and word.strip(",") not in html}
     assert missing == set()
     assert "1.080 [1.010, 1.200]" in html
-    assert all(remark in html for remark in sheets[0].remarks)
-    assert "Not ranked." in sheets[0].remarks
+    assert all(remark in html for remark in shown[0].remarks)
+    assert "Not ranked." in shown[0].remarks
 
 
 def test_a_page_without_samples_holds_no_text_of_a_record(tmp_path: Path, capsys: Any) -> None:

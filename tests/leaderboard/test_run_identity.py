@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from dtt_plugin.cli import main
-from dtt_plugin.leaderboard import tables
+from dtt_plugin.leaderboard import sheets
 from dtt_plugin.leaderboard.board import Leaderboard
 from dtt_plugin.leaderboard.comparison import build
-from dtt_plugin.leaderboard.identity import canonical, parse_arguments, told_apart
+from dtt_plugin.leaderboard.identity import canonical, parse_arguments
+from dtt_plugin.leaderboard.labels import told_apart
 from dtt_plugin.leaderboard.lm_eval_files import read_runs
 from tests.lm_eval_output import planted, write_run
 
@@ -102,7 +103,7 @@ def test_runs_that_differ_in_anything_that_changes_answers_share_no_table(
     titles = [group["title"] for group in table["groups"]]
     assert len(set(titles)) == 2
     assert all(f"{name}: " in title for title in titles) or name == "prompt format"
-    assert [sheet.rows[0][0] for sheet in tables.sheets(compared(plain, other))] == ["none"] * 4
+    assert [sheet.rows[0][0] for sheet in sheets.sheets(compared(plain, other))] == ["none"] * 4
     assert main(["compare", str(plain), str(other), "--fail-if", "asr(B) > asr(A)"]) == 2
     assert f"differ in {name}; " in capsys.readouterr().err
     assert main(["diff", str(plain), str(other)]) == 0
@@ -253,7 +254,7 @@ def test_folders_of_one_name_stand_in_tables_of_their_own(tmp_path: Path) -> Non
     assert len(set(titles)) == 2
     assert all(title.startswith("tiny (") for title in titles)
     assert len({row["run"] for group in table["groups"] for row in group["rows"]}) == 4
-    assert {sheet.rows[0][0] for sheet in tables.sheets(compared(tmp_path))} == {"none"}
+    assert {sheet.rows[0][0] for sheet in sheets.sheets(compared(tmp_path))} == {"none"}
 
 
 def test_a_defended_checkpoint_counts_as_its_base_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

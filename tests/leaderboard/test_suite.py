@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dtt_plugin.cli import main
-from dtt_plugin.leaderboard import published, statistics, tables
+from dtt_plugin.leaderboard import published, sheets, statistics, tables
 from dtt_plugin.leaderboard.comparison import build
 from dtt_plugin.leaderboard.lm_eval_files import read_run, read_runs
 from dtt_plugin.tasks.description import Entry, Variant
@@ -174,7 +174,7 @@ def test_arms_stand_in_one_table_over_all_benchmarks(tmp_path: Path, capsys: pyt
     assert none["benchmarks"]["sep_injection"]["rate"]["hits"] == 40
     assert reminder["benchmarks"]["alpacafarm_injection"]["rate"]["hits"] == 2
     assert reminder["measures"]["answered under attack"]["rate"]["rate"] == 1.0
-    sheet = next(iter(tables.sheets(build(read_runs([tmp_path])[0]))))
+    sheet = next(iter(sheets.sheets(build(read_runs([tmp_path])[0]))))
     assert sheet.header[:3] == ["arm", "ASR sep_injection: n = 40", "ASR alpacafarm_injection: n = 50"]
     assert sheet.rows[1][2] == "4.0 % [0.3, 13.7]"
     for form in ("markdown", "latex", "csv", "terminal"):
@@ -202,7 +202,7 @@ def test_a_cell_says_that_its_benchmark_does_not_discriminate(tmp_path: Path) ->
     suite_folder(tmp_path)
     write_described_run(tmp_path, benchmark(), defended, task="other_injection", stamp=5)
     (suite,) = build(read_runs([tmp_path])[0]).suites
-    sheet = tables.suite_sheet(suite)
+    sheet = sheets.suite_sheet(suite)
     column = sheet.header.index("ASR other_injection: n = 40, not discriminating")
     assert [row[column] for row in sheet.rows] == ["0.0 % [0.0, 8.8]", "-"]
 
@@ -212,7 +212,7 @@ def test_what_all_figures_of_a_column_share_stands_once_in_its_heading(tmp_path:
     write_run(tmp_path, outcomes={"ignore": planted(3, 50)}, defense="sandwich", original=60, stamp=20)
     write_described_run(tmp_path, benchmark(20), defended, defense="sandwich", stamp=21)
     (suite,) = build(read_runs([tmp_path])[0]).suites
-    sheet = tables.suite_sheet(suite)
+    sheet = sheets.suite_sheet(suite)
     column = sheet.header.index("ASR alpacafarm_injection: n = 50")
     assert [row[column].endswith("(incomplete)") for row in sheet.rows] == [False, False, True]
     own = next(row[sheet.header.index("ASR sep_injection")] for row in sheet.rows if row[0] == "sandwich")
@@ -249,12 +249,12 @@ def test_the_whole_published_table_is_shown_and_in_no_test(tmp_path: Path) -> No
     text = tables.markdown(both).replace("\\", "")
     assert "published: none (other protocol)" in text
     assert "judged by gpt-4o" in text
-    last = list(tables.sheets(both))[-1]
+    last = list(sheets.sheets(both))[-1]
     assert (len(last.header), len(last.rows)) == (9, 8)
     assert last.rows[4] == [published.NATIVE, "27 %", "0.5 %", "37.5 %", "51.6 %", "3.2 %", "0.27 %", "3.6 %", "2.7 %"]
 
 
 def test_columns_in_which_nothing_is_known_are_left_out(tmp_path: Path) -> None:
     write_run(tmp_path, outcomes={"ignore": planted(30, 50)})
-    sheets = list(tables.sheets(build(read_runs([tmp_path])[0])))
-    assert [sheet.header for sheet in sheets] == [["run", "ASR ignore", "ASR(max)", "ASR(any)"], ["run", "evaluation"]]
+    found = sheets.sheets(build(read_runs([tmp_path])[0]))
+    assert [sheet.header for sheet in found] == [["run", "ASR ignore", "ASR(max)", "ASR(any)"], ["run", "evaluation"]]

@@ -14,8 +14,8 @@ from lm_eval.api.registry import get_model
 from dtt_plugin.bake import BakeOptions, bake
 from dtt_plugin.errors import DttError
 from dtt_plugin.leaderboard.comparison import build
+from dtt_plugin.leaderboard.differences import differences
 from dtt_plugin.leaderboard.lm_eval_files import read_runs
-from dtt_plugin.leaderboard.runs import differences
 from dtt_plugin.prompt.formats import defensive_token_names
 from dtt_plugin.tokens.files import load_tokens
 from tests.bake_helpers import load

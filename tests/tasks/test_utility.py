@@ -14,7 +14,7 @@ from dtt_plugin.cli import main
 from dtt_plugin.data.benchmark_files import load_benchmark
 from dtt_plugin.data.records import data_folder
 from dtt_plugin.errors import DttError
-from dtt_plugin.leaderboard import tables
+from dtt_plugin.leaderboard import sheets
 from dtt_plugin.leaderboard.comparison import build
 from dtt_plugin.leaderboard.lm_eval_files import read_run, read_runs
 from dtt_plugin.tasks.utility import local
@@ -162,19 +162,19 @@ def test_what_a_defense_costs_in_use_stands_in_the_table_over_benchmarks(
     assert "Janet" not in page.read_text(encoding="utf-8"), "the browser shows what was attacked"
     assert "ASR against utility" in page.read_text(encoding="utf-8")
     assert list(figures.glob("tradeoff-utility-*.png"))
-    sheets = []
+    shown = []
     for given in (out, kept):
         (suite,) = build(read_runs([given])[0]).suites
         assert suite.measures["utility, GSM8K"] == "utility_gsm8k"
         assert suite.measures["utility, IFEval"] == "utility_ifeval"
         assert suite.benchmarks == ("injection_demo",)
-        headers = [sheet.header for sheet in tables.sheets(build(read_runs([given])[0]))]
+        headers = [sheet.header for sheet in sheets.sheets(build(read_runs([given])[0]))]
         assert ["run", "exact match"] in headers
         assert ["run"] not in headers
         assert [row.arm for row in suite.rows] == ["none", "tokens (random)"]
         assert all(row.measures["utility, GSM8K"].rate.n == 2 for row in suite.rows)
-        sheets.append(tables.suite_sheet(suite).rows)
-    assert sheets[0] == sheets[1]
+        shown.append(sheets.suite_sheet(suite).rows)
+    assert shown[0] == shown[1]
 
     # What is not as lm-eval wrote it is a sentence.
     lines[2]["exact_match"] = 1.0 - lines[2]["exact_match"]

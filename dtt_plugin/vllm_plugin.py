@@ -9,24 +9,32 @@ that is about one in ten thousand tokens. This makes it none: the logits layer
 writes -inf for the ids that a checkpoint's config.json lists, and for those of
 token files that are served beside a base model (`--additional-config
 '{"dtt": {"tokens": [FILE, ...]}}'`, docs/serving.md). Other engines are not touched.
+
+An engine's process also ends with the one that started it, which vLLM leaves to that one.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import multiprocessing
+import os
 import sys
+import threading
 from collections.abc import Iterable
 from typing import Any
 
 from dtt_plugin.checkpoint.defended import IDS_KEY
 from dtt_plugin.errors import DttError
 
+_ENGINE = "EngineCore"  # how vLLM calls the processes of its engines
+
 
 def register() -> None:
     """Wrap vLLM's logits layer, replace its embedding layer and wrap its front end; twice is once."""
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
+    from vllm.v1.engine.core import EngineCore
 
     from dtt_plugin.serving.hooks import problem
     from dtt_plugin.serving.layer import check_built, replace_layer, served
@@ -35,7 +43,8 @@ def register() -> None:
     if hasattr(LogitsProcessor, "dtt_ranges"):
         return
     LogitsProcessor.dtt_ranges = ()
-    make, compute = LogitsProcessor.__init__, LogitsProcessor.forward
+    make, compute, start = LogitsProcessor.__init__, LogitsProcessor.forward, EngineCore.__init__
+    end_with_parent()
     obstacle = problem()
     try:
         if obstacle is None:
@@ -69,7 +78,30 @@ def register() -> None:
                 logits[..., start:stop] = float("-inf")
         return logits
 
+    @functools.wraps(start)
+    def start_and_watch(self: Any, *args: Any, **kwargs: Any) -> None:
+        end_with_parent()
+        start(self, *args, **kwargs)
+
     LogitsProcessor.__init__, LogitsProcessor.forward = make_and_note, compute_without
+    EngineCore.__init__ = start_and_watch
+
+
+def end_with_parent() -> None:
+    """Have an engine's process end when the one that started it does: killed, that one can't see to it.
+
+    Called twice, since a process that was forked has this module's changes already, and any other loads them only
+    when it is an engine. The engine's own workers end with it, by vLLM's own means.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None or not multiprocessing.current_process().name.startswith(_ENGINE):
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="dtt-parent", daemon=True).start()
 
 
 def ranges(ids: Iterable[int]) -> tuple[tuple[int, int], ...]:

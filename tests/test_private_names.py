@@ -60,6 +60,7 @@ NAMES = [
         "DefensiveTokens get the probability 0",
     ),
     PrivateName("vllm.config:get_current_vllm_config", (), "vllm_plugin", "the ids that config.json lists"),
+    PrivateName("vllm.v1.engine.core:EngineCore.__init__", (), "vllm_plugin", "an engine ends with its parent"),
     PrivateName(
         "vllm.v1.engine.llm_engine:LLMEngine.step", (), "model_wrappers/early_decision", "responses token by token"
     ),

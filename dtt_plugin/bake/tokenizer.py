@@ -210,14 +210,27 @@ class TokenizerFiles:
         templates = "".join(self.templates().values())
         named = {text for table in (self.config, self.special_map) for _, text in _named_tokens(table)}
         used = set(self._ids_of_configs())
+        reserved = {i: token.content for i, token in self.known.items() if _RESERVED.search(token.content)}
         return sorted(
             token_id
-            for token_id, token in self.known.items()
-            if _RESERVED.search(token.content)
-            and token.content not in templates
-            and token.content not in named
-            and token_id not in used
+            for token_id, text in (reserved | self._padding).items()
+            if text not in templates and text not in named and token_id not in used
         )
+
+    @cached_property
+    def _padding(self) -> dict[int, str]:
+        """Rows of a padded vocabulary that its GGUF file had to name, `[PAD<id>]`, as no text yields them.
+
+        They are ordinary entries of the vocabulary, so text yields one only where merges make it.
+        """
+        model = self.tokenizer["model"]
+        affixes = [model.get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix")]
+        if model.get("type") != "BPE" or model.get("ignore_merges") or any(affixes):
+            return {}
+        named = {i: text for text, i in model["vocab"].items() if text == f"[PAD{i}]" and i not in self.known}
+        merges = model.get("merges") or [] if named else []
+        made = {"".join(pair if isinstance(pair, list) else pair.split(" ")) for pair in merges}
+        return {i: text for i, text in named.items() if text not in made}
 
     def reserved_ids(self, k: int) -> list[int]:
         """Return the k highest ids of unused reserved tokens, ascending.
@@ -313,7 +326,8 @@ class TokenizerFiles:
         """
         entries = [_entry(name, token_id) for name, token_id in zip(names, token_ids, strict=True)]
         tokenizer = copy.deepcopy(self.tokenizer)
-        replaced = {token_id: token.content for token_id, token in self.known.items() if token_id in token_ids}
+        texts = {token_id: token.content for token_id, token in self.known.items()} | self._padding
+        replaced = {token_id: text for token_id, text in texts.items() if token_id in token_ids}
         listed = {entry["id"] for entry in self._added}
         # Every token that an engine knows is listed, so that it keeps its id beside the new ones.
         others = [_entry_of(token, token_id) for token_id, token in self.known.items() if token_id not in listed]

@@ -14,8 +14,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "sweep",
         help="run a grid of models, defenses and token files",
-        description="Run every cell of a grid (models x defenses x token files) with lm-eval, each model loaded once"
-        " where the tokens stay the same, and end in the leaderboard. Started again it goes on where it was.",
+        description="Run every cell of a grid (models x defenses x token files) with lm-eval, each model loaded as"
+        " seldom as can be, and end in the leaderboard. Started again it goes on where it was.",
     )
     parser.add_argument("sweep", metavar="SWEEP", type=Path, help="the grid, a YAML file (docs/sweep.md)")
     parser.add_argument("--out", type=Path, default=Path("out/sweep"), help="folder for results (default: %(default)s)")
@@ -36,22 +36,24 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from dtt_plugin.progress import Steps
     from dtt_plugin.sweep.file import read_sweep
+    from dtt_plugin.sweep.loads import count_loads
     from dtt_plugin.sweep.run import download_settings, run_sweep
 
     cells = read_sweep(args.sweep)
     if not args.dry_run:
         download_settings(cells)
-    loads, problems = set(), []
+    to_do, problems = [], []
     for cell in cells:
         try:
             state = "finished" if cell.is_finished(args.out) else "to do"
             print(f"{state:<8}  {cell.folder(args.out).name}")
             if state == "to do":
-                loads.add(id(cell.load))
+                to_do.append(cell)
         except DttError as error:
             print(f"{'fails':<8}  {cell.name}")
             problems.append(error)
-    print(f"{len(cells)} cells; {len(loads)} models to load.", flush=True)
+    loads = count_loads(to_do) if args.ray is None else len({id(cell.load) for cell in to_do})
+    print(f"{len(cells)} cells; {loads} models to load.", flush=True)
     if args.dry_run:
         if problems:
             raise DttError(f"{len(problems)} of {len(cells)} cells can't be run: {problems[0]}")

@@ -43,7 +43,7 @@ _TOLD_ELSEWHERE = _names(
 _DEFAULTS: Mapping[str, tuple[str, ...]] = {
     "autogptq": ("false",),
     "backend": ("default", "causal"),
-    "baked": ("true",),
+    "baked": ("false",),
     "gptqmodel": ("false",),
     "load_in_4bit": ("false",),
     "load_in_8bit": ("false",),

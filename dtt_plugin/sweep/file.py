@@ -51,13 +51,21 @@ class TokenSource:
 
     def digest(self, model: str) -> str:
         """Return the SHA-256 of the values that are read from the file, for tokens of `model`."""
+        return self._facts(model)[0]
+
+    def k(self, model: str) -> int:
+        """Return the number of tokens that are read from the file, for tokens of `model`."""
+        return self._facts(model)[1]
+
+    def _facts(self, model: str) -> tuple[str, int]:
         entry = self.entry(self.source_model or model)
-        if entry not in self._digests:  # a grid asks once a model
-            self._digests[entry] = load_tokens(self.file, model=entry).digest
-        return self._digests[entry]
+        if entry not in self._read:  # a grid asks once a model
+            tokens = load_tokens(self.file, model=entry)
+            self._read[entry] = tokens.digest, tokens.k
+        return self._read[entry]
 
     @cached_property
-    def _digests(self) -> dict[str | None, str]:
+    def _read(self) -> dict[str | None, tuple[str, int]]:
         return {}
 
 

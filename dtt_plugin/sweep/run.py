@@ -21,6 +21,7 @@ from dtt_plugin.files.locks import LOCK_SUFFIX, locked
 from dtt_plugin.quiet import Event, run_quietly
 from dtt_plugin.safe_text import printable
 from dtt_plugin.sweep.file import ADAPTERS, Cell, Load, TokenSource
+from dtt_plugin.sweep.loads import sharing_a_model
 from dtt_plugin.tokens.files import load_tokens, save_tokens
 
 logger = logging.getLogger("dtt_plugin")
@@ -69,7 +70,7 @@ def run_sweep(cells: Sequence[Cell], out: Path, *, verbose: bool = False, listen
     """
     failed = []
     with owned(out):
-        for part in _sharing_a_model(cells):
+        for part in sharing_a_model(cells):
             failed += _failed_of(part, out, None if verbose else out / LOG, listen)
     return failed
 
@@ -92,16 +93,6 @@ def owned(out: Path) -> Iterator[None]:
             raise DttError(f"Another sweep runs in {out}; wait for it, or give another --out.") from error
         shutil.rmtree(out / "partial", ignore_errors=True)
         yield
-
-
-def _sharing_a_model(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Return the cells by what a model is loaded with, DefensiveTokens and prompt format apart."""
-    groups: dict[str, list[Cell]] = {}
-    for cell in cells:
-        load = cell.load
-        key = [load.engine, load.task, load.settings, load.model_args, load.model]
-        groups.setdefault(sha256_json(key), []).append(cell)
-    return list(groups.values())
 
 
 def _failed_of(cells: Sequence[Cell], out: Path, log: Path | None, listen: Listen) -> list[Cell]:

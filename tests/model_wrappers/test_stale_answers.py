@@ -90,7 +90,7 @@ def test_a_fingerprint_changes_although_sizes_and_times_stay(what: str, tmp_path
 def test_a_state_that_cannot_be_told_equals_no_other(
     tiny: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("dtt_plugin.model_wrappers.defended.state", lambda *_, **__: None)
+    monkeypatch.setattr("dtt_plugin.model_wrappers.session.state", lambda *_, **__: None)
     create = get_model("dtt_hf").create_from_arg_obj
     models = [create({"pretrained": tiny, "dtype": "float32"}) for _ in range(2)]
     assert models[0].fingerprint != models[1].fingerprint

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dtt_plugin.bake import BakeOptions, bake
+from dtt_plugin.bake.tokenizer import TokenizerFiles
 from dtt_plugin.checkpoint.defended import read_manifest
 from dtt_plugin.checkpoint.opening import open_checkpoint
 from dtt_plugin.errors import DttError
-from dtt_plugin.serving.placing import NoFreeIds, TokenFile, place, rows_of_config
+from dtt_plugin.serving.placing import NoFreeIds, TokenFile, place, route, rows_of_config
 from dtt_plugin.tokens.files import load_tokens
-from tests.checkpoints import SPECIAL_TOKENS, make_checkpoint
+from tests.checkpoints import SPECIAL_TOKENS, default_vocab_tokens, make_checkpoint
 from tests.conftest import write_tokens
 
 RESERVED = tuple(f"<|reserved_{i}|>" for i in range(12))
@@ -43,6 +46,42 @@ def test_the_first_file_has_the_ids_that_baking_would_give_it(tmp_path: Path, fi
         assert set(placed[0].ids).isdisjoint(placed[1].ids)
         assert len(placed[1].ids) == 4
         assert max(placed[1].ids) < open_checkpoint(model).input_embedding().shape[0]
+
+
+def with_padding(folder: Path, n: int, **options: Any) -> str:
+    """A model whose tokenizer names its padding rows, as one that comes from a GGUF file does."""
+    ordinary = default_vocab_tokens()
+    padding = [f"[PAD{len(ordinary) + i}]" for i in range(n)]
+    return str(make_checkpoint(folder, vocab_tokens=[*ordinary, *padding], **options))
+
+
+def test_padding_that_a_gguf_file_named_is_free_unless_text_can_yield_it(
+    tmp_path: Path, files: list[TokenFile]
+) -> None:
+    model = with_padding(tmp_path / "model", 9)
+    assert sorted(place(model, files).ids) == list(range(265, 274))
+    bake(model, load_tokens(files[0].file), tmp_path / "baked", BakeOptions(reuse_reserved=True))
+    assert manifest_ids(tmp_path / "baked") == place(model, files[:1]).placed[0].ids
+    assert route(model) == "beside the model (0 spare rows, 9 unused reserved tokens)"
+    table = json.loads((Path(model) / "tokenizer.json").read_text())
+    merges = table["model"]["merges"]
+
+    def renamed(old: str, new: str) -> dict[str, int]:
+        return {text.replace(old, new): i for text, i in table["model"]["vocab"].items()}
+
+    reaching = {  # each of them lets an ordinary text have the id 270, or makes it another token
+        "merges": {"merges": [*merges, ["[PAD270", "]"]], "vocab": renamed("[PAD273]", "[PAD270")},
+        "whole": {"ignore_merges": True},
+        "another": {"vocab": renamed("[PAD270]", "[PAD999]")},
+    }
+    for name, change in reaching.items():
+        other = with_padding(tmp_path / name, 9)
+        changed = table | {"model": table["model"] | change}
+        (Path(other) / "tokenizer.json").write_text(json.dumps(changed))
+        assert 270 not in TokenizerFiles(Path(other)).unused_reserved_ids()
+    config = Path(model) / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("<|im_end|>\\n", "<|im_end|>[PAD270]\\n"))
+    assert TokenizerFiles(Path(model)).unused_reserved_ids() == [265, 266, 267, 268, 269, 271, 272, 273]
 
 
 def test_a_full_vocabulary_is_told_with_both_numbers(tmp_path: Path, files: list[TokenFile]) -> None:

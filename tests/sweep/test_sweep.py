@@ -24,7 +24,7 @@ from dtt_plugin.sweep.file import read_sweep
 from dtt_plugin.sweep.run import run_sweep, token_arguments
 from dtt_plugin.tokens.files import load_tokens
 from dtt_plugin.transfer.move import transfer
-from tests.checkpoints import END, change_in_place, default_vocab_tokens, make_checkpoint
+from tests.checkpoints import END, SPECIAL_TOKENS, change_in_place, default_vocab_tokens, make_checkpoint
 from tests.conftest import ROOT, write_tokens
 from tests.lm_eval_output import planted, write_run
 
@@ -175,6 +175,30 @@ def test_a_grid_of_thousands_is_listed_in_seconds(tmp_path: Path, capsys: pytest
     twice = written(tmp_path, {"grid": [{"models": [f"owner/m{i}" for i in range(3000)]}, {"models": ["owner/m7"]}]})
     with pytest.raises(DttError, match="the grid has m7--none twice"):
         read_sweep(twice)
+
+
+def test_a_model_counts_once_where_all_of_its_tokens_find_places_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dtt_plugin.sweep.loads.untried", lambda: None)  # whatever vLLM is installed
+    files = [write_tokens(tmp_path / f"{name}.safetensors", width=32, seed=ord(name)) for name in "abab"]
+    reserved = [f"<|reserved_{i}|>" for i in range(12)]
+    model = str(make_checkpoint(tmp_path / "model", special=(*reserved, *SPECIAL_TOKENS)))
+    full = str(make_checkpoint(tmp_path / "full"))
+
+    def loads(tokens: list[str], **more: Any) -> str:
+        content = {"grid": [{"models": [more.pop("model", model)], "tokens": sorted(set(tokens))}], **more}
+        assert main(["sweep", str(written(tmp_path, content)), "--dry-run"]) == 0
+        return capsys.readouterr().out.strip().rpartition("; ")[2]
+
+    assert loads(files) == "1 models to load."
+    assert loads([*files, write_tokens(tmp_path / "c.safetensors", width=32)]) == "4 models to load."  # 12 < 15 ids
+    assert loads(files, model=full) == "3 models to load."
+    assert loads(files, engine="dtt_hf") == "3 models to load."
+    assert loads(files, model_args={"baked": True}) == "3 models to load."
+    assert loads(files, model_args={"kv_transfer_config": "{}"}) == "3 models to load."
+    monkeypatch.setattr("dtt_plugin.sweep.loads.untried", lambda: "vLLM 9.9 was not tried.")
+    assert loads(files) == "3 models to load."
 
 
 def test_settings_that_hold_themselves_are_refused_and_a_long_name_is_only_shortened(tmp_path: Path) -> None:

@@ -59,6 +59,11 @@ def configure(arguments: Any, usage_context: Any) -> None:
             "Token files can't be served with kv_transfer_config: what other engines keep for the same ids may be of "
             "other tokens; leave it out."
         )
+    if any("embed" in module for module in arguments.lora_target_modules or ()):
+        raise DttError(
+            "Token files can't be served with a LoRA of the embedding (lora_target_modules): it would change their "
+            "rows; leave one of the two out, or merge the adapter into the model."
+        )
     if "placed" in config:  # by dtt_vllm, which renders its prompts itself
         arguments.additional_config = {**arguments.additional_config, "dtt": {**config, "plain": plain, "names": {}}}
         return

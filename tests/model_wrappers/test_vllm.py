@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,8 @@ import pytest
 
 from dtt_plugin.demo.model import MODELS, SMOLLM2
 from tests import conftest
-from tests.conftest import METRICS, VLLMRun, run_vllm
+from tests.checkpoints import make_checkpoint
+from tests.conftest import METRICS, VLLMRun, run_vllm, write_tokens
 from tests.model_wrappers.test_early_decision import scores
 
 pytestmark = [
@@ -71,3 +75,47 @@ def test_vllm_gives_the_same_metrics_with_a_fifth_of_the_tokens(
     facts = [run.results["config"]["dtt_plugin"] for run in (whole, early)]
     least = 2 if limit else 5  # 48 tokens decide no benign response
     assert facts[1]["generated_tokens"] * least <= facts[0]["generated_tokens"]
+
+
+@pytest.mark.slow
+def test_all_prompts_of_the_benchmark_are_answered_beside_the_model_as_from_the_baked_checkpoint(
+    smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DTT_CACHE_DIR", str(tmp_path / "cache"))
+    base = make_checkpoint(tmp_path / "base", width=64, extra_rows=49152 + 16 - 268, dtype="float32")
+    for file in Path(smollm2).glob("*token*"):  # a real vocabulary: a byte a token would make prompts of thousands
+        shutil.copy(file, base)
+    for file in Path(smollm2).glob("*.jinja"):
+        shutil.copy(file, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192, "eos_token_id": 2}))
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    tokens = write_tokens(tmp_path / "t.safetensors", width=64)
+    runs = {}
+    for route, more in (("embedding layer", ""), ("baked checkpoint", ",baked=true")):
+        started = time.monotonic()
+        runs[route] = run = run_vllm(
+            tmp_path / route,
+            f"pretrained={base},tokens={tokens},max_model_len=8192{more}",
+            "--gen_kwargs",
+            "max_gen_toks=8",
+            task="alpacafarm_injection",
+            limit=False,
+        )
+        print(f"{route}: {time.monotonic() - started:.0f} s")
+        assert run.results["config"]["dtt_plugin"]["tokens_route"] == route
+        assert (tmp_path / "cache" / "baked").exists() == (route == "baked checkpoint")
+
+    def answers(run: VLLMRun) -> list[tuple[str, str]]:
+        return [
+            (request["arg_2"]["prompt_ids_sha256"], response)
+            for sample in run.samples
+            for request, (response,) in zip(sample["arguments"].values(), sample["resps"], strict=True)
+        ]
+
+    beside, baked = map(answers, runs.values())
+    different = sum(one != other for one, other in zip(beside, baked, strict=True))
+    print(f"{len(beside)} prompts, {different} answers differ")
+    assert len(beside) == 832
+    assert different == 0
+    assert len({answer for _, answer in beside}) > 100

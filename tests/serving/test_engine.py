@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +118,47 @@ def test_two_processes_answer_as_one(tmp_path: Path) -> None:
     assert [answer[:2] for answer in one] == [answer[:2] for answer in two]
     for alone, split in zip(one, two, strict=True):
         assert alone[2] == pytest.approx(split[2], abs=1e-3)
+
+
+_PROGRAM = """
+import sys, time
+from vllm import LLM
+
+if __name__ == "__main__":
+    LLM(sys.argv[1], max_model_len=256, block_size=32, enforce_eager=True)
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def runs(process: Any) -> bool:
+    with suppress(pytest.importorskip("psutil").NoSuchProcess):
+        return bool(process.is_running() and process.status() != "zombie")
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_an_engine_ends_with_the_process_that_started_it_though_that_is_killed(method: str, tmp_path: Path) -> None:
+    psutil = pytest.importorskip("psutil")
+    base = make_checkpoint(tmp_path / "base", width=64)
+    (tmp_path / "program.py").write_text(_PROGRAM)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment |= {"VLLM_WORKER_MULTIPROCESSING_METHOD": method, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    command = [sys.executable, str(tmp_path / "program.py"), str(base)]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+    assert process.stdout is not None
+    try:
+        assert any(line == "ready\n" for line in process.stdout), (tmp_path / "log").read_text()[-3000:]
+        engines = psutil.Process(process.pid).children(recursive=True)
+        assert any("EngineCor" in engine.name() for engine in engines)
+    finally:
+        process.kill()
+        process.wait()
+    limit = time.monotonic() + 60
+    while (left := [engine for engine in engines if runs(engine)]) and time.monotonic() < limit:
+        time.sleep(0.2)
+    for engine in left:
+        engine.kill()
+    assert not left

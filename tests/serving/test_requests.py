@@ -37,6 +37,7 @@ def arguments(model: str, **dtt: Any) -> Any:
         tokenizer=None,
         tokenizer_revision=None,
         kv_transfer_config=None,
+        lora_target_modules=None,
         additional_config={"dtt": dtt},
     )
 
@@ -156,6 +157,7 @@ def test_plain_prompts_are_refused_or_defended_and_never_hold_tokens() -> None:
         ({"default": "c"}, {}, "default: there are no tokens called 'c'; there are: a, b"),
         ({}, {"tokenizer": "elsewhere"}, "can't be combined with --tokenizer"),
         ({}, {"kv_transfer_config": object()}, "can't be served with kv_transfer_config"),
+        ({}, {"lora_target_modules": ["q_proj", "embed_tokens"]}, "LoRA of the embedding .* would change their rows"),
         ({"prompt_format": "llama4"}, {}, "'llama4' is not a prompt format"),
     ],
 )

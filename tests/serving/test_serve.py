@@ -145,3 +145,17 @@ def test_what_can_not_be_served_is_refused(
 ) -> None:
     assert main(["serve", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_model_without_free_ids_a_missing_name_and_a_vllm_that_has_moved_are_refused(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, file = str(make_checkpoint(tmp_path / "full", width=64)), str(models / "a.safetensors")
+    monkeypatch.setattr("dtt_plugin.serving.hooks.problem", lambda: None)  # whatever vLLM is installed
+    assert main(["serve", full, "--tokens", file]) == 2
+    assert "has 0 free ids and 5 are needed" in capsys.readouterr().err
+    assert main(["serve", str(models / "model"), "--tokens", file, "--default", "b"]) == 2
+    assert "--default b: there are no tokens of this name; there are: a, none." in capsys.readouterr().err
+    monkeypatch.setattr("dtt_plugin.serving.hooks.problem", lambda: "vLLM 9.9 has moved a thing.")
+    assert main(["serve", str(models / "model"), "--tokens", file]) == 2
+    assert "vLLM 9.9 has moved a thing. A baked checkpoint (`dtt bake`) runs in any vLLM." in capsys.readouterr().err

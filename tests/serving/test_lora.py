@@ -17,7 +17,7 @@ from dtt_plugin.tokens.files import load_tokens
 from tests.bake_helpers import load
 from tests.checkpoints import SPECIAL_TOKENS, make_checkpoint
 from tests.conftest import write_tokens
-from tests.serving.test_serve import server
+from tests.servers import server
 
 
 def test_peft_computes_the_baked_checkpoints_logits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ def end_of_run(digest: str, *, step: int, seconds: float) -> dict[str, Any]:
         step: the run's last.
         seconds: of training and measuring, pauses excluded.
     """
-    return {"step": step, "train_seconds": seconds, "tokens_sha256": digest}
+    return {"step": step, "seconds": seconds, "tokens_sha256": digest}
 
 
 def train_seconds(tokens: Path, digest: str) -> float | None:
@@ -33,6 +33,6 @@ def train_seconds(tokens: Path, digest: str) -> float | None:
     try:
         lines = read_bytes(log_of(tokens), most=_LARGEST_LOG).splitlines()
         entry = json.loads(lines[-1])
-        return float(entry["train_seconds"]) if entry["tokens_sha256"] == digest else None
+        return float(entry["seconds"]) if entry["tokens_sha256"] == digest else None
     except (DttError, OSError, ValueError, LookupError, TypeError, RecursionError):
         return None

@@ -112,7 +112,7 @@ def test_training_writes_tokens_and_log_and_lowers_the_loss(options: TrainingOpt
     assert len(losses) == 30
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
     assert [(entry["step"], entry["n"]) for entry in entries if "asr" in entry] == [(15, 4), (30, 4)]
-    assert entries[-1] == {"step": 30, "train_seconds": trained.seconds, "tokens_sha256": tokens.digest}
+    assert entries[-1] == {"step": 30, "seconds": trained.seconds, "tokens_sha256": tokens.digest}
     assert recorded_costs(tokens.metadata) == {"train_seconds": trained.seconds}
     assert not recorded_costs(load_tokens(options.at_step(15)).metadata), "another file's"
     assert not options.checkpoints.exists()

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import zipfile
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -281,17 +280,11 @@ def our_tasks(**metadata: Any) -> Any:
     return TaskManager(include_path=str(ROOT / "tasks"), include_defaults=False, metadata=metadata)
 
 
-@cache
-def list_packages_once() -> None:
-    """Let lm-eval, which notes `pip list` in every result, ask for it once in a process: it takes a second."""
-    from torch.utils import collect_env
-
-    setattr(collect_env, "get_pip_packages", cache(collect_env.get_pip_packages))  # noqa: B010  as mypy has it
-
-
 def evaluate(model: str, model_args: dict[str, Any], *, metadata: dict[str, Any] | None = None, **options: Any) -> Any:
     """Run `lm_eval.simple_evaluate` on our tasks."""
     import lm_eval
+
+    from dtt_plugin.sweep.worker import list_packages_once
 
     list_packages_once()
     manager = our_tasks(**model_args | (metadata or {}))

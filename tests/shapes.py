@@ -8,6 +8,7 @@ from jaxtyping import install_import_hook
 CHECKED = (
     "dtt_plugin.alignment",
     "dtt_plugin.tokens",
+    "dtt_plugin.training.soft_prompt",
     "dtt_plugin.transfer",
 )
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # a whole number is a float, too

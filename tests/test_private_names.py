@@ -81,7 +81,7 @@ NAMES = [
         for module, path, takes in HOOKS
     ),
     PrivateName("torch.nn.modules.module:_IncompatibleKeys", (), "training/soft_prompt", "loads the tokens alone"),
-    PrivateName("torch.utils.collect_env:get_pip_packages", (), "tests/conftest", "asked once in a process"),
+    PrivateName("torch.utils.collect_env:get_pip_packages", (), "sweep/worker", "asked once in a process"),
     PrivateName("transformers:TrainingArguments.n_gpu", (), "training/train", "one device: _n_gpu is set to 1"),
     PrivateName(
         "transformers.integrations.integration_utils:get_reporting_integration_callbacks",

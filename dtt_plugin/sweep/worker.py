@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,14 @@ from dtt_plugin.files.replacing import write_json
 from dtt_plugin.quiet import do_job, tell
 
 _OUR_TASKS = Path(__file__).parents[1] / "tasks"
+
+
+@cache
+def list_packages_once() -> None:
+    """Let lm-eval, which notes `pip list` in the results of every cell, ask for it once in a process."""
+    from torch.utils import collect_env
+
+    setattr(collect_env, "get_pip_packages", cache(collect_env.get_pip_packages))  # noqa: B010  as mypy has it
 
 
 def run(job: dict[str, Any]) -> None:
@@ -31,6 +40,7 @@ def run(job: dict[str, Any]) -> None:
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.tasks import TaskManager
 
+    list_packages_once()
     model: Any = None
     arms = [cell["arm"] for cell in job["cells"]]
     files = {(arm["tokens"], arm.get("tokens_model")) for arm in arms if "tokens" in arm}

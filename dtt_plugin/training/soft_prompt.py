@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import GenerationConfig
 
+from dtt_plugin.arrays import Float, Float32
 from dtt_plugin.errors import DttError
 
 PACKING_TOLERANCE = 1e-4
@@ -40,7 +41,7 @@ class SoftPrompt(nn.Module):
         rows: the start, float32 [k, d], as rows of the embedding matrix; k may be 0 (the undefended model).
     """
 
-    def __init__(self, model: Any, rows: torch.Tensor) -> None:
+    def __init__(self, model: Any, rows: Float[torch.Tensor, "k d"]) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         take_dropout_out(model)
@@ -75,14 +76,14 @@ class SoftPrompt(nn.Module):
         """Number of rows."""
         return len(self.rows)
 
-    def vectors(self, ids: Sequence[int]) -> torch.Tensor:
+    def vectors(self, ids: Sequence[int]) -> Float[torch.Tensor, "k_and_n d"]:
         """Return what the model sees for [rows; ids]: (k + n, d), in the model's data type."""
         looked_up = self.embed(torch.tensor(ids, device=self.rows.device))  # (n, d)
         # The cast loses nothing in float32; in bfloat16 it is what a baked checkpoint stores.
         rows = self.rows.to(looked_up.dtype) * self.scale  # (k, d)
         return torch.cat([rows, looked_up])
 
-    def logits(self, sequences: Sequence[Sequence[int]], at: Sequence[int]) -> torch.Tensor:
+    def logits(self, sequences: Sequence[Sequence[int]], at: Sequence[int]) -> Float32[torch.Tensor, "at vocabulary"]:
         """Return the logits (len(at), vocabulary) at positions `at` of the packed sequences, float32."""
         vectors = [self.vectors(ids) for ids in sequences]
         positions = torch.cat([torch.arange(len(vector), device=self.rows.device) for vector in vectors])
@@ -94,7 +95,7 @@ class SoftPrompt(nn.Module):
         )
         return output.logits[0].float()  # type: ignore[no-any-return]
 
-    def label_logits(self, examples: Sequence[Example]) -> torch.Tensor:
+    def label_logits(self, examples: Sequence[Example]) -> Float32[torch.Tensor, "tokens vocabulary"]:
         """Return the logits that predict the response tokens, one example's behind the other's, float32.
 
         Their shape is (sum of the responses' lengths, vocabulary).
@@ -107,7 +108,7 @@ class SoftPrompt(nn.Module):
             start += self.k + len(example.prompt) + len(example.response)
         return self.logits([example.prompt + example.response for example in examples], at)
 
-    def forward(self, examples: Sequence[Example]) -> torch.Tensor:
+    def forward(self, examples: Sequence[Example]) -> Float32[torch.Tensor, ""]:
         """Return the sum over all response tokens of -log p(response | [rows; prompt]), a scalar in nats."""
         logits = self.label_logits(examples)
         targets = [token for example in examples for token in example.response]

@@ -93,9 +93,10 @@ def test_all_prompts_of_the_benchmark_are_answered_beside_the_model_as_from_the_
     tokens = write_tokens(tmp_path / "t.safetensors", width=64)
     runs = {}
     for route, more in (("embedding layer", ""), ("baked checkpoint", ",baked=true")):
+        (folder := tmp_path / route.split()[0]).mkdir()
         started = time.monotonic()
         runs[route] = run = run_vllm(
-            tmp_path / route,
+            folder,
             f"pretrained={base},tokens={tokens},max_model_len=8192{more}",
             "--gen_kwargs",
             "max_gen_toks=8",

@@ -39,6 +39,9 @@ def main(job: dict[str, Any]) -> list[Any]:
             continue
         texts = [list(choice.token_ids) for choice in output.outputs]
         answers.append([list(output.prompt_token_ids), texts, output.outputs[0].cumulative_logprob])
+        if output.prompt_logprobs is not None:
+            ids = output.prompt_token_ids
+            answers[-1].append([None if at is None else at[i].logprob for i, at in zip(ids, output.prompt_logprobs)])
     return answers
 
 

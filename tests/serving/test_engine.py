@@ -111,6 +111,34 @@ def test_no_sampling_brings_a_token(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_penalties_and_log_probabilities_of_the_prompt_are_those_of_the_baked_checkpoint(tmp_path: Path) -> None:
+    models = Models(tmp_path)
+    penalties = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5}
+    sampling = GREEDY | penalties | {"prompt_logprobs": 1}
+    (beside,) = answers(models.served | {"dtype": "float32"} | only(models.files[0]), [{}], sampling)
+    (baked,) = answers({"model": models.twins[0], "dtype": "float32"}, [beside[0]], sampling)
+    assert beside == baked
+    assert beside[3][0] is None
+    assert beside[3][1:5] == [float("-inf")] * 4, "no DefensiveToken has a probability, in a prompt either"
+    assert all(-50 < logprob < 0 for logprob in beside[3][5:])
+    (plain,) = answers(models.served | {"dtype": "float32"} | only(models.files[0]), [{}])
+    assert plain[1] != beside[1], "the penalties changed something"
+
+
+@pytest.mark.slow
+def test_drafts_from_the_prompt_bring_no_token(tmp_path: Path) -> None:
+    models = Models(tmp_path)
+    engine = models.served | {"dtype": "float32"}
+    sampling = GREEDY | {"max_tokens": 60, "ignore_eos": True}
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    requests: list[Any] = [{}, {"defensive_tokens": "b"}, {"defensive_tokens": None}]
+    drafted = answers(engine | {"speculative_config": drafts}, requests, sampling)
+    assert [answer[:2] for answer in drafted] == [answer[:2] for answer in answers(engine, requests, sampling)]
+    placed = {i for part in models.ids.values() for i in part}
+    assert not placed & {i for answer in drafted for generated in answer[1] for i in generated}
+
+
+@pytest.mark.slow
 def test_two_processes_answer_as_one(tmp_path: Path) -> None:
     models = Models(tmp_path)
     chosen: list[Any] = [{}, {"defensive_tokens": "b"}, {"defensive_tokens": None}]

@@ -41,7 +41,8 @@ def main(job: dict[str, Any]) -> list[Any]:
         answers.append([list(output.prompt_token_ids), texts, output.outputs[0].cumulative_logprob])
         if output.prompt_logprobs is not None:
             ids = output.prompt_token_ids
-            answers[-1].append([None if at is None else at[i].logprob for i, at in zip(ids, output.prompt_logprobs)])
+            pairs = zip(ids, output.prompt_logprobs, strict=True)
+            answers[-1].append([None if at is None else at[i].logprob for i, at in pairs])
     return answers
 
 

@@ -42,7 +42,8 @@ def answers(folder: Path, arguments: dict[str, Any]) -> tuple[list[Any], str]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     samples = read_samples(folder, "injection_demo")
-    return [[sample["arguments"], sample["resps"]] for sample in samples], done.stdout + done.stderr
+    prompts = [[one["arg_0"] for one in sample["arguments"].values()] for sample in samples]
+    return [*zip(prompts, (sample["resps"] for sample in samples), strict=True)], done.stdout + done.stderr
 
 
 def test_two_engines_answer_as_one(model: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,14 +6,12 @@ looks for none; so it runs for real here.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.checkpoints import make_checkpoint
 from tests.conftest import lm_eval, read_samples, write_tokens
 
 pytest.importorskip("vllm")
@@ -22,15 +20,12 @@ RECORDS = 2
 
 
 @pytest.fixture
-def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Arguments of a tiny model under tokens; several engines share one NUMA node."""
+def model(smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Arguments of a small model that writes, under tokens; several engines share one NUMA node."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    folder = make_checkpoint(tmp_path / "model", width=128)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
     engine = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 28, "max_num_seqs": 16}
-    return {"pretrained": folder, "tokens": write_tokens(tmp_path / "t.safetensors", width=128), **engine}
+    return {"pretrained": smollm2, "tokens": write_tokens(tmp_path / "t.safetensors", width=576), **engine}
 
 
 def answers(folder: Path, arguments: dict[str, Any]) -> tuple[list[Any], str]:
@@ -52,6 +47,7 @@ def test_two_engines_answer_as_one(model: dict[str, Any], tmp_path: Path, monkey
 
     one, _ = answers(tmp_path / "one", model)
     assert len(one) == RECORDS
+    assert all(response for _, responses in one for (response,) in responses)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 2})
     try:
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)

@@ -292,7 +292,8 @@ def test_the_search_finds_a_reader_that_fails_or_hangs(folder: Path, monkeypatch
             json.loads(path.read_bytes().decode(errors="replace"))["train"][0].lower()
 
     def slow(path: Path) -> None:
-        while not path.read_bytes().startswith(b'{"train": ["D'):
+        content = path.read_bytes()  # not in the loop: the alarm would leave the file open
+        while not content.startswith(b'{"train": ["D'):
             pass
 
     file = ("sentences.json",)

@@ -24,8 +24,9 @@ def model(smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict
     """Arguments of a small model that writes, under tokens; several engines share one NUMA node."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    engine = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 28, "max_num_seqs": 16}
-    return {"pretrained": smollm2, "tokens": write_tokens(tmp_path / "t.safetensors", width=576), **engine}
+    engine = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 28}
+    tokens = write_tokens(tmp_path / "t.safetensors", width=576)
+    return {"pretrained": smollm2, "tokens": tokens, "max_model_len": 2048, **engine}
 
 
 def answers(folder: Path, arguments: dict[str, Any]) -> tuple[list[Any], str]:

@@ -107,14 +107,6 @@ class Defended:
         """Digest of everything that decides about an answer; "" until a chat template is chosen."""
         return self._session.fingerprint
 
-    def change_defense(self, defense: str) -> None:
-        """Put the loaded model under another defense, as if it had been loaded with it.
-
-        Raises:
-            LoadAnew: as `change_arm`.
-        """
-        self._change(replace(self.arm, defenses=parse_defense(defense)))
-
     def change_arm(
         self,
         *,
@@ -130,9 +122,7 @@ class Defended:
         Raises:
             LoadAnew: the arm's DefensiveTokens are not in the model, or the model has others that it can't do without.
         """
-        self._change(replace(Arm.from_arguments(tokens, tokens_model, defense, prompt_format), roles=self.arm.roles))
-
-    def _change(self, arm: Arm) -> None:
+        arm = replace(Arm.from_arguments(tokens, tokens_model, defense, prompt_format), roles=self.arm.roles)
         self._check_change(arm)
         self._take(self._session_of(arm, self._tokenizer_of(arm)))
 

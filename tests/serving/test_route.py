@@ -133,7 +133,7 @@ def test_a_change_that_fails_leaves_the_arm_as_it_was(model: str, files: list[st
     with pytest.raises(DttError, match="this one holds 6"):
         shared.change_arm(tokens=files[0], defense="tokens")
     with pytest.raises(DttError, match="nothing"):
-        shared.change_defense("nothing")
+        shared.change_arm(defense="nothing")
     assert shared._session is before
     assert shared.arm.name == "sandwich"
     assert shared.apply_chat_template(CONVERSATION) == text

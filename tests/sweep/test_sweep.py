@@ -311,12 +311,12 @@ def test_an_arm_that_shares_a_load_is_the_arm_loaded_alone(tiny: str, tiny_token
         shared = create(arguments | {"defense": first})
         alone = create(arguments | {"defense": second})
         assert shared.fingerprint != alone.fingerprint
-        shared.change_defense(second)
+        shared.change_arm(tokens=arguments.get("tokens"), defense=second)
         assert shared.fingerprint == alone.fingerprint
         assert shared.get_model_info()["dtt_plugin"] == alone.get_model_info()["dtt_plugin"]
         assert shared.apply_chat_template(messages) == alone.apply_chat_template(messages)
     with pytest.raises(DttError, match=r"loaded for defense='reminder\+tokens'; load it anew for 'none'"):
-        shared.change_defense("none")
+        shared.change_arm(defense="none")
 
 
 def test_every_load_fails_for_itself_and_the_rest_ends_in_the_table(

@@ -302,7 +302,7 @@ def test_what_will_happen_to_thoughts_is_said_once_at_the_start(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         model = get_model("dtt_hf").create_from_arg_obj({"pretrained": thinker(opening), **arguments})
-        model.change_defense("reminder")
+        model.change_arm(defense="reminder")
     told = [record.getMessage() for record in caplog.records]
     warnings = [message for message in told if "may think" in message or "enable_thinking=" in message]
     assert len(warnings) == bool(said)

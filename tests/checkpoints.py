@@ -72,6 +72,7 @@ def make_checkpoint(
     shards: int = 1,
     seed: int = 0,
     special: Sequence[str] = SPECIAL_TOKENS,
+    reserved: int = 0,
     embedding: NDArray[Any] | None = None,
 ) -> Path:
     """Write a two-layer llama checkpoint to `folder` and return the folder.
@@ -85,10 +86,11 @@ def make_checkpoint(
         shards: number of safetensors files; more than one comes with an index.
         seed: of the weights.
         special: special tokens, the rows after `vocab_tokens`.
+        reserved: number of special tokens in front of these that nothing uses, `<|reserved_0|>` onwards.
         embedding: the input embedding, (rows, width); drawn with the seed where it is not given.
     """
     tokens = default_vocab_tokens() if vocab_tokens is None else list(vocab_tokens)
-    tokenizer = make_tokenizer(folder, tokens, special)
+    tokenizer = make_tokenizer(folder, tokens, (*(f"<|reserved_{i}|>" for i in range(reserved)), *special))
     rows = tokenizer.get_vocab_size() + extra_rows
     generator = np.random.default_rng(seed)
     config = {

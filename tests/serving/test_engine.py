@@ -17,14 +17,13 @@ import pytest
 from dtt_plugin.bake import BakeOptions, bake
 from dtt_plugin.serving.placing import TokenFile, place
 from dtt_plugin.tokens.files import load_tokens
-from tests.checkpoints import SPECIAL_TOKENS, make_checkpoint
+from tests.checkpoints import make_checkpoint
 from tests.conftest import ROOT, write_tokens
 
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
-RESERVED = tuple(f"<|reserved_{i}|>" for i in range(12))
 GREEDY = {"temperature": 0, "max_tokens": 12, "logprobs": 1}
 
 
@@ -45,7 +44,7 @@ class Models:
     """A base model with reserved tokens, two token files, and a baked twin for each."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
-        self.base = str(make_checkpoint(folder / "base", width=64, special=(*RESERVED, *SPECIAL_TOKENS), **options))
+        self.base = str(make_checkpoint(folder / "base", width=64, reserved=12, **options))
         self.files = [write_tokens(folder / f"{name}.safetensors", width=64, seed=ord(name)) for name in "ab"]
         self.ids = {p.source.name: list(p.ids) for p in place(self.base, map(TokenFile, self.files)).placed}
         tokens = [load_tokens(file) for file in self.files]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoints import SPECIAL_TOKENS, make_checkpoint
+from tests.checkpoints import make_checkpoint
 from tests.conftest import ROOT, write_tokens
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -34,8 +34,7 @@ def reaching(model: str, dtt: dict[str, Any], requests: list[Any]) -> list[Any]:
 
 
 def test_a_request_is_defended_as_it_says_or_refused(tmp_path: Path) -> None:
-    reserved = tuple(f"<|reserved_{i}|>" for i in range(12))
-    model = str(make_checkpoint(tmp_path / "model", special=(*reserved, *SPECIAL_TOKENS)))
+    model = str(make_checkpoint(tmp_path / "model", reserved=12))
     files = [write_tokens(tmp_path / f"{name}.safetensors", width=32, seed=ord(name)) for name in "ab"]
 
     def chat(messages: Any = MESSAGES, **variables: Any) -> Any:

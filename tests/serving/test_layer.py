@@ -14,11 +14,10 @@ import pytest
 
 from dtt_plugin.bake import BakeOptions, bake
 from dtt_plugin.tokens.files import load_tokens
-from tests.checkpoints import SPECIAL_TOKENS, make_checkpoint
+from tests.checkpoints import make_checkpoint
 from tests.conftest import ROOT, write_tokens
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-RESERVED = tuple(f"<|reserved_{i}|>" for i in range(12))
 
 
 def loaded(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -47,8 +46,7 @@ def facts(*arguments: str) -> dict[str, Any]:
 def test_two_files_rows_are_the_baked_checkpoints_and_all_others_the_models(
     stored: str, dtype: str, tmp_path: Path
 ) -> None:
-    special = (*RESERVED, *SPECIAL_TOKENS)
-    base = str(make_checkpoint(tmp_path / "base", width=64, special=special, dtype=stored))
+    base = str(make_checkpoint(tmp_path / "base", width=64, reserved=12, dtype=stored))
     files = [write_tokens(tmp_path / f"{name}.safetensors", width=64, seed=ord(name)) for name in "ab"]
     both = facts(base, dtype, *files)
     twin = facts(

@@ -15,15 +15,14 @@ from dtt_plugin.bake import BakeOptions, bake
 from dtt_plugin.cli import main
 from dtt_plugin.tokens.files import load_tokens
 from tests.bake_helpers import load
-from tests.checkpoints import SPECIAL_TOKENS, make_checkpoint
+from tests.checkpoints import make_checkpoint
 from tests.conftest import write_tokens
 from tests.servers import server
 
 
 def test_peft_computes_the_baked_checkpoints_logits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
-    special = (*(f"<|reserved_{i}|>" for i in range(12)), *SPECIAL_TOKENS)
-    base = make_checkpoint(tmp_path / "base", special=special, dtype="float32")
+    base = make_checkpoint(tmp_path / "base", reserved=12, dtype="float32")
     file = write_tokens(tmp_path / "t.safetensors", width=32)
     arguments = ["convert", file, str(tmp_path / "lora"), "--to", "lora", "--model", str(base), "--json"]
     assert main(arguments) == 0
@@ -49,9 +48,7 @@ def test_peft_computes_the_baked_checkpoints_logits(tmp_path: Path, capsys: pyte
 def test_what_can_not_be_adapted_is_refused_before_anything_is_written(
     architecture: str, reserved: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = make_checkpoint(
-        tmp_path / "base", special=(*(f"<|reserved_{i}|>" for i in range(reserved)), *SPECIAL_TOKENS)
-    )
+    base = make_checkpoint(tmp_path / "base", reserved=reserved)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
     file = write_tokens(tmp_path / "t.safetensors", width=32)

@@ -16,10 +16,8 @@ from dtt_plugin.checkpoint.opening import open_checkpoint
 from dtt_plugin.errors import DttError
 from dtt_plugin.serving.placing import NoFreeIds, TokenFile, place, route, rows_of_config
 from dtt_plugin.tokens.files import load_tokens
-from tests.checkpoints import SPECIAL_TOKENS, default_vocab_tokens, make_checkpoint
+from tests.checkpoints import default_vocab_tokens, make_checkpoint
 from tests.conftest import write_tokens
-
-RESERVED = tuple(f"<|reserved_{i}|>" for i in range(12))
 
 
 @pytest.fixture
@@ -36,8 +34,8 @@ def manifest_ids(folder: Path) -> tuple[int, ...]:
 
 
 def test_the_first_file_has_the_ids_that_baking_would_give_it(tmp_path: Path, files: list[TokenFile]) -> None:
-    padded = str(make_checkpoint(tmp_path / "padded", extra_rows=20, special=(*RESERVED, *SPECIAL_TOKENS)))
-    reserved = str(make_checkpoint(tmp_path / "reserved", special=(*RESERVED, *SPECIAL_TOKENS)))
+    padded = str(make_checkpoint(tmp_path / "padded", extra_rows=20, reserved=12))
+    reserved = str(make_checkpoint(tmp_path / "reserved", reserved=12))
     tokens = load_tokens(files[0].file)
     for model, reuse in ((padded, False), (reserved, True)):
         bake(model, tokens, tmp_path / f"baked-{reuse}", BakeOptions(reuse_reserved=reuse))
@@ -89,7 +87,7 @@ def test_a_full_vocabulary_is_told_with_both_numbers(tmp_path: Path, files: list
         place(str(make_checkpoint(tmp_path / "full")), files)
     with pytest.raises(NoFreeIds, match="has 8 free ids and 9 are needed"):
         place(str(make_checkpoint(tmp_path / "nearly", extra_rows=8)), files)
-    two_kinds = make_checkpoint(tmp_path / "both", extra_rows=5, special=(*RESERVED[:4], *SPECIAL_TOKENS))
+    two_kinds = make_checkpoint(tmp_path / "both", extra_rows=5, reserved=4)
     assert len(place(str(two_kinds), files).ids) == 9
 
 

@@ -12,7 +12,7 @@ import pytest
 from dtt_plugin.errors import DttError
 from dtt_plugin.serving import requests
 from dtt_plugin.serving.requests import check_conversation, check_plain, configure
-from tests.checkpoints import SPECIAL_TOKENS, make_checkpoint
+from tests.checkpoints import make_checkpoint
 from tests.conftest import write_tokens
 
 CONVERSATION = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 1 <|im_end|> <|reserved_1|>"}]
@@ -20,8 +20,7 @@ CONVERSATION = [{"role": "system", "content": "Add."}, {"role": "user", "content
 
 @pytest.fixture
 def model(tmp_path: Path) -> str:
-    reserved = [f"<|reserved_{i}|>" for i in range(12)]
-    return str(make_checkpoint(tmp_path / "model", special=(*reserved, *SPECIAL_TOKENS)))
+    return str(make_checkpoint(tmp_path / "model", reserved=12))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 
 from dtt_plugin.errors import DttError, LoadAnew
 from dtt_plugin.serving import hooks
-from tests.checkpoints import CHAT_TEMPLATE, SPECIAL_TOKENS, make_checkpoint
+from tests.checkpoints import CHAT_TEMPLATE, make_checkpoint
 from tests.conftest import write_tokens
 
 pytestmark = [
@@ -30,8 +30,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def model(tmp_path: Path) -> str:
-    reserved = [f"<|reserved_{i}|>" for i in range(12)]
-    return str(make_checkpoint(tmp_path / "model", special=(*reserved, *SPECIAL_TOKENS)))
+    return str(make_checkpoint(tmp_path / "model", reserved=12))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dtt_plugin.cli import main
-from tests.checkpoints import SPECIAL_TOKENS, make_checkpoint
+from tests.checkpoints import make_checkpoint
 from tests.conftest import write_tokens
 from tests.servers import server
 
@@ -27,8 +27,7 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model with 20 reserved tokens, and four token files."""
     folder = tmp_path_factory.mktemp("serve")
-    reserved = (f"<|reserved_{i}|>" for i in range(20))
-    make_checkpoint(folder / "model", width=64, special=(*reserved, *SPECIAL_TOKENS))  # narrower heads vLLM refuses
+    make_checkpoint(folder / "model", width=64, reserved=20)  # narrower heads vLLM refuses
     for name in NAMES:
         write_tokens(folder / f"{name}.safetensors", width=64, seed=ord(name))
     return folder

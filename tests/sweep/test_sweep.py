@@ -24,7 +24,7 @@ from dtt_plugin.sweep.file import read_sweep
 from dtt_plugin.sweep.run import run_sweep, token_arguments
 from dtt_plugin.tokens.files import load_tokens
 from dtt_plugin.transfer.move import transfer
-from tests.checkpoints import END, SPECIAL_TOKENS, change_in_place, default_vocab_tokens, make_checkpoint
+from tests.checkpoints import END, change_in_place, default_vocab_tokens, make_checkpoint
 from tests.conftest import ROOT, write_tokens
 from tests.lm_eval_output import planted, write_run
 
@@ -182,8 +182,7 @@ def test_a_model_counts_once_where_all_of_its_tokens_find_places_beside_it(
 ) -> None:
     monkeypatch.setattr("dtt_plugin.sweep.loads.untried", lambda: None)  # whatever vLLM is installed
     files = [write_tokens(tmp_path / f"{name}.safetensors", width=32, seed=ord(name)) for name in "abab"]
-    reserved = [f"<|reserved_{i}|>" for i in range(12)]
-    model = str(make_checkpoint(tmp_path / "model", special=(*reserved, *SPECIAL_TOKENS)))
+    model = str(make_checkpoint(tmp_path / "model", reserved=12))
     full = str(make_checkpoint(tmp_path / "full"))
 
     def loads(tokens: list[str], **more: Any) -> str:

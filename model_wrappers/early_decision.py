@@ -157,13 +157,15 @@ def generate_decided(
         engine.add_request(str(index), TokensPrompt(prompt_token_ids=list(prompt)), sampling, lora_request=lora_request)
     outputs: dict[int, RequestOutput] = {}
     running = set(range(len(prompts)))
-    with tqdm(total=len(running), disable=not progress, desc="Deciding") as bar:
+    # Reading prompts takes most of the time, and no response is decided before: each of the two is one step of the bar.
+    with tqdm(total=2 * len(running), disable=not progress, desc="Deciding") as bar:
         while engine.has_unfinished_requests():
             over = []
             for output in engine.step():
                 index = int(output.request_id)
                 if index not in running:
                     continue
+                bar.update(index not in outputs)
                 outputs[index] = output
                 if output.finished or decided[index](output.outputs[0].text):
                     running.discard(index)

@@ -80,18 +80,30 @@ def read_scores(path: Path, samples: Sequence[Mapping[str, Any]]) -> Scores:
     others = {name: None for s in samples if described for name in as_list(s.get("metrics")) if isinstance(name, str)}
     told = {*columns.values(), *_TOLD_OTHERWISE}
     names = [name for name in others if name not in told and not name.endswith(_STANDARD_ERROR)]
-    return Scores(outcomes, made, {name: _column(path, name, samples, whole=False) for name in names})
+    measures = {name: _column(path, name, samples, whole=False) for name in names}
+    return Scores(outcomes, made, {name: values for name, values in measures.items() if not np.isnan(values).all()})
 
 
 def _column(path: Path, metric: str, samples: Sequence[Mapping[str, Any]], *, whole: bool) -> Floats:
     """Return a metric, (n,), NaN where a sample has none."""
-    values = [sample.get(metric, math.nan) for sample in samples]
+    values = [_share(sample.get(metric, math.nan)) for sample in samples]
     known = [value for value in values if value is not math.nan]
     if whole and not all(type(value) in (int, float) and value in (0, 1) for value in known):
         raise DttError(f"{path}: {metric} is not 0 or 1 in every sample; run lm-eval again.")
     if not all(type(value) in (int, float) and 0 <= value <= 1 for value in known):
         raise DttError(f"{path}: {metric} is not a share from 0 to 1 in every sample; run lm-eval again.")
     return np.array(values, np.float64)
+
+
+def _share(value: Any) -> Any:
+    """Return the share that a list of counts tells, NaN where it is of none; anything else as it is.
+
+    A pair is what was found, of how many. Longer lists belong to rates over two runs, which no sample tells alone.
+    """
+    if not isinstance(value, list) or not value or not all(type(count) is int for count in value):
+        return value
+    found, *of = value
+    return found / of[0] if len(of) == 1 and of[0] else math.nan
 
 
 def clusters_of(samples: Sequence[Mapping[str, Any]]) -> Ints | None:

@@ -63,6 +63,19 @@ def test_an_attack_that_not_every_record_has_is_a_rate_over_those_that_have_it(t
     }
 
 
+def test_a_rate_that_a_task_logs_as_counts_is_one_over_the_records_it_is_of(tmp_path: Path) -> None:
+    results = write_described_run(tmp_path, benchmark(4), obeys)
+    (samples,) = tmp_path.rglob("samples_*.jsonl")
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    for row, counts in zip(rows, ([1, 1], [0, 1], [0, 0], [1, 1]), strict=True):
+        row |= {"hacked_of_valid": counts, "hacked_total": [*counts, 8, 0]}
+        row["metrics"] += ["hacked_of_valid", "hacked_total"]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    measures = build([read_run(results)]).groups[0].rows[0].measures
+    assert (measures["hacked_of_valid"].rate, measures["hacked_of_valid"].n) == (2 / 3, 3)
+    assert "hacked_total" not in measures
+
+
 def test_the_injected_part_is_found_wherever_it_stands(tmp_path: Path) -> None:
     run = read_run(write_described_run(tmp_path, benchmark(2), defended))
     parts = {(r.record_id, r.attack): (r.data[: r.injected_at], r.injected) for r in run.responses()}

@@ -125,7 +125,9 @@ def suite_sheet(suite: Suite) -> Sheet:
     """Return the table over benchmarks: the headline ASR of each, then one column per measure."""
     columns = {f"ASR {plain(task)}": [row.benchmarks.get(task) for row in suite.rows] for task in suite.benchmarks}
     columns |= {
-        f"{name} ({plain(task)})": [row.measures.get(name) for row in suite.rows]
+        (plain(name) if name.endswith(task) else f"{name} ({plain(task)})"): [
+            row.measures.get(name) for row in suite.rows
+        ]
         for name, task in suite.measures.items()
     }
     shared = {title: _shared_marks(cells) for title, cells in columns.items()}

@@ -21,7 +21,8 @@ MEASURES: Mapping[str, Callable[[Row], Rate | None]] = {
     "utility, GSM8K": lambda row: row.measures.get("exact_match"),
     "utility, IFEval": lambda row: row.measures.get("prompt_level_strict_acc"),
 }
-"""What stands behind the benchmarks' columns. Each is taken from one benchmark: no average over benchmarks is made."""
+"""What stands behind the benchmarks' columns. Each is taken from one benchmark, no average is made; but a defense may
+make a model deaf on one benchmark and not on the next, so the control is told of every one."""
 NOT_DISCRIMINATING, INCOMPLETE = "not discriminating", "incomplete"
 # What a task decides, or how long its prompts are, or what a column's heading says: runs of one arm on two tasks may
 # differ in it.
@@ -49,20 +50,23 @@ def _suite(runs: Sequence[Run], found: Mapping[str, tuple[Group, Row]]) -> Suite
     arms: dict[tuple[str, str], dict[str, tuple[Group, Row]]] = {}
     for run in (run for run in runs if run.arm == run.defense):
         arms.setdefault((run.defense, run.tokens_sha256), {})[columns[run.label]] = found[run.label]
-    sources: dict[str, str] = {}
+    sources: dict[str, tuple[str, str]] = {}  # of each column, the measure and the task
     for name, of_row in MEASURES.items():
         sizes = {
             task: row.n for tables in arms.values() for task, (_, row) in tables.items() if of_row(row) is not None
         }
-        if sizes:
-            sources[name] = max(tasks, key=lambda task: sizes.get(task, 0))
+        having = [task for task in tasks if task in sizes]
+        if name == "control" and len(having) > 1:
+            sources |= {f"{name}, {task}": (name, task) for task in having}
+        elif having:
+            sources[name] = name, max(having, key=sizes.__getitem__)
     labels = _labels(list(arms))
     rows = []
     for arm, tables in arms.items():
         benchmarks = {task: _cell(*tables[task], tables[task][1].headline) for task in tasks if task in tables}
         measures = {
-            name: _cell(*tables[task], MEASURES[name](tables[task][1]))
-            for name, task in sources.items()
+            column: _cell(*tables[task], MEASURES[name](tables[task][1]))
+            for column, (name, task) in sources.items()
             if task in tables
         }
         known = {task: cell for task, cell in benchmarks.items() if cell}
@@ -70,7 +74,7 @@ def _suite(runs: Sequence[Run], found: Mapping[str, tuple[Group, Row]]) -> Suite
     attacked = tuple(task for task in tasks if any(task in row.benchmarks for row in rows))
     first = runs[0]
     title = " · ".join(part for part in first.title.split(" · ") if part != first.task)
-    return Suite(title, attacked, sources, tuple(rows))
+    return Suite(title, attacked, {column: task for column, (_, task) in sources.items()}, tuple(rows))
 
 
 def _column(run: Run, mixed: bool) -> str:

@@ -195,6 +195,18 @@ def test_arms_stand_in_one_table_over_all_benchmarks(tmp_path: Path, capsys: pyt
     assert "all benchmarks" in capsys.readouterr().out
 
 
+def test_the_control_of_every_benchmark_is_told(tmp_path: Path) -> None:
+    """A defense may make the model deaf on one benchmark only."""
+    deaf = {"sep_injection": defended, "bipia_injection": lambda number, variant: "Paris"}
+    for stamp, (task, answer) in enumerate(deaf.items()):
+        write_described_run(tmp_path, benchmark(), answer, task=task, stamp=stamp)
+    (suite,) = build(read_runs([tmp_path])[0]).suites
+    (row,) = suite.rows
+    controls = {name: cell.rate.rate for name, cell in row.measures.items() if name.startswith("control")}
+    assert controls == {"control, sep_injection": 1.0, "control, bipia_injection": 0.0}
+    assert suite.measures["control, bipia_injection"] == "bipia_injection"
+
+
 def test_longer_prompts_of_a_task_keep_an_arm_in_one_row_and_other_weights_do_not(tmp_path: Path) -> None:
     for stamp, length in enumerate((4096, 8192)):
         engine = {"engine_arguments": {"max_model_len": length, "enforce_eager": stamp == 1}}

@@ -213,7 +213,7 @@ class Suite:
     title: str
     benchmarks: tuple[str, ...]
     measures: Mapping[str, str]
-    """Of each measure, the task that it is taken from: the one with the most records; a control, the task in its name."""
+    """Of each measure, the task that it is taken from: the one with the most records, or the one in its name."""
     rows: tuple[SuiteRow, ...]
 
 

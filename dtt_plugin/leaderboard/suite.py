@@ -22,7 +22,8 @@ MEASURES: Mapping[str, Callable[[Row], Rate | None]] = {
     "utility, IFEval": lambda row: row.measures.get("prompt_level_strict_acc"),
 }
 """What stands behind the benchmarks' columns. Each is taken from one benchmark, no average is made; but a defense may
-make a model deaf on one benchmark and not on the next, so the control is told of every one."""
+make a model deaf on one benchmark and not on the next, and a question's role matters: those are told of every one."""
+_OF_EVERY_TASK = ("control", "utility, GSM8K", "utility, IFEval")
 NOT_DISCRIMINATING, INCOMPLETE = "not discriminating", "incomplete"
 # What a task decides, or how long its prompts are, or what a column's heading says: runs of one arm on two tasks may
 # differ in it.
@@ -56,7 +57,7 @@ def _suite(runs: Sequence[Run], found: Mapping[str, tuple[Group, Row]]) -> Suite
             task: row.n for tables in arms.values() for task, (_, row) in tables.items() if of_row(row) is not None
         }
         having = [task for task in tasks if task in sizes]
-        if name == "control" and len(having) > 1:
+        if name in _OF_EVERY_TASK and len(having) > 1:
             sources |= {f"{name}, {task}": (name, task) for task in having}
         elif having:
             sources[name] = name, max(having, key=sizes.__getitem__)

@@ -11,7 +11,7 @@ ifneq ($(wildcard ../shared/data),)
 export DTT_DATA_DIR ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help setup demo test test-all lint format bench gpu-check results experiments clean
+.PHONY: help setup demo test test-all lint docs format bench gpu-check results experiments clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 

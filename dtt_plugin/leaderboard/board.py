@@ -216,6 +216,11 @@ class Suite:
     """Of each measure, the task that it is taken from: the one with the most records, or the one in its name."""
     rows: tuple[SuiteRow, ...]
 
+    def untold_task(self, measure: str) -> str:
+        """Return the task that a measure is taken from; "" where its name ends in it."""
+        task = self.measures[measure]
+        return "" if measure.endswith(task) else task
+
 
 @dataclass(frozen=True)
 class Leaderboard:

@@ -86,7 +86,8 @@ def read_scores(path: Path, samples: Sequence[Mapping[str, Any]]) -> Scores:
 
 def _column(path: Path, metric: str, samples: Sequence[Mapping[str, Any]], *, whole: bool) -> Floats:
     """Return a metric, (n,), NaN where a sample has none."""
-    values = [_share(sample.get(metric, math.nan)) for sample in samples]
+    values = [sample.get(metric, math.nan) for sample in samples]
+    values = values if whole else list(map(_share, values))
     known = [value for value in values if value is not math.nan]
     if whole and not all(type(value) in (int, float) and value in (0, 1) for value in known):
         raise DttError(f"{path}: {metric} is not 0 or 1 in every sample; run lm-eval again.")
@@ -98,12 +99,14 @@ def _column(path: Path, metric: str, samples: Sequence[Mapping[str, Any]], *, wh
 def _share(value: Any) -> Any:
     """Return the share that a list of counts tells, NaN where it is of none; anything else as it is.
 
-    A pair is what was found, of how many. Longer lists belong to rates over two runs, which no sample tells alone.
+    A pair is what was found, of how many. Four counts belong to rates over two runs, which no sample tells alone.
     """
-    if not isinstance(value, list) or not value or not all(type(count) is int for count in value):
-        return value
-    found, *of = value
-    return found / of[0] if len(of) == 1 and of[0] else math.nan
+    match value:
+        case [int(found), int(of)] if 0 <= found <= of:
+            return found / of if of else math.nan
+        case [int(), int(), int(), int()]:
+            return math.nan
+    return value
 
 
 def clusters_of(samples: Sequence[Mapping[str, Any]]) -> Ints | None:

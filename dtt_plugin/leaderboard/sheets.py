@@ -125,10 +125,10 @@ def suite_sheet(suite: Suite) -> Sheet:
     """Return the table over benchmarks: the headline ASR of each, then one column per measure."""
     columns = {f"ASR {plain(task)}": [row.benchmarks.get(task) for row in suite.rows] for task in suite.benchmarks}
     columns |= {
-        (plain(name) if name.endswith(task) else f"{name} ({plain(task)})"): [
+        plain(f"{name} ({task})" if (task := suite.untold_task(name)) else name): [
             row.measures.get(name) for row in suite.rows
         ]
-        for name, task in suite.measures.items()
+        for name in suite.measures
     }
     shared = {title: _shared_marks(cells) for title, cells in columns.items()}
     header = ["arm", *(f"{title}: {', '.join(marks)}" if (marks := shared[title]) else title for title in columns)]

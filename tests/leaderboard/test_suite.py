@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dtt_plugin.cli import main
+from dtt_plugin.errors import DttError
 from dtt_plugin.leaderboard import published, sheets, statistics, tables
 from dtt_plugin.leaderboard.comparison import build
 from dtt_plugin.leaderboard.lm_eval_files import read_run, read_runs
@@ -74,6 +75,10 @@ def test_a_rate_that_a_task_logs_as_counts_is_one_over_the_records_it_is_of(tmp_
     measures = build([read_run(results)]).groups[0].rows[0].measures
     assert (measures["hacked_of_valid"].rate, measures["hacked_of_valid"].n) == (2 / 3, 3)
     assert "hacked_total" not in measures
+    rows[0]["hacked_start"] = [1, 1]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DttError, match="hacked_start is not 0 or 1 in every sample"):
+        read_run(results)
 
 
 def test_the_injected_part_is_found_wherever_it_stands(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from dtt_plugin.tokens.files import DefensiveTokens, save_tokens
 from tests.lm_eval_output import planted, write_run
 
 DOCS = Path(__file__).parents[1] / "docs"
+OUTCOMES = DOCS / "results" / "outcomes"
 
 
 def test_a_run_that_finished_nothing_leaves_the_page_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +77,7 @@ def test_the_readmes_figures_are_those_of_the_page() -> None:
 
 
 def test_the_table_over_benchmarks_is_made_from_the_outcomes_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["leaderboard", str(DOCS / "results" / "outcomes"), "--format", "markdown"]) == 0
+    assert main(["leaderboard", str(OUTCOMES / "suite"), "--format", "markdown"]) == 0
     table = capsys.readouterr().out.split("\n## ")[0]
     rows = [line for line in table.splitlines() if line.startswith("|")]
     assert len(rows) == 4
@@ -85,7 +86,8 @@ def test_the_table_over_benchmarks_is_made_from_the_outcomes_beside_it(capsys: p
 
 def test_the_report_in_the_docs_is_made_from_the_outcomes_beside_it(tmp_path: Path) -> None:
     made = tmp_path / "report.html"
-    assert main(["leaderboard", str(DOCS / "results" / "outcomes"), "--without-samples", "--html", str(made)]) == 0
+    folders = [str(OUTCOMES / name) for name in ("suite", "attacks")]
+    assert main(["leaderboard", *folders, "--without-samples", "--html", str(made)]) == 0
     kept = DOCS / "results" / "report.html"
     assert made.read_bytes() == kept.read_bytes(), "make it anew by the commands in docs/suite-results.md"
 
@@ -93,5 +95,6 @@ def test_the_report_in_the_docs_is_made_from_the_outcomes_beside_it(tmp_path: Pa
 def test_every_file_of_the_results_is_linked_from_a_page() -> None:
     pages = [DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md", *DOCS.glob("*.md")]
     text = "".join(page.read_text() for page in pages)
-    unlinked = [path.name for path in (DOCS / "results").iterdir() if f"results/{path.name})" not in text]
+    kept = [path for path in (DOCS / "results").iterdir() if path != OUTCOMES]
+    unlinked = [path.name for path in (*kept, *OUTCOMES.iterdir()) if f"{path.relative_to(DOCS)})" not in text]
     assert unlinked == []

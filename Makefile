@@ -11,7 +11,7 @@ ifneq ($(wildcard ../shared/data),)
 export DTT_DATA_DIR ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help setup demo test test-all lint docs format bench gpu-check results experiments clean
+.PHONY: help setup demo test test-all lint docs format bench gpu-check results clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -61,11 +61,8 @@ bench: $(READY)  ## the alignment benchmark
 gpu-check: $(READY)  ## what only a GPU can show, six minutes, no network; docs/gpu.md
 	$(BIN)/python -m benchmarks.gpu_check --json docs/gpu.json --markdown docs/gpu.md
 
-results: $(READY)  ## the evidence of docs/results.md, hours; MODEL=folder of Qwen2.5-Coder-0.5B-Instruct
-	$(BIN)/python -m benchmarks.results --model '$(MODEL)'
-
-experiments: $(READY)  ## the registered experiments of docs/experiments.md, hours; SMALL= and LARGE= folders of the two models
-	$(BIN)/python -m benchmarks.results.experiments --small '$(SMALL)' --large '$(LARGE)'
+results: $(READY)  ## the experiments of docs/experiments.md and docs/results.md, hours; SMALL= and LARGE= folders of the two models
+	$(BIN)/python -m benchmarks.results --small '$(SMALL)' --large '$(LARGE)'
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build dist out site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -5,12 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.results.validation import LOW_ASR, Cell, auroc, cells, figures, threshold, validate
+from benchmarks.results.kept import Kept
+from benchmarks.results.validation import LOW_ASR, Cell, auroc, cells, figures, scatter, threshold, validate
+from dtt_plugin.leaderboard.lm_eval_files import read_run
+from dtt_plugin.leaderboard.outcome_files import write_outcomes
 from dtt_plugin.tokens.files import load_tokens
 from tests.conftest import write_tokens
 from tests.lm_eval_output import write_run
@@ -39,12 +43,12 @@ def test_figures_leave_out_cells_without_a_score_and_know_a_constant() -> None:
 
 def test_a_threshold_is_fixed_on_half_of_the_models_and_judged_on_the_others() -> None:
     def cell(target: str, left: float) -> Cell:
-        return Cell(target, "x", left, 0.5, 0.0 if left < 0.3 else 0.8)
+        return Cell(target, "x", left, 0.5, 0.9, 0.0 if left < 0.3 else 0.8)
 
     planted = [cell(target, left) for target in "abcd" for left in (0.05, 0.2, 0.6, 1.0)]
     report = validate(planted)
     assert report["probe"]["auroc"] == 1.0
-    assert report["residual"]["auroc"] == report["constant"]["auroc"] == 0.5
+    assert report["residual"]["auroc"] == report["precision"]["auroc"] == report["constant"]["auroc"] == 0.5
     assert set(report["left_out"]) == set("abcd")
     assert report["left_out"]["a"]["cells"] == 12
     assert report["threshold"] == {"left_at_most": 0.2, "correct_elsewhere": 1.0, "best_constant_call": 0.5}
@@ -54,31 +58,32 @@ def test_a_threshold_is_fixed_on_half_of_the_models_and_judged_on_the_others() -
 
 
 def test_cells_join_probes_and_runs_by_model_and_digest(tmp_path: Path) -> None:
-    (tmp_path / "models").mkdir()
-    (tmp_path / "target").mkdir()
-    (tmp_path / "models" / "large").symlink_to(tmp_path / "target")
-    (tmp_path / "E1" / "probe").mkdir(parents=True)
-    digests = {}
+    kept, digests = Kept(tmp_path / "kept"), {}
     for seed, arm in enumerate(("ridge", "unmeasured")):
-        file = tmp_path / "E1" / f"{arm}.safetensors"
+        file = tmp_path / f"{arm}.safetensors"
         write_tokens(file, width=32, seed=seed)
         digests[arm] = load_tokens(file).digest
         effect = {"loss_attacked": {"mean": 1.5, "standard_error": 0.1}}
-        facts = {"model": "target", "digest": digests[arm], "undefended": 2.0, "unattacked": 1.0, "effect": effect}
-        (tmp_path / "E1" / "probe" / f"{arm}.json").write_text(json.dumps(facts))
+        facts = {"model": "large", "digest": digests[arm], "undefended": 2.0, "unattacked": 1.0, "effect": effect}
+        kept.keep_probe("E1", arm, facts | {"relative_residual": 0.8, "precision_at_1": None})
+    of_tokens: dict[str, Any] = {"defense": "tokens", "method": "ridge", "facts": {"tokens_sha256": digests["ridge"]}}
     outcomes = {"ignore": [1, 0, 0, 0], "completion": [1, 1, 1, 0]}
-    facts = {"tokens_sha256": digests["ridge"]}
-    write_run(
-        tmp_path / "E1-64" / "runs",
-        model="models/large",
-        defense="tokens",
-        method="ridge",
-        outcomes=outcomes,
-        facts=facts,
-    )
-    write_run(tmp_path / "E1-64" / "runs", model="models/large", outcomes=outcomes, stamp=1)
-    [found] = cells(tmp_path)
-    assert (found.target, found.arm, found.left) == ("target", "ridge", 0.5)
-    assert found.asr == pytest.approx(0.75)
+    fewer = {name: values[:2] for name, values in outcomes.items()}
+    runs: dict[str, tuple[dict[str, list[int]], dict[str, Any]]] = {
+        "E1-64/large--tokens--ridge": (outcomes, of_tokens),
+        "E1-2/large--tokens--ridge": (fewer, of_tokens),
+        "E1-64/large--none": (outcomes, {}),
+    }
+    for name, (planted, of_run) in runs.items():
+        run = read_run(write_run(tmp_path / name, model="large", outcomes=planted, **of_run))
+        file = kept.folder / f"{name}.outcomes.json"
+        file.parent.mkdir(exist_ok=True)
+        write_outcomes(file, [run])
+    [found] = cells(kept)
+    assert (found.target, found.arm, found.left, found.residual) == ("large", "ridge", 0.5, 0.8)
+    assert found.asr == pytest.approx(0.75), "of the run on more records"
     assert found.asr > LOW_ASR
-    assert np.isnan(found.residual)
+    assert np.isnan(found.precision)
+    scatter([found] * 3, tmp_path / "a.svg")
+    scatter([found] * 3, tmp_path / "b.svg")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()

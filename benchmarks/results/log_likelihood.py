@@ -12,8 +12,6 @@ import json
 
 import numpy as np
 
-from benchmarks.results import plan
-
 
 def log_likelihoods(model_name: str, tokens_file: str | None, n_records: int) -> list[float]:
     """Return per record the mean log-likelihood of a reference token, nats."""
@@ -44,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--tokens")
-    parser.add_argument("--records", type=int, default=plan.UTILITY_RECORDS)
+    parser.add_argument("--records", type=int, default=64)
     args = parser.parse_args()
     values = np.array(log_likelihoods(args.model, args.tokens, args.records))
     error = float(values.std(ddof=1) / np.sqrt(len(values)))

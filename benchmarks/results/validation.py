@@ -1,20 +1,20 @@
 """Does the probe say what an evaluation would? Over every cell that has both.
 
-    python -m benchmarks.results.validation OUT
+    python -m benchmarks.results.validation [--kept FOLDER]
 
-OUT is the folder of `benchmarks.results.experiments`. A cell is one token file on one model. The probe's figure is the
-share of the attack's effect that is left (1 - taken back), so that cells of different models compare; what it should
-tell is ASR(max), and whether that is under 5 %. Printed: Spearman's rank correlation and the AUROC over all cells, with
-each model left out in turn, and for the baselines (a constant, and the alignment's relative residual where the tokens
-were moved by one); then the threshold with the most correct calls on half of the models, and its share of correct calls
-on the other half. With few models these say little, and the number of cells and models stands beside them.
+FOLDER is where `benchmarks.results` keeps what it measured. A cell is one token file on one model. The probe's figure
+is the share of the attack's effect that is left (1 - taken back), so that cells of different models compare; what it
+should tell is ASR(max), and whether that is under 5 %. Printed: Spearman's rank correlation and the AUROC over all
+cells, with each model left out in turn, and for the baselines (a constant; the relative residual and the precision at 1
+of the alignment, where the tokens were moved by one); then the threshold with the most correct calls on half of the
+models, and its share of correct calls on the other half. With few models these say little, and the number of cells and
+models stands beside them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,9 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from dtt_plugin.leaderboard.lm_eval_files import read_runs
+from benchmarks.results.experiments import BASELINES
+from benchmarks.results.kept import OUTCOMES, Kept
+from dtt_plugin.files.replacing import replacing
+from dtt_plugin.leaderboard.runs import Run
 from dtt_plugin.probe.verdict import closed_share
-from dtt_plugin.tokens.files import load_tokens
+from dtt_plugin.public_names import public_name
 
 LOW_ASR = 0.05
 Values = NDArray[np.float64]
@@ -42,33 +45,52 @@ class Cell:
     left: float
     """Of the attack's effect on the loss: 1 - taken back."""
     residual: float
-    """Of the alignment that moved the tokens; nan where none did."""
+    """Relative one of the alignment that moved the tokens; nan where none did."""
+    precision: float
+    """At 1, of that alignment on held-out tokens; nan where none did."""
     asr: float
     """ASR(max), 0 to 1."""
 
 
-def cells(folder: Path) -> list[Cell]:
-    """Return the cells in the working folder of the experiments that have a probe and an evaluation."""
-    measured = {}
-    for run in read_runs(sorted(folder.glob("*/runs")))[0]:
-        if run.tokens_sha256:
-            target = (folder / "models" / Path(run.model).name).resolve().name
-            measured[target, run.tokens_sha256] = float(run.hacked.mean(axis=0).max())
+def cells(kept: Kept) -> list[Cell]:
+    """Return the cells that have a probe and an evaluation, of several the one on the most records."""
+    folders = sorted(folder.name for folder in kept.folder.iterdir() if folder.is_dir())
+    measured: dict[tuple[str, str], Run] = {}
+    for folder in folders:
+        for run in kept.runs(folder).values() if folder.startswith("E") else ():
+            key = public_name(run.model), run.tokens_sha256
+            if run.tokens_sha256 and (key not in measured or run.n > measured[key].n):
+                measured[key] = run
     found: dict[tuple[str, str], Cell] = {}
-    for file in sorted(folder.glob("*/probe/*.json")):
-        facts = json.loads(file.read_text(encoding="utf-8"))
-        key = facts["model"], facts["digest"]
-        if key in measured:
-            taken = closed_share(facts["undefended"], facts["effect"]["loss_attacked"]["mean"], facts["unattacked"])
-            found[key] = Cell(key[0], file.stem, 1 - taken, _residual(file, key[1]), measured[key])
+    for folder in folders:
+        for arm, facts in kept.probes(folder).items():
+            key = facts["model"], facts["digest"]
+            if (one := measured.get(key)) is not None:
+                taken = closed_share(facts["undefended"], facts["effect"]["loss_attacked"]["mean"], facts["unattacked"])
+                residual, precision = (float("nan") if facts[name] is None else facts[name] for name in BASELINES)
+                asr = float(one.hacked.mean(axis=0).max())
+                found[key] = Cell(key[0], arm, 1 - taken, residual, precision, asr)
     return list(found.values())
 
 
-def _residual(probed: Path, digest: str) -> float:
-    tokens = probed.parent.parent / f"{probed.stem}.safetensors"
-    if tokens.is_file() and (loaded := load_tokens(tokens)).digest == digest:
-        return float(loaded.metadata.get("alignment_relative_residual", "nan"))
-    return float("nan")
+def scatter(found: Sequence[Cell], path: Path) -> None:
+    """Write a picture of all cells: what the probe leaves of the attack's effect, against ASR(max)."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for marker, target in zip("osD^vP*X", sorted({cell.target for cell in found}), strict=False):
+        chosen = [cell for cell in found if cell.target == target]
+        x, y = [100 * cell.left for cell in chosen], [100 * cell.asr for cell in chosen]
+        axes.scatter(x, y, marker=marker, label=target, alpha=0.7)
+    axes.axhline(100 * LOW_ASR, color="grey", linewidth=0.8, linestyle="--")
+    axes.set_xlabel("left of the attack's effect on the loss, by probe, %")
+    axes.set_ylabel("ASR(max), %")
+    axes.set_ylim(-2, 102)
+    axes.legend()
+    with rc_context({"svg.hashsalt": "dtt"}), replacing(path) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
 
 
 def auroc(scores: Values, low: NDArray[np.bool_]) -> float:
@@ -103,6 +125,7 @@ def validate(found: Sequence[Cell]) -> dict[str, Any]:
     report: dict[str, Any] = {"targets": targets, "probe": figures(left, asr)}
     report["constant"] = figures([0.0] * len(found), asr)
     report["residual"] = figures([cell.residual for cell in found], asr)
+    report["precision"] = figures([-cell.precision for cell in found], asr)
     report["left_out"] = {}
     for target in targets:
         others = [cell for cell in found if cell.target != target]
@@ -122,10 +145,8 @@ def validate(found: Sequence[Cell]) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    args = parser.parse_args()
-    os.chdir(args.out)
-    found = cells(Path())
+    parser.add_argument("--kept", type=Path, default=OUTCOMES)
+    found = cells(Kept(parser.parse_args().kept))
     print(json.dumps(validate(found), indent=1))
     for cell in sorted(found, key=lambda cell: cell.left):
         print(f"{cell.target}  {cell.arm}  left {cell.left:.3f}  ASR(max) {cell.asr:.3f}")

@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.results.experiments import ISOMETRIES, attacked_losses
 from benchmarks.results.kept import Kept, Probes
 from benchmarks.results.validation import cells, scatter, validate
+from dtt_plugin.data.suffixes import read_attacks
 from dtt_plugin.files.replacing import replacing
 from dtt_plugin.leaderboard import sheets, statistics, tables
 from dtt_plugin.leaderboard.board import Bound, Ratio
@@ -139,9 +140,38 @@ def likelihood_table(values: dict[str, list[float]]) -> str:
 
 
 def under_attack(kept: Kept) -> str:
-    """Return the tables of the adaptive attacks, "" where there are none."""
+    """Return what the searches did and what lm-eval measured of them, "" where there is nothing."""
     bounds: list[Bound] = []
     runs: Sequence[Run] = read_runs([kept.folder / "attacks"], bounds=bounds)[0] if kept.names("attacks") else []
-    if not runs and not bounds:
-        return ""
-    return tables.markdown(build(runs, bounds=bounds), with_legend=False).replace("## ", "### ").strip()
+    tables_ = tables.markdown(build(runs, bounds=bounds), with_legend=False).replace("## ", "### ").strip()
+    files = sorted((kept.folder / "attacks").glob("*.jsonl"))
+    return f"{search_table(files)}\n\n{tables_}" if runs or bounds or files else ""
+
+
+def search_table(files: Sequence[Path]) -> str:
+    """Return what each search found by its own count, which is no rate."""
+    lines = [
+        "| made on | attack | searched on | hit in the optimiser | steps to the hit, median (most) | FLOPs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for attacks in map(read_attacks, files):
+        attacked = attacks.arm or {}  # of our own files always there
+        tokens = attacked.get("tokens_sha256")
+        arm = f"{attacked.get('defense')}{f' {tokens[:8]}' if tokens else ''}"
+        steps: list[int] = []
+        if attacks.search:  # one suffix for all
+            searched, hits = attacks.search["records"], attacks.search["hits"]
+        else:
+            searched, hits = attacks.suffixes, [suffix.hit for suffix in attacks.suffixes]
+            steps = [suffix.steps or 0 for suffix in attacks.suffixes if suffix.hit]
+        found = f"{np.median(steps):g} ({max(steps)})" if steps else "-"
+        cells = [
+            arm,
+            attacks.name,
+            f"{len(searched)} records",
+            str(sum(map(bool, hits))),
+            found,
+            f"{attacks.flops:.1e}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -84,8 +84,8 @@ def verdict(runs: dict[str, Run]) -> str:
     rows = {row.run: row for group in build([*runs.values()]).groups for row in group.rows}
     ratio: Ratio | None = rows["procrustes"].ratios.get("measured")
     if ratio is None or ratio.low is None or ratio.high is None:
-        ends = UNDECIDED if len(beaten) == len(controls) else f"not shown to work ({UNDECIDED} by the registered rule)"
-        return f"{ends}, for want of the model's own tokens there is no gap-closed ratio; {tests}"
+        ends = UNDECIDED if len(beaten) == len(controls) else "not shown to work"
+        return f"{ends}; {tests}; without the model's own tokens there is no gap-closed ratio"
     told = f"gap closed {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}], {tests}"
     if ratio.low > 0 and len(beaten) == len(controls):
         return f"{WORKS}; {told}"
@@ -171,7 +171,7 @@ def search_table(files: Sequence[Path]) -> str:
             f"{len(searched)} records",
             str(sum(map(bool, hits))),
             found,
-            f"{attacks.flops:.1e}",
+            f"{attacks.flops or 0:.1e}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -52,13 +52,14 @@ def section(name: str, kept: Kept) -> str:
     """Return what an experiment measured, as Markdown; "" for nothing yet."""
     parts = []
     for folder in kept.names(name):
+        parts.append(f"### {folder}\n\n[What is kept](results/outcomes/{folder}).")
         if probes := kept.probes(folder):
-            parts.append(f"### {folder}, by probe\n\n{probe_table(probes)}")
+            parts.append(probe_table(probes))
         if values := kept.likelihoods(folder):
             parts.append(likelihood_table(values))
         if runs := kept.runs(folder):
             board = tables.markdown(build([*runs.values()]), with_legend=False)
-            parts.append(f"### {folder}\n\n{board.replace('## ', '#### ').strip()}")
+            parts.append(board.replace("## ", "#### ").strip())
             if "procrustes" in runs and any(arm in runs for arm in ISOMETRIES):
                 parts.append(f"**Procrustes on this pair: {verdict(runs)}.**")
             if folder.startswith("E0-twin") and (native := kept.runs(folder.replace("twin", "own")).get("native")):

@@ -12,6 +12,7 @@ from benchmarks.results.experiments import ISOMETRIES, attacked_losses
 from benchmarks.results.kept import Kept, Probes
 from benchmarks.results.validation import cells, scatter, validate
 from dtt_plugin.data.suffixes import read_attacks
+from dtt_plugin.demo.model import MODELS, QWEN
 from dtt_plugin.files.replacing import replacing
 from dtt_plugin.leaderboard import sheets, statistics, tables
 from dtt_plugin.leaderboard.board import Bound, Ratio
@@ -21,7 +22,7 @@ from dtt_plugin.leaderboard.lm_eval_files import read_runs
 from dtt_plugin.leaderboard.runs import Run
 from dtt_plugin.probe.verdict import Reference, closed_share, judge, z_score
 
-NATIVE = Path(__file__).parents[2] / "dtt_plugin" / "assets" / "qwen2.5-coder-0.5b-instruct.tokens.safetensors"
+NATIVE = MODELS[QWEN].tokens
 EXPERIMENTS = ("E0", "E1", "E2", "E3", "E4", "E5", "E6")
 WORKS, DOES_NOT, UNDECIDED = "works", "does not work", "undecided"
 
@@ -60,10 +61,11 @@ def section(name: str, kept: Kept) -> str:
         if runs := kept.runs(folder):
             board = tables.markdown(build([*runs.values()]), with_legend=False)
             parts.append(board.replace("## ", "#### ").strip())
-            if "procrustes" in runs and any(arm in runs for arm in ISOMETRIES):
+            if folder.startswith("E0-twin"):  # judged by outcomes that are equal, not by the rule for a pair
+                if native := kept.runs(folder.replace("twin", "own")).get("native"):
+                    parts.append(flipped(native, runs))
+            elif "procrustes" in runs and any(arm in runs for arm in ISOMETRIES):
                 parts.append(f"**Procrustes on this pair: {verdict(runs)}.**")
-            if folder.startswith("E0-twin") and (native := kept.runs(folder.replace("twin", "own")).get("native")):
-                parts.append(flipped(native, runs))
     return "\n\n".join(parts)
 
 

@@ -35,9 +35,10 @@ def test_the_first_experiment_probes_every_arm_once(tmp_path: Path) -> None:
         vocabulary = [*default_vocab_tokens(), *words]
         make_checkpoint(tmp_path / name, width=width, vocab_tokens=vocabulary, embedding=embedding, tied=False)
     tokens = write_tokens(tmp_path / "native.safetensors", width=32, norm=5.0)
-    own = write_tokens(tmp_path / "own.safetensors", width=48, norm=5.0)
+    (tmp_path / "kept" / "tokens").mkdir(parents=True)
+    write_tokens(tmp_path / "kept" / "tokens" / "native-large.safetensors", width=48, norm=5.0)
     command = [sys.executable, "-m", "benchmarks.results", "--small", str(tmp_path / "small")]
-    command += ["--large", str(tmp_path / "large"), "--native", tokens, "--native-large", own]
+    command += ["--large", str(tmp_path / "large"), "--native", tokens]
     command += ["--only", "E1", "--probe-only", "--out", str(tmp_path / "out")]
     command += ["--kept", str(tmp_path / "kept"), "--docs", str(tmp_path / "docs")]
     (tmp_path / "docs").mkdir()
@@ -102,3 +103,19 @@ def test_what_was_measured_is_kept_and_not_measured_again(tmp_path: Path, monkey
     with pytest.raises(DttError):
         evaluate(kept, *arguments, limit=4)
     assert ran[2] == ["reminder", "procrustes"], "other tokens are another arm"
+
+
+def test_trained_tokens_are_kept_with_those_of_earlier_steps_and_come_back(tmp_path: Path) -> None:
+    kept = Kept(tmp_path / "kept")
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+    names = ["native-large.safetensors", "native-large.step-25.safetensors"]
+    for seed, name in enumerate([*names, "native-large-1.safetensors"]):
+        write_tokens(tmp_path / "first" / name, width=8, seed=seed)
+    elsewhere = tmp_path / "second" / names[0]
+    assert not kept.fetch_tokens(elsewhere)
+    kept.keep_tokens(tmp_path / "first" / names[0])
+    assert kept.fetch_tokens(elsewhere)
+    assert sorted(file.name for file in elsewhere.parent.iterdir()) == names
+    for name in names:
+        assert load_tokens(elsewhere.parent / name).digest == load_tokens(tmp_path / "first" / name).digest

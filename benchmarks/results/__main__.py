@@ -18,7 +18,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from benchmarks.results.experiments import LARGE, SMALL, Experiments
+from benchmarks.results.experiments import LARGE, SHORT, SMALL, Experiments
 from benchmarks.results.kept import OUTCOMES, Kept
 from benchmarks.results.page import EXPERIMENTS, NATIVE, write_page
 from dtt_plugin.data.records import data_folder
@@ -32,7 +32,6 @@ def main() -> int:
     parser.add_argument("--small", type=Path, help="folder of Qwen2.5-Coder-0.5B-Instruct")
     parser.add_argument("--large", type=Path, help="folder of Qwen2.5-Coder-1.5B-Instruct")
     parser.add_argument("--native", type=Path, default=NATIVE, help="the small model's own tokens")
-    parser.add_argument("--native-large", type=Path, help="the large model's own tokens (else they are trained)")
     parser.add_argument("--data", default=SHIPPED_DATA, help="training records for tokens and probes")
     parser.add_argument("--drift-data", type=Path, default=data_folder() / "alpaca_en_demo.json")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "results", help="for what is not kept")
@@ -55,18 +54,19 @@ def main() -> int:
 def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace, kept: Kept) -> None:
     for folder in ("models", "tokens", "maps"):
         (args.out / folder).mkdir(parents=True, exist_ok=True)
-    models = {SMALL: args.small, LARGE: args.large}
-    tokens = {"tokens/native-small.safetensors": args.native, "tokens/native-large.safetensors": args.native_large}
-    given = {name: path and path.resolve() for name, path in (models | tokens).items()}
-    drift_data = args.drift_data.resolve()
+    models = {SMALL: args.small and args.small.resolve(), LARGE: args.large and args.large.resolve()}
+    native, drift_data = args.native.resolve(), args.drift_data.resolve()
     os.chdir(args.out)  # short, relative names in every file that the runs write
     os.environ["PYTHONPATH"] = str(ROOT)
-    for name, path in given.items():
+    for name, path in models.items():
         here = Path(name)
-        if path is not None and not here.exists():
-            here.symlink_to(path) if name in models else shutil.copy(path, here)
-        if name in models and not here.exists():
+        if path and not here.exists():
+            here.symlink_to(path)
+        if not here.exists():
             parser.error(f"--{'small' if name == SMALL else 'large'} is needed: the folder of {here.name}")
+    tokens = Path(f"tokens/native-{SHORT[SMALL]}.safetensors")
+    if not tokens.exists():
+        shutil.copy(native, tokens)
     experiments = Experiments(kept, args.data, drift_data, probe_only=args.probe_only)
     for name in args.only:
         getattr(experiments, name.lower())()

@@ -1,12 +1,13 @@
 """What finished runs measured, kept without any text, so that any machine can go on from there and make the page.
 
 A folder an experiment: an outcome file a run, named MODEL--DEFENSE[--ARM], and
-`probes/ARM.json` and `log-likelihoods/ARM.json`.
+`probes/ARM.json` and `log-likelihoods/ARM.json`. Beside them `tokens`, what was trained.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from dtt_plugin.sweep.file import Cell
 
 OUTCOMES = Path(__file__).parents[2] / "docs" / "results" / "outcomes"
 
-PROBES, LIKELIHOODS = "probes", "log-likelihoods"
+PROBES, LIKELIHOODS, TOKENS = "probes", "log-likelihoods", "tokens"
 Probes = dict[str, dict[str, Any]]
 """Figures of `dtt probe` by arm."""
 
@@ -74,6 +75,19 @@ class Kept:
     def likelihoods(self, name: str) -> dict[str, list[float]]:
         """Return an experiment's log-likelihoods by arm."""
         return self._all(name, LIKELIHOODS)
+
+    def keep_tokens(self, file: Path) -> None:
+        """Keep a trained token file, and those of its earlier steps."""
+        (self.folder / TOKENS).mkdir(parents=True, exist_ok=True)
+        for one in (file, *file.parent.glob(f"{file.stem}.step-*{file.suffix}")):
+            shutil.copy(one, self.folder / TOKENS)
+
+    def fetch_tokens(self, file: Path) -> bool:
+        """Put a kept token file, and those of its earlier steps, at `file`; return whether it is kept."""
+        found = self.folder / TOKENS / file.name
+        for one in (*found.parent.glob(f"{found.stem}.step-*{found.suffix}"), found) if found.is_file() else ():
+            shutil.copy(one, file.parent)
+        return found.is_file()
 
     def _keep(self, name: str, kind: str, arm: str, content: Any) -> None:
         folder = self.folder / name / kind

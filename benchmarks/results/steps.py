@@ -30,10 +30,10 @@ def run(name: str, *command: str, to: Path | None = None) -> None:
         to.write_text(output.stdout.splitlines()[-1] + "\n", encoding="utf-8")
 
 
-def train(name: str, model: str, data: str, *, init: str = "random", seed: int = 0) -> Path:
-    """Return `tokens/NAME.safetensors`, trained for a model where it is not there; goes on after an interruption."""
+def train(kept: Kept, name: str, model: str, data: str, *, init: str = "random", seed: int = 0) -> Path:
+    """Return `tokens/NAME.safetensors`, trained for a model where none is kept; goes on after an interruption."""
     out = Path(f"tokens/{name}.safetensors")
-    if not out.is_file():
+    if not out.is_file() and not kept.fetch_tokens(out):
         command = ["-c", "from dtt_plugin.cli import main; raise SystemExit(main())", "train", model, "--data", data]
         options = {"--out": out, "--init": init, "--seed": seed, "--steps": STEPS, "--batch": BATCH}
         options |= {"--label-tokens": LABEL_TOKENS, "--held-out": HELD_OUT}
@@ -41,6 +41,7 @@ def train(name: str, model: str, data: str, *, init: str = "random", seed: int =
         flat = [str(word) for pair in options.items() for word in pair]
         resume = ["--resume"] if Path(f"{out}.checkpoints/run.json").is_file() else []
         run(f"train {name}", *command, *flat, *resume)
+        kept.keep_tokens(out)
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -41,6 +42,7 @@ def write_page(docs: Path, kept: Kept) -> None:
         unmeasured=[name for name, text in sections.items() if not text],
         n_cells=len(found),
         validation=validate(found) if len(found) > 2 else None,
+        validation_table=validation_table,
         attacks=under_attack(kept),
     )
     with replacing(docs / "results.md") as temporary:
@@ -139,6 +141,17 @@ def likelihood_table(values: dict[str, list[float]]) -> str:
         differences = np.array(own) - np.array(values["none"])
         error = differences.std(ddof=1) / np.sqrt(len(differences))
         lines.append(f"| {arm} | {np.mean(own):.3f} | {differences.mean():+.3f} ± {error:.3f} |")
+    return "\n".join(lines)
+
+
+def validation_table(report: dict[str, Any]) -> str:
+    """Return how well each predictor says what an evaluation would."""
+    rows = {name: report[name] for name in ("probe", "constant", "residual", "precision")}
+    rows |= {f"probe, without {target}": figures for target, figures in report["left_out"].items()}
+    lines = ["| predictor | cells | Spearman with ASR(max) | AUROC for ASR(max) under 5 % |", "|---|---|---|---|"]
+    for name, figures in rows.items():
+        told = ["-" if np.isnan(figures[of]) else f"{figures[of]:.2f}" for of in ("spearman", "auroc")]
+        lines.append(f"| {name} | {figures['cells']} | {' | '.join(told)} |")
     return "\n".join(lines)
 
 

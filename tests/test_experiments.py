@@ -36,7 +36,9 @@ def test_the_first_experiment_probes_every_arm_once(tmp_path: Path) -> None:
         make_checkpoint(tmp_path / name, width=width, vocab_tokens=vocabulary, embedding=embedding, tied=False)
     tokens = write_tokens(tmp_path / "native.safetensors", width=32, norm=5.0)
     (tmp_path / "kept" / "tokens").mkdir(parents=True)
-    write_tokens(tmp_path / "kept" / "tokens" / "native-large.safetensors", width=48, norm=5.0)
+    for seed, name in enumerate(("native-large.safetensors", "native-large.step-25.safetensors")):
+        write_tokens(tmp_path / "kept" / "tokens" / name, width=48, norm=5.0, seed=seed)
+    (tmp_path / "kept" / "tokens" / "native-large.log.jsonl").write_text("{}\n")
     command = [sys.executable, "-m", "benchmarks.results", "--small", str(tmp_path / "small")]
     command += ["--large", str(tmp_path / "large"), "--native", tokens]
     command += ["--only", "E1", "--probe-only", "--out", str(tmp_path / "out")]
@@ -105,17 +107,16 @@ def test_what_was_measured_is_kept_and_not_measured_again(tmp_path: Path, monkey
     assert ran[2] == ["reminder", "procrustes"], "other tokens are another arm"
 
 
-def test_trained_tokens_are_kept_with_those_of_earlier_steps_and_come_back(tmp_path: Path) -> None:
+def test_trained_tokens_are_kept_and_come_back_only_whole(tmp_path: Path) -> None:
     kept = Kept(tmp_path / "kept")
-    for folder in ("first", "second"):
-        (tmp_path / folder).mkdir()
-    names = ["native-large.safetensors", "native-large.step-25.safetensors"]
-    for seed, name in enumerate([*names, "native-large-1.safetensors"]):
-        write_tokens(tmp_path / "first" / name, width=8, seed=seed)
-    elsewhere = tmp_path / "second" / names[0]
-    assert not kept.fetch_tokens(elsewhere)
-    kept.keep_tokens(tmp_path / "first" / names[0])
-    assert kept.fetch_tokens(elsewhere)
-    assert sorted(file.name for file in elsewhere.parent.iterdir()) == names
-    for name in names:
-        assert load_tokens(elsewhere.parent / name).digest == load_tokens(tmp_path / "first" / name).digest
+    files = [tmp_path / name for name in ("native-large.safetensors", "native-large.step-25.safetensors")]
+    for seed, file in enumerate(files):
+        write_tokens(file, width=8, seed=seed)
+    before = [load_tokens(file).digest for file in files]
+    kept.keep_tokens(files[0])
+    assert not kept.fetch_tokens(*files)
+    kept.keep_tokens(files[1])
+    for file in files:
+        file.unlink()
+    assert kept.fetch_tokens(*files)
+    assert [load_tokens(file).digest for file in files] == before

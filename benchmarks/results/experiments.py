@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.results.kept import Kept, Probes
-from benchmarks.results.steps import evaluate, run, train
+from benchmarks.results.steps import EVERY, STEPS, evaluate, half_way, run, train
 from dtt_plugin.alignment import Alignment, AlignmentOptions, align, load_alignment, save_alignment
 from dtt_plugin.checkpoint.opening import Checkpoint, TensorLocation, open_checkpoint
 from dtt_plugin.files.replacing import write_json
@@ -302,7 +302,7 @@ class Experiments:
                     last = self._native(LARGE, seed)
                 else:
                     last = train(self.kept, f"E6-{start}-{seed}", LARGE, self.data, init=init, seed=seed)
-                for step, file in ((25, last.with_suffix(".step-25.safetensors")), (50, last)):
+                for step, file in ((EVERY, half_way(last)), (STEPS, last)):
                     arm = f"{start}-seed-{seed}-step-{step}"
                     files[arm] = _as(folder / f"{arm}.safetensors", file)
         self._probe("E6", LARGE, files)

@@ -76,18 +76,24 @@ class Kept:
         """Return an experiment's log-likelihoods by arm."""
         return self._all(name, LIKELIHOODS)
 
-    def keep_tokens(self, file: Path) -> None:
-        """Keep a trained token file, and those of its earlier steps."""
+    def keep_tokens(self, *files: Path) -> None:
+        """Keep what a training left."""
         (self.folder / TOKENS).mkdir(parents=True, exist_ok=True)
-        for one in (file, *file.parent.glob(f"{file.stem}.step-*{file.suffix}")):
-            shutil.copy(one, self.folder / TOKENS)
+        for file in files:
+            shutil.copy(file, self.folder / TOKENS)
 
-    def fetch_tokens(self, file: Path) -> bool:
-        """Put a kept token file, and those of its earlier steps, at `file`; return whether it is kept."""
-        found = self.folder / TOKENS / file.name
-        for one in (*found.parent.glob(f"{found.stem}.step-*{found.suffix}"), found) if found.is_file() else ():
-            shutil.copy(one, file.parent)
-        return found.is_file()
+    def fetch_tokens(self, *files: Path) -> bool:
+        """Put what a training left where it is wanted; return whether all of it is kept."""
+        found = [self.folder / TOKENS / file.name for file in files]
+        if not all(file.is_file() for file in found):
+            return False
+        for file, wanted in zip(found, files, strict=True):
+            shutil.copy(file, wanted)
+        return True
+
+    def trained(self) -> list[Path]:
+        """Return the kept token files."""
+        return sorted((self.folder / TOKENS).glob("*.safetensors"))
 
     def _keep(self, name: str, kind: str, arm: str, content: Any) -> None:
         folder = self.folder / name / kind

@@ -37,6 +37,7 @@ def write_page(docs: Path, kept: Kept) -> None:
     found = cells(kept)
     text = template.render(
         native=load_tokens(NATIVE).digest,
+        tokens=token_table(kept.trained()),
         legend=tables.escaped(sheets.legend(build([]))),
         sections=(sections := {name: section(name, kept) for name in EXPERIMENTS}),
         unmeasured=[name for name, text in sections.items() if not text],
@@ -103,6 +104,20 @@ def flipped(native: Run, runs: dict[str, Run]) -> str:
     for arm, run in runs.items():
         lines.append(f"| {arm} | {len(flips(native, run))} of {run.n * len(run.outcomes)} |")
     return "\n".join(lines)
+
+
+def token_table(files: Sequence[Path]) -> str:
+    """Return what trained token files say of themselves, "" for none."""
+    from dtt_plugin.tokens.files import load_tokens
+
+    lines = ["| tokens | rows' SHA-256 | trained from | steps | seed | core-minutes |", "|---|---|---|---|---|---|"]
+    for file in files:
+        tokens = load_tokens(file)
+        seconds = tokens.metadata.get("train_seconds")
+        told = [tokens.metadata.get(of, "-") for of in ("init", "steps", "seed")]
+        cost = f"{float(seconds) / 60:.0f}" if seconds else "-"
+        lines.append(f"| {file.stem} | `{tokens.digest[:16]}...` | {' | '.join(told)} | {cost} |")
+    return "\n".join(lines) if files else ""
 
 
 def probe_table(probes: Probes) -> str:

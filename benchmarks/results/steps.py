@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.results.kept import Kept
 from dtt_plugin.errors import DttError
+from dtt_plugin.tokens.training_log import log_of
 
 STEPS, BATCH, LABEL_TOKENS, HELD_OUT, EVERY = 50, 16, 32, 32, 25
 ENGINE: dict[str, Any] = {
@@ -33,7 +34,7 @@ def run(name: str, *command: str, to: Path | None = None) -> None:
 def train(kept: Kept, name: str, model: str, data: str, *, init: str = "random", seed: int = 0) -> Path:
     """Return `tokens/NAME.safetensors`, trained for a model where none is kept; goes on after an interruption."""
     out = Path(f"tokens/{name}.safetensors")
-    if not out.is_file() and not kept.fetch_tokens(out):
+    if not out.is_file() and not kept.fetch_tokens(*of_training(out)):
         command = ["-c", "from dtt_plugin.cli import main; raise SystemExit(main())", "train", model, "--data", data]
         options = {"--out": out, "--init": init, "--seed": seed, "--steps": STEPS, "--batch": BATCH}
         options |= {"--label-tokens": LABEL_TOKENS, "--held-out": HELD_OUT}
@@ -41,8 +42,18 @@ def train(kept: Kept, name: str, model: str, data: str, *, init: str = "random",
         flat = [str(word) for pair in options.items() for word in pair]
         resume = ["--resume"] if Path(f"{out}.checkpoints/run.json").is_file() else []
         run(f"train {name}", *command, *flat, *resume)
-        kept.keep_tokens(out)
+        kept.keep_tokens(*of_training(out))
     return out
+
+
+def half_way(tokens: Path) -> Path:
+    """Return the file of the same training's tokens after `EVERY` steps."""
+    return tokens.with_suffix(f".step-{EVERY}{tokens.suffix}")
+
+
+def of_training(tokens: Path) -> tuple[Path, ...]:
+    """Return what a training leaves: its tokens, those half-way and the log, which tells the cost."""
+    return tokens, half_way(tokens), log_of(tokens)
 
 
 def evaluate(kept: Kept, name: str, model: str, arms: list[str], files: list[Path], *, limit: int | None) -> None:

@@ -43,11 +43,11 @@ def test_figures_leave_out_cells_without_a_score_and_know_a_constant() -> None:
 
 def test_a_threshold_is_fixed_on_half_of_the_models_and_judged_on_the_others() -> None:
     def cell(target: str, left: float) -> Cell:
-        return Cell(target, "x", left, 0.5, 0.9, 0.0 if left < 0.3 else 0.8)
+        return Cell(target, "x", left, 10 * left, 0.5, 0.9, 0.0 if left < 0.3 else 0.8)
 
     planted = [cell(target, left) for target in "abcd" for left in (0.05, 0.2, 0.6, 1.0)]
     report = validate(planted)
-    assert report["probe"]["auroc"] == 1.0
+    assert report["probe"]["auroc"] == report["log_odds"]["auroc"] == 1.0
     assert report["residual"]["auroc"] == report["precision"]["auroc"] == report["constant"]["auroc"] == 0.5
     assert set(report["left_out"]) == set("abcd")
     assert report["left_out"]["a"]["cells"] == 12
@@ -63,7 +63,9 @@ def test_cells_join_probes_and_runs_by_model_and_digest(tmp_path: Path) -> None:
         file = tmp_path / f"{arm}.safetensors"
         write_tokens(file, width=32, seed=seed)
         digests[arm] = load_tokens(file).digest
-        effect = {"loss_attacked": {"mean": 1.5, "standard_error": 0.1}}
+        effect = {
+            of: {"mean": mean, "standard_error": 0.1} for of, mean in (("loss_attacked", 1.5), ("log_odds_change", -2))
+        }
         facts = {"model": "large", "digest": digests[arm], "undefended": 2.0, "unattacked": 1.0, "effect": effect}
         kept.keep_probe("E1", arm, facts | {"relative_residual": 0.8, "precision_at_1": None})
     of_tokens: dict[str, Any] = {"defense": "tokens", "method": "ridge", "facts": {"tokens_sha256": digests["ridge"]}}
@@ -80,7 +82,7 @@ def test_cells_join_probes_and_runs_by_model_and_digest(tmp_path: Path) -> None:
         file.parent.mkdir(exist_ok=True)
         write_outcomes(file, [run])
     [found] = cells(kept)
-    assert (found.target, found.arm, found.left, found.residual) == ("large", "ridge", 0.5, 0.8)
+    assert (found.target, found.arm, found.left, found.log_odds, found.residual) == ("large", "ridge", 0.5, -2, 0.8)
     assert found.asr == pytest.approx(0.75), "of the run on more records"
     assert found.asr > LOW_ASR
     assert np.isnan(found.precision)

@@ -24,6 +24,13 @@ from dtt_plugin.leaderboard.runs import Run
 from dtt_plugin.probe.verdict import Reference, closed_share, judge, z_score
 
 NATIVE = MODELS[QWEN].tokens
+PREDICTORS = {
+    "probe": "probe: loss left",
+    "log_odds": "probe: change of log-odds",
+    "constant": "a constant",
+    "residual": "the alignment's residual",
+    "precision": "the alignment's precision@1",
+}
 EXPERIMENTS = ("E0", "E1", "E2", "E3", "E4", "E5", "E6")
 WORKS, DOES_NOT, UNDECIDED = "works", "does not work", "undecided"
 
@@ -161,8 +168,8 @@ def likelihood_table(values: dict[str, list[float]]) -> str:
 
 def validation_table(report: dict[str, Any]) -> str:
     """Return how well each predictor says what an evaluation would."""
-    rows = {name: report[name] for name in ("probe", "constant", "residual", "precision")}
-    rows |= {f"probe, without {target}": figures for target, figures in report["left_out"].items()}
+    rows = {PREDICTORS[name]: report[name] for name in PREDICTORS}
+    rows |= {f"{PREDICTORS['probe']}, without {target}": figures for target, figures in report["left_out"].items()}
     lines = ["| predictor | cells | Spearman with ASR(max) | AUROC for ASR(max) under 5 % |", "|---|---|---|---|"]
     for name, figures in rows.items():
         told = ["-" if np.isnan(figures[of]) else f"{figures[of]:.2f}" for of in ("spearman", "auroc")]

@@ -3,12 +3,12 @@
     python -m benchmarks.results.validation [--kept FOLDER]
 
 FOLDER is where `benchmarks.results` keeps what it measured. A cell is one token file on one model. The probe's figure
-is the share of the attack's effect that is left (1 - taken back), so that cells of different models compare; what it
-should tell is ASR(max), and whether that is under 5 %. Printed: Spearman's rank correlation and the AUROC over all
-cells, with each model left out in turn, and for the baselines (a constant; the relative residual and the precision at 1
-of the alignment, where the tokens were moved by one); then the threshold with the most correct calls on half of the
-models, and its share of correct calls on the other half. With few models these say little, and the number of cells and
-models stands beside them.
+is the share of the attack's effect that is left (1 - taken back), so that cells of different models compare, and beside
+it the change of the injected word's log-odds; what they should tell is ASR(max), and whether that is under 5 %.
+Printed: Spearman's rank correlation and the AUROC over all cells, with each model left out in turn, and for the
+baselines (a constant; the relative residual and the precision at 1 of the alignment, where the tokens were moved by
+one); then the threshold with the most correct calls on half of the models, and its share of correct calls on the other
+half. With few models these say little, and the number of cells and models stands beside them.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class Cell:
     arm: str
     left: float
     """Of the attack's effect on the loss: 1 - taken back."""
+    log_odds: float
+    """The probe's change of the injected word's, nats."""
     residual: float
     """Relative one of the alignment that moved the tokens; nan where none did."""
     precision: float
@@ -69,7 +71,8 @@ def cells(kept: Kept) -> list[Cell]:
                 taken = closed_share(facts["undefended"], facts["effect"]["loss_attacked"]["mean"], facts["unattacked"])
                 residual, precision = (float("nan") if facts[name] is None else facts[name] for name in BASELINES)
                 asr = float(one.hacked.mean(axis=0).max())
-                found[key] = Cell(key[0], arm, 1 - taken, residual, precision, asr)
+                log_odds = facts["effect"]["log_odds_change"]["mean"]
+                found[key] = Cell(key[0], arm, 1 - taken, log_odds, residual, precision, asr)
     return list(found.values())
 
 
@@ -123,6 +126,7 @@ def validate(found: Sequence[Cell]) -> dict[str, Any]:
     targets = sorted({cell.target for cell in found})
     left, asr = [cell.left for cell in found], [cell.asr for cell in found]
     report: dict[str, Any] = {"targets": targets, "probe": figures(left, asr)}
+    report["log_odds"] = figures([cell.log_odds for cell in found], asr)
     report["constant"] = figures([0.0] * len(found), asr)
     report["residual"] = figures([cell.residual for cell in found], asr)
     report["precision"] = figures([-cell.precision for cell in found], asr)

@@ -24,6 +24,8 @@ from dtt_plugin.leaderboard.runs import Run
 from dtt_plugin.probe.verdict import Reference, closed_share, judge, z_score
 
 NATIVE = MODELS[QWEN].tokens
+OWN = {"E4": "100-percent", "E5": "seed-0", "E6": "gaussian-seed-0-step-50"}
+"""The arm that is the model's native tokens, where it is not called so."""
 PREDICTORS = {
     "probe": "probe: loss left",
     "log_odds": "probe: change of log-odds",
@@ -69,7 +71,9 @@ def section(name: str, kept: Kept) -> str:
         if values := kept.likelihoods(folder):
             parts.append(likelihood_table(values))
         if runs := kept.runs(folder):
-            board = tables.markdown(build([*runs.values()]), with_legend=False)
+            # Where several arms are tokens of the model's own, a leaderboard takes the last for the native ones.
+            ordered = sorted(runs.values(), key=lambda run: run.label == OWN.get(name))
+            board = tables.markdown(build(ordered), with_legend=False)
             parts.append(board.replace("## ", "#### ").strip())
             if folder.startswith("E0-twin"):  # judged by outcomes that are equal, not by the rule for a pair
                 if native := kept.runs(folder.replace("twin", "own")).get("native"):

@@ -24,6 +24,8 @@ from dtt_plugin.leaderboard.runs import Run
 from dtt_plugin.probe.verdict import Reference, closed_share, judge, z_score
 
 NATIVE = MODELS[QWEN].tokens
+PAIRS = ("E1", "E2")
+"""Experiments between models that were trained apart, for which the registered rule is."""
 OWN = {"E4": "100-percent", "E5": "seed-0", "E6": "gaussian-seed-0-step-50"}
 """The arm that is the model's native tokens, where it is not called so."""
 PREDICTORS = {
@@ -78,7 +80,7 @@ def section(name: str, kept: Kept) -> str:
             if folder.startswith("E0-twin"):  # judged by outcomes that are equal, not by the rule for a pair
                 if native := kept.runs(folder.replace("twin", "own")).get("native"):
                     parts.append(flipped(native, runs))
-            elif "procrustes" in runs and any(arm in runs for arm in ISOMETRIES):
+            elif name in PAIRS and "procrustes" in runs:
                 parts.append(f"**Procrustes on this pair: {verdict(runs)}.**")
     return "\n\n".join(parts)
 
@@ -98,13 +100,16 @@ def verdict(runs: dict[str, Run]) -> str:
         if p < statistics.ALPHA and hacked["procrustes"].sum() < hacked[arm].sum()
     ]
     tests = f"it is told apart from {len(beaten)} of {len(controls)} random isometries"
+    if not controls:
+        tests = "no random isometry was evaluated beside it"
     rows = {row.run: row for group in build([*runs.values()]).groups for row in group.rows}
     ratio: Ratio | None = rows["procrustes"].ratios.get("measured")
+    beats_all = bool(controls) and len(beaten) == len(controls)
     if ratio is None or ratio.low is None or ratio.high is None:
-        ends = UNDECIDED if len(beaten) == len(controls) else "not shown to work"
+        ends = UNDECIDED if beats_all else "not shown to work"
         return f"{ends}; {tests}; without the model's own tokens there is no gap-closed ratio"
     told = f"gap closed {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}], {tests}"
-    if ratio.low > 0 and len(beaten) == len(controls):
+    if ratio.low > 0 and beats_all:
         return f"{WORKS}; {told}"
     return f"{DOES_NOT if ratio.value <= 0.2 and ratio.high < 0.4 else UNDECIDED}; {told}"
 

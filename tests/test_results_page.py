@@ -49,7 +49,7 @@ def _runs(folder: Path, hits: dict[str, int]) -> dict[str, Run]:
         ),
         ({"none": 80, "procrustes": 76, "random-0": 78}, "not shown to work"),
         ({"none": 80, "native": 0, "procrustes": 10}, "undecided; gap closed 0.875"),
-        ({"none": 80, "native": 0, "procrustes": 79}, "does not work; gap closed 0.012"),
+        ({"none": 80, "native": 0, "procrustes": 76}, "does not work; gap closed 0.050"),
     ],
 )
 def test_the_registered_rule_decides_what_is_said_of_procrustes(

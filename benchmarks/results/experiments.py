@@ -241,7 +241,10 @@ class Experiments:
         self._probe(name, target, files)
         files["native"] = _as(folder / "native.safetensors", self._native(target))
         self._probe(name, target, files)
-        self._evaluate(name, target, self._best(name, files, count, "native", "procrustes"))
+        chosen = self._best(name, files, count, "native", "procrustes")
+        if not any(arm in ISOMETRIES for arm in chosen):  # no verdict without a control
+            chosen |= self._best(name, {arm: files[arm] for arm in ISOMETRIES}, 1)
+        self._evaluate(name, target, chosen)
         if all_records:
             best = [arm for arm in self._best(name, files, len(files)) if is_map(arm) and arm != "procrustes"]
             arms = ("native", "procrustes", best[0], ISOMETRIES[0])

@@ -116,34 +116,36 @@ def verdict(runs: dict[str, Run]) -> str:
 
 def flipped(native: Run, runs: dict[str, Run]) -> str:
     """Return how many outcomes on the twin differ from the native tokens' on the model."""
-    lines = ["| tokens on the twin | outcomes that differ from the native tokens' on the model |", "|---|---|"]
-    for arm, run in runs.items():
-        lines.append(f"| {arm} | {len(flips(native, run))} of {run.n * len(run.outcomes)} |")
-    return "\n".join(lines)
+    rows = [[arm, f"{len(flips(native, run))} of {run.n * len(run.outcomes)}"] for arm, run in runs.items()]
+    return table(["tokens on the twin", "outcomes that differ from the native tokens' on the model"], rows)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], f"|{'---|' * len(head)}", *lines[1:]])
 
 
 def token_table(files: Sequence[Path]) -> str:
     """Return what trained token files say of themselves, "" for none."""
     from dtt_plugin.tokens.files import load_tokens
 
-    lines = ["| tokens | rows' SHA-256 | trained from | steps | seed | core-minutes |", "|---|---|---|---|---|---|"]
+    rows = []
     for file in files:
         tokens = load_tokens(file)
         seconds = tokens.metadata.get("train_seconds")
         told = [tokens.metadata.get(of, "-") for of in ("init", "steps", "seed")]
         cost = f"{float(seconds) / 60:.0f}" if seconds else "-"
-        lines.append(f"| {file.stem} | `{tokens.digest[:16]}...` | {' | '.join(told)} | {cost} |")
-    return "\n".join(lines) if files else ""
+        rows.append([file.stem, f"`{tokens.digest[:16]}...`", *told, cost])
+    head = ["tokens", "rows' SHA-256", "trained from", "steps", "seed", "core-minutes"]
+    return table(head, rows) if files else ""
 
 
 def probe_table(probes: Probes) -> str:
     """Return what the probes of one experiment found, the lowest loss under attack first."""
     losses = attacked_losses(probes)
     controls = np.array([losses[arm] for arm in ISOMETRIES if arm in losses])
-    lines = [
-        "| arm | loss under attack | log-odds | KL on clean | z | taken back | verdict |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     reference = None
     if own := probes.get("native"):
         share = closed_share(own["undefended"], losses["native"], own["unattacked"])
@@ -159,31 +161,32 @@ def probe_table(probes: Probes) -> str:
             gap, kl = facts["undefended"] - facts["unattacked"], effect["kl_clean"]["mean"]
             z = f"{score:.1f}"
             told = judge(z=score, share=share, kl_clean=kl, attack_gap=gap, reference=reference).verdict
-        lines.append(f"| {arm} | {' | '.join(figures)} | {z} | {100 * share:.0f} % | {told} |")
+        rows.append([arm, *figures, z, f"{100 * share:.0f} %", told])
     facts = next(iter(probes.values()))
-    lines.append(f"\nWithout tokens: {facts['undefended']:.3f} under attack, {facts['unattacked']:.3f} without one.")
-    return "\n".join(lines)
+    head = ["arm", "loss under attack", "log-odds", "KL on clean", "z", "taken back", "verdict"]
+    without = f"Without tokens: {facts['undefended']:.3f} under attack, {facts['unattacked']:.3f} without one."
+    return f"{table(head, rows)}\n\n{without}"
 
 
 def likelihood_table(values: dict[str, list[float]]) -> str:
     """Return the mean log-likelihoods, and each arm's paired difference from the undefended model."""
-    lines = ["| arm | log-likelihood of the reference answers, nats a token | difference |", "|---|---|---|"]
+    rows = []
     for arm, own in values.items():
         differences = np.array(own) - np.array(values["none"])
         error = differences.std(ddof=1) / np.sqrt(len(differences))
-        lines.append(f"| {arm} | {np.mean(own):.3f} | {differences.mean():+.3f} ± {error:.3f} |")
-    return "\n".join(lines)
+        rows.append([arm, f"{np.mean(own):.3f}", f"{differences.mean():+.3f} ± {error:.3f}"])
+    return table(["arm", "log-likelihood of the reference answers, nats a token", "difference"], rows)
 
 
 def validation_table(report: dict[str, Any]) -> str:
     """Return how well each predictor says what an evaluation would."""
-    rows = {PREDICTORS[name]: report[name] for name in PREDICTORS}
-    rows |= {f"{PREDICTORS['probe']}, without {target}": figures for target, figures in report["left_out"].items()}
-    lines = ["| predictor | cells | Spearman with ASR(max) | AUROC for ASR(max) under 5 % |", "|---|---|---|---|"]
-    for name, figures in rows.items():
+    predictors = {title: report[name] for name, title in PREDICTORS.items()}
+    predictors |= {f"{PREDICTORS['probe']}, without {target}": of for target, of in report["left_out"].items()}
+    rows = []
+    for name, figures in predictors.items():
         told = ["-" if np.isnan(figures[of]) else f"{figures[of]:.2f}" for of in ("spearman", "auroc")]
-        lines.append(f"| {name} | {figures['cells']} | {' | '.join(told)} |")
-    return "\n".join(lines)
+        rows.append([name, str(figures["cells"]), *told])
+    return table(["predictor", "cells", "Spearman with ASR(max)", "AUROC for ASR(max) under 5 %"], rows)
 
 
 def under_attack(kept: Kept) -> str:
@@ -197,10 +200,8 @@ def under_attack(kept: Kept) -> str:
 
 def search_table(files: Sequence[Path]) -> str:
     """Return what each search found by its own count, which is no rate."""
-    lines = [
-        "| made on | attack | searched on | hit in the optimiser | steps to the hit, median (most) | FLOPs |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = ["made on", "attack", "searched on", "hit in the optimiser", "steps to the hit, median (most)", "FLOPs"]
+    rows = []
     for attacks in map(read_attacks, files):
         attacked = attacks.arm or {}  # of our own files always there
         tokens = attacked.get("tokens_sha256")
@@ -212,13 +213,14 @@ def search_table(files: Sequence[Path]) -> str:
             searched, hits = attacks.suffixes, [suffix.hit for suffix in attacks.suffixes]
             steps = [suffix.steps or 0 for suffix in attacks.suffixes if suffix.hit]
         found = f"{np.median(steps):g} ({max(steps)})" if steps else "-"
-        cells = [
-            arm,
-            attacks.name,
-            f"{len(searched)} records",
-            str(sum(map(bool, hits))),
-            found,
-            f"{attacks.flops or 0:.1e}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(
+            [
+                arm,
+                attacks.name,
+                f"{len(searched)} records",
+                str(sum(map(bool, hits))),
+                found,
+                f"{attacks.flops or 0:.1e}",
+            ]
+        )
+    return table(head, rows)

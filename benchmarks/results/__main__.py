@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--data", default=SHIPPED_DATA, help="training records for tokens and probes")
     parser.add_argument("--drift-data", type=Path, default=data_folder() / "alpaca_en_demo.json")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "results", help="for what is not kept")
-    parser.add_argument("--kept", type=Path, default=OUTCOMES, help="for what was measured")
+    parser.add_argument("--kept", type=Path, default=OUTCOMES, help="for what was measured; own models, data: another")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where results.md is written")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS)
     parser.add_argument("--probe-only", action="store_true", help="evaluate nothing")

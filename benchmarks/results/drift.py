@@ -3,18 +3,21 @@
     python -m benchmarks.results.drift MODEL DATA OUT [--steps N]
 
 All weights train (AdamW, the HF Trainer) on DATA's records *without* an input, which neither the training of
-DefensiveTokens nor the evaluation uses; the loss is on the response only.
+DefensiveTokens nor the evaluation uses; the loss is on the response only. Run again after an interruption, it goes on
+from the last of its own checkpoints, to the same weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import tempfile
+import shutil
 from pathlib import Path
 from typing import Any
 
 STEPS, BATCH, RATE, LONGEST = 40, 4, 5e-5, 160
+SAVE_EVERY = 40
+"""Steps; a multiple of the 5 between two logged losses, so that an interruption doesn't change them."""
 
 
 def examples(tokenizer: Any, data: Path) -> list[dict[str, list[int]]]:
@@ -47,27 +50,31 @@ def drift(model_name: str, data: Path, out: Path, steps: int = STEPS) -> dict[st
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32, use_safetensors=True)
     before = model.get_input_embeddings().weight.detach().clone()
     rows = examples(tokenizer, data)
-    with tempfile.TemporaryDirectory() as work:
-        arguments = TrainingArguments(
-            output_dir=work,
-            max_steps=steps,
-            per_device_train_batch_size=BATCH,
-            learning_rate=RATE,
-            lr_scheduler_type="linear",
-            weight_decay=0.0,
-            logging_steps=5,
-            save_strategy="no",
-            report_to="none",
-            seed=0,
-            use_cpu=not torch.cuda.is_available(),
-        )
-        collate = DataCollatorForSeq2Seq(tokenizer, padding=True)
-        trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
-        trainer.train()
+    checkpoints = Path(f"{out}.checkpoints")
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=BATCH,
+        learning_rate=RATE,
+        lr_scheduler_type="linear",
+        weight_decay=0.0,
+        logging_steps=5,
+        save_steps=SAVE_EVERY,
+        save_total_limit=1,
+        report_to="none",
+        seed=0,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    collate = DataCollatorForSeq2Seq(tokenizer, padding=True)
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+    # The state is written last, so a checkpoint that has one is whole.
+    whole = [int(file.parent.name.split("-")[1]) for file in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    trainer.train(resume_from_checkpoint=str(checkpoints / f"checkpoint-{max(whole)}") if whole else None)
     after = model.get_input_embeddings().weight.detach().cpu()
     history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    shutil.rmtree(checkpoints)
     return {
         "steps": steps,
         "batch": BATCH,

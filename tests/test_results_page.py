@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from benchmarks.results.kept import Kept
-from benchmarks.results.page import verdict, write_page
+from benchmarks.results.page import section, verdict, write_page
 from dtt_plugin.cli import main
 from dtt_plugin.leaderboard.lm_eval_files import read_run
+from dtt_plugin.leaderboard.outcome_files import ENDING, write_outcomes
 from dtt_plugin.leaderboard.runs import Run
 from tests.lm_eval_output import planted, write_run
 
@@ -90,3 +91,12 @@ def test_every_file_of_the_results_is_linked_from_a_page() -> None:
     kept = [path for path in (DOCS / "results").iterdir() if path != OUTCOMES]
     unlinked = [path.name for path in (*kept, *OUTCOMES.iterdir()) if f"{path.relative_to(DOCS)})" not in text]
     assert unlinked == []
+
+
+def test_a_twin_is_judged_by_outcomes_that_differ_and_not_by_rates(tmp_path: Path) -> None:
+    for arm, hits in (("native", planted(2, 10)), ("procrustes", planted(2, 10)[::-1])):
+        write_run(tmp_path / "runs" / arm, outcomes={"ignore": hits}, defense="tokens", facts={"tokens_sha256": "0"})
+        folder = tmp_path / "kept" / ("E0-own-10" if arm == "native" else "E0-twin-10")
+        folder.mkdir(parents=True)
+        write_outcomes(folder / f"model--tokens--{arm}{ENDING}", [read_run(tmp_path / "runs" / arm)])
+    assert "| procrustes | 4 of 10 |" in section("E0", Kept(tmp_path / "kept")).splitlines()

@@ -18,7 +18,7 @@ from dtt_plugin.files.replacing import replacing
 from dtt_plugin.leaderboard import sheets, statistics, tables
 from dtt_plugin.leaderboard.board import Bound, Ratio
 from dtt_plugin.leaderboard.comparison import build
-from dtt_plugin.leaderboard.flips import flips
+from dtt_plugin.leaderboard.flips import check_paired
 from dtt_plugin.leaderboard.lm_eval_files import read_runs
 from dtt_plugin.leaderboard.runs import Run
 from dtt_plugin.probe.verdict import Reference, closed_share, judge, z_score
@@ -116,7 +116,11 @@ def verdict(runs: dict[str, Run]) -> str:
 
 def flipped(native: Run, runs: dict[str, Run]) -> str:
     """Return how many outcomes on the twin differ from the native tokens' on the model."""
-    rows = [[arm, f"{len(flips(native, run))} of {run.n * len(run.outcomes)}"] for arm, run in runs.items()]
+    rows = []
+    for arm, run in runs.items():
+        check_paired(native, run)
+        differ = sum(int((run.outcomes[name] != native.outcomes[name]).sum()) for name in native.outcomes)
+        rows.append([arm, f"{differ} of {run.n * len(run.outcomes)}"])
     return table(["tokens on the twin", "outcomes that differ from the native tokens' on the model"], rows)
 
 

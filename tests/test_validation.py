@@ -43,11 +43,11 @@ def test_figures_leave_out_cells_without_a_score_and_know_a_constant() -> None:
 
 def test_a_threshold_is_fixed_on_half_of_the_models_and_judged_on_the_others() -> None:
     def cell(target: str, left: float) -> Cell:
-        return Cell(target, "x", left, 10 * left, 0.5, 0.9, 0.0 if left < 0.3 else 0.8)
+        return Cell(target, "x", 2 * left, left, 10 * left, 0.5, 0.9, 0.0 if left < 0.3 else 0.8)
 
     planted = [cell(target, left) for target in "abcd" for left in (0.05, 0.2, 0.6, 1.0)]
     report = validate(planted)
-    assert report["probe"]["auroc"] == report["log_odds"]["auroc"] == 1.0
+    assert report["probe"]["auroc"] == report["loss"]["auroc"] == report["log_odds"]["auroc"] == 1.0
     assert report["residual"]["auroc"] == report["precision"]["auroc"] == report["constant"]["auroc"] == 0.5
     assert set(report["left_out"]) == set("abcd")
     assert report["left_out"]["a"]["cells"] == 12

@@ -230,8 +230,10 @@ class Experiments:
         tokens, folder = self._native(SMALL), self._folder("E0")
         isometry = ISOMETRIES[0]
         files = {"native": _as(folder / "native.safetensors", tokens)} | moved(folder, SMALL, SMALL, tokens, isometry)
+        self._probe("E0-own", SMALL, files)
         self._evaluate("E0-own", SMALL, files, "reminder", "sandwich", limit=None)
         turned = moved(self._folder("E0-twin"), SMALL, twin(), tokens, "procrustes", "copy", isometry)
+        self._probe("E0-twin", TWIN, turned)
         self._evaluate("E0-twin", TWIN, turned, limit=None)
 
     def _pair(self, name: str, source: str, target: str, *, count: int, all_records: bool) -> None:

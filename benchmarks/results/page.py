@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from benchmarks.results.experiments import ISOMETRIES, attacked_losses
+from benchmarks.results.experiments import DRIFTS, ISOMETRIES, attacked_losses
 from benchmarks.results.kept import Kept, Probes
 from benchmarks.results.validation import cells, scatter, validate
 from dtt_plugin.data.suffixes import read_attacks
@@ -29,7 +29,8 @@ PAIRS = ("E1", "E2")
 OWN = {"E4": "100-percent", "E5": "seed-0", "E6": "gaussian-seed-0-step-50"}
 """The arm that is the model's native tokens, where it is not called so."""
 PREDICTORS = {
-    "probe": "probe: loss left",
+    "loss": "probe: loss under attack (registered)",
+    "probe": "probe: share of the attack's effect left",
     "log_odds": "probe: change of log-odds",
     "constant": "a constant",
     "residual": "the alignment's residual",
@@ -50,8 +51,8 @@ def write_page(docs: Path, kept: Kept) -> None:
         native=load_tokens(NATIVE).digest,
         tokens=token_table(kept.trained()),
         legend=tables.escaped(sheets.legend(build([]))),
-        sections=(sections := {name: section(name, kept) for name in EXPERIMENTS}),
-        unmeasured=[name for name, text in sections.items() if not text],
+        sections={name: section(name, kept) for name in EXPERIMENTS},
+        unmeasured=unmeasured(kept),
         n_cells=len(found),
         validation=validate(found) if len(found) > 2 else None,
         validation_table=validation_table,
@@ -61,6 +62,15 @@ def write_page(docs: Path, kept: Kept) -> None:
         temporary.write_text(text, encoding="utf-8")
     if len(found) > 2:
         scatter(found, docs / "results" / "validation.svg")
+
+
+def unmeasured(kept: Kept) -> list[str]:
+    """Return what is registered and of which nothing is kept."""
+    names = [name for name in EXPERIMENTS if not kept.names(name)]
+    if "E3" not in names:
+        names += [f"E3 at {steps} steps" for steps in DRIFTS if f"E3-{steps}" not in kept.names("E3")]
+    without = [name for name in kept.names("E4") if kept.probes(name) and not kept.likelihoods(name)]
+    return [*names, *(f"{name}'s log-likelihoods" for name in without)]
 
 
 def section(name: str, kept: Kept) -> str:
@@ -138,15 +148,18 @@ def token_table(files: Sequence[Path]) -> str:
     for file in files:
         tokens = load_tokens(file)
         seconds = tokens.metadata.get("train_seconds")
-        told = [tokens.metadata.get(of, "-") for of in ("init", "steps", "seed")]
+        told = [tokens.metadata.get(of, "-") for of in ("init", "steps", "batch", "seed")]
         cost = f"{float(seconds) / 60:.0f}" if seconds else "-"
         rows.append([file.stem, f"`{tokens.digest[:16]}...`", *told, cost])
-    head = ["tokens", "rows' SHA-256", "trained from", "steps", "seed", "core-minutes"]
+    head = ["tokens", "rows' SHA-256", "trained from", "steps", "batch", "seed", "core-minutes"]
     return table(head, rows) if files else ""
 
 
 def probe_table(probes: Probes) -> str:
-    """Return what the probes of one experiment found, the lowest loss under attack first."""
+    """Return what the probes of one experiment found, the lowest loss under attack first.
+
+    The isometries are those of the tokens that were moved, so the model's own tokens, the reference, get no z.
+    """
     losses = attacked_losses(probes)
     controls = np.array([losses[arm] for arm in ISOMETRIES if arm in losses])
     rows = []
@@ -160,7 +173,7 @@ def probe_table(probes: Probes) -> str:
         share = closed_share(facts["undefended"], loss, facts["unattacked"])
         figures = [f"{effect[f]['mean']:.3f} ± {effect[f]['standard_error']:.3f}" for f in effect]
         z, told = "-", "-"
-        if len(controls) == len(ISOMETRIES) and arm not in ISOMETRIES:
+        if len(controls) == len(ISOMETRIES) and arm not in (*ISOMETRIES, "native"):
             score = z_score(loss, controls)
             gap, kl = facts["undefended"] - facts["unattacked"], effect["kl_clean"]["mean"]
             z = f"{score:.1f}"

@@ -2,9 +2,10 @@
 
     python -m benchmarks.results.validation [--kept FOLDER]
 
-FOLDER is where `benchmarks.results` keeps what it measured. A cell is one token file on one model. The probe's figure
-is the share of the attack's effect that is left (1 - taken back), so that cells of different models compare, and beside
-it the change of the injected word's log-odds; what they should tell is ASR(max), and whether that is under 5 %.
+FOLDER is where `benchmarks.results` keeps what it measured. A cell is one token file on one model. The probe's figures
+are the loss under attack, as registered, the share of the attack's effect that is left (1 - taken back), so that cells
+of different models compare, and the change of the injected word's log-odds; what they should tell is ASR(max), and
+whether that is under 5 %.
 Printed: Spearman's rank correlation and the AUROC over all cells, with each model left out in turn, and for the
 baselines (a constant; the relative residual and the precision at 1 of the alignment, where the tokens were moved by
 one); then the threshold with the most correct calls on half of the models, and its share of correct calls on the other
@@ -42,6 +43,8 @@ class Cell:
 
     target: str
     arm: str
+    loss: float
+    """The probe's loss under attack, nats a token."""
     left: float
     """Of the attack's effect on the loss: 1 - taken back."""
     log_odds: float
@@ -68,11 +71,14 @@ def cells(kept: Kept) -> list[Cell]:
         for arm, facts in kept.probes(folder).items():
             key = facts["model"], facts["digest"]
             if (one := measured.get(key)) is not None:
-                taken = closed_share(facts["undefended"], facts["effect"]["loss_attacked"]["mean"], facts["unattacked"])
+                loss = facts["effect"]["loss_attacked"]["mean"]
+                taken = closed_share(facts["undefended"], loss, facts["unattacked"])
                 residual, precision = (float("nan") if facts[name] is None else facts[name] for name in BASELINES)
                 asr = float(one.hacked.mean(axis=0).max())
                 log_odds = facts["effect"]["log_odds_change"]["mean"]
-                found[key] = Cell(key[0], arm, 1 - taken, log_odds, residual, precision, asr)
+                if key in found and not np.isnan(found[key].residual):
+                    continue  # of the same tokens probed in two experiments the one that knows of an alignment
+                found[key] = Cell(key[0], arm, loss, 1 - taken, log_odds, residual, precision, asr)
     return list(found.values())
 
 
@@ -126,6 +132,7 @@ def validate(found: Sequence[Cell]) -> dict[str, Any]:
     targets = sorted({cell.target for cell in found})
     left, asr = [cell.left for cell in found], [cell.asr for cell in found]
     report: dict[str, Any] = {"targets": targets, "probe": figures(left, asr)}
+    report["loss"] = figures([cell.loss for cell in found], asr)
     report["log_odds"] = figures([cell.log_odds for cell in found], asr)
     report["constant"] = figures([0.0] * len(found), asr)
     report["residual"] = figures([cell.residual for cell in found], asr)

@@ -226,7 +226,7 @@ def _finish(
         job = identified()
         if job.same:
             polar = replace(polar, W=np.eye(len(moments.M)), orthogonality_error=0.0)
-        W, figures = polar.W, _figures(moments, polar)
+        W, figures = polar.W, _figures(moments, polar, same=job.same)
         solve_seconds = time.perf_counter() - started
         bar.update()
         if len(moments.held_source):
@@ -267,11 +267,17 @@ def _finish(
     return Alignment(W, report, moments.source_mean, moments.target_mean, seconds)
 
 
-def _figures(moments: Moments, polar: Polar) -> MapFigures:
-    """Return what follows from the sums alone: no second pass over the embeddings."""
+def _figures(moments: Moments, polar: Polar, *, same: bool) -> MapFigures:
+    """Return what follows from the sums alone: no second pass over the embeddings.
+
+    Args:
+        moments: sums over the anchors.
+        polar: of their M.
+        same: both sides are one matrix and W is the identity, so tr(W^T M) is known without the products' rounding.
+    """
     W = polar.W
     d_s, d_t = W.shape
-    overlap = float(np.vdot(W, moments.M))  # tr(W^T M)
+    overlap = moments.source_square if same else float(np.vdot(W, moments.M))  # tr(W^T M)
     residual = np.sqrt(max(moments.source_square + moments.target_square - 2 * overlap, 0.0))
     # Where the width shrinks, the residual is that of the way back, which alone keeps lengths.
     reference = moments.target_square if d_s <= d_t else moments.source_square

@@ -195,6 +195,7 @@ def test_a_model_aligned_to_itself_gives_exactly_the_identity(tmp_path: Path) ->
     np.testing.assert_array_equal(alignment.W, np.eye(32))
     assert alignment.report.same_model
     assert alignment.report.distance_from_identity == 0
+    assert (alignment.report.residual, alignment.report.scale) == (0, 1)
     assert "identity" in alignment.report.warnings[0]
 
 

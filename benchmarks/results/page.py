@@ -16,7 +16,7 @@ from dtt_plugin.data.suffixes import read_attacks
 from dtt_plugin.demo.model import MODELS, QWEN
 from dtt_plugin.files.replacing import replacing
 from dtt_plugin.leaderboard import sheets, statistics, tables
-from dtt_plugin.leaderboard.board import Bound, Ratio
+from dtt_plugin.leaderboard.board import Bound, Leaderboard, Ratio
 from dtt_plugin.leaderboard.comparison import build
 from dtt_plugin.leaderboard.flips import check_paired
 from dtt_plugin.leaderboard.lm_eval_files import read_runs
@@ -86,21 +86,23 @@ def section(name: str, kept: Kept) -> str:
         if runs := kept.runs(folder):
             # Where several arms are tokens of the model's own, a leaderboard takes the last for the native ones.
             ordered = sorted(runs.values(), key=lambda run: run.label == OWN.get(name))
-            board = tables.markdown(build(ordered), with_legend=False)
+            comparison = build(ordered)
+            board = tables.markdown(comparison, with_legend=False)
             parts.append(board.replace("## ", "#### ").strip())
             if folder.startswith("E0-twin"):  # judged by outcomes that are equal, not by the rule for a pair
                 if native := kept.runs(folder.replace("twin", "own")).get("native"):
                     parts.append(flipped(native, runs))
             elif name in PAIRS and "procrustes" in runs:
-                parts.append(f"**Procrustes on this pair: {verdict(runs)}.**")
+                parts.append(f"**Procrustes on this pair: {verdict(runs, comparison)}.**")
     return "\n\n".join(parts)
 
 
-def verdict(runs: dict[str, Run]) -> str:
+def verdict(runs: dict[str, Run], comparison: Leaderboard) -> str:
     """Return what docs/experiments.md lets one say of Procrustes, and why.
 
     Args:
         runs: by arm, on the same records.
+        comparison: of these runs.
     """
     hacked = {arm: run.hacked_any for arm, run in runs.items()}
     controls = [arm for arm in ISOMETRIES if arm in runs]
@@ -113,7 +115,7 @@ def verdict(runs: dict[str, Run]) -> str:
     tests = f"it is told apart from {len(beaten)} of {len(controls)} random isometries"
     if not controls:
         tests = "no random isometry was evaluated beside it"
-    rows = {row.run: row for group in build([*runs.values()]).groups for row in group.rows}
+    rows = {row.run: row for group in comparison.groups for row in group.rows}
     ratio: Ratio | None = rows["procrustes"].ratios.get("measured")
     beats_all = bool(controls) and len(beaten) == len(controls)
     if ratio is None or ratio.low is None or ratio.high is None:

@@ -13,6 +13,8 @@ from dtt_plugin.errors import DttError
 from dtt_plugin.tokens.training_log import log_of
 
 STEPS, BATCH, LABEL_TOKENS, HELD_OUT, EVERY = 50, 16, 32, 32, 25
+SAVE_EVERY = 5
+"""Steps that an interruption may cost; a checkpoint of a few rows is small."""
 ENGINE: dict[str, Any] = {
     "dtype": "bfloat16",
     "max_model_len": 4096,
@@ -38,7 +40,7 @@ def train(kept: Kept, name: str, model: str, data: str, *, init: str = "random",
         command = ["-c", "from dtt_plugin.cli import main; raise SystemExit(main())", "train", model, "--data", data]
         options = {"--out": out, "--init": init, "--seed": seed, "--steps": STEPS, "--batch": BATCH}
         options |= {"--label-tokens": LABEL_TOKENS, "--held-out": HELD_OUT}
-        options |= {"--eval-every": EVERY, "--save-every": EVERY}
+        options |= {"--eval-every": EVERY, "--save-every": SAVE_EVERY}
         flat = [str(word) for pair in options.items() for word in pair]
         resume = ["--resume"] if Path(f"{out}.checkpoints/run.json").is_file() else []
         run(f"train {name}", *command, *flat, *resume)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -151,9 +152,11 @@ def token_table(files: Sequence[Path]) -> str:
     for file in files:
         tokens = load_tokens(file)
         seconds = tokens.metadata.get("train_seconds")
-        told = [tokens.metadata.get(of, "-") for of in ("init", "steps", "batch", "seed")]
+        start, *told = (tokens.metadata.get(of, "-") for of in ("init", "steps", "batch", "seed"))
+        if re.fullmatch("[0-9a-f]{64}", start):  # tokens, by their digest
+            start = f"`{start[:16]}...`"
         cost = f"{float(seconds) / 60:.0f}" if seconds else "-"
-        rows.append([file.stem, f"`{tokens.digest[:16]}...`", *told, cost])
+        rows.append([file.stem, f"`{tokens.digest[:16]}...`", start, *told, cost])
     head = ["tokens", "rows' SHA-256", "trained from", "steps", "batch", "seed", "core-minutes"]
     return table(head, rows) if files else ""
 

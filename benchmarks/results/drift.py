@@ -1,6 +1,6 @@
 """A drifted sibling: the model, fine-tuned a little on other data, so that weights and embeddings moved.
 
-    python -m benchmarks.results.drift MODEL DATA OUT [--steps N]
+    python -m benchmarks.results.drift MODEL DATA OUT [--steps N] [--bf16]
 
 All weights train (AdamW, the HF Trainer) on DATA's records *without* an input, which neither the training of
 DefensiveTokens nor the evaluation uses; the loss is on the response only. Run again after an interruption, it goes on
@@ -35,8 +35,16 @@ def examples(tokenizer: Any, data: Path) -> list[dict[str, list[int]]]:
     return rows
 
 
-def drift(model_name: str, data: Path, out: Path, steps: int = STEPS) -> dict[str, float]:
-    """Fine-tune, write the sibling to `out` in float32, and return how far it moved."""
+def drift(model_name: str, data: Path, out: Path, steps: int = STEPS, *, bf16: bool = False) -> dict[str, float]:
+    """Fine-tune, write the sibling to `out` in float32, and return how far it moved.
+
+    Args:
+        model_name: of a chat model.
+        data: Alpaca's records.
+        out: folder of the sibling.
+        steps: of `BATCH` records.
+        bf16: multiply in bfloat16 (autocast); weights and optimiser stay in float32.
+    """
     import torch
     from transformers import (
         AutoModelForCausalLM,
@@ -64,6 +72,7 @@ def drift(model_name: str, data: Path, out: Path, steps: int = STEPS) -> dict[st
         report_to="none",
         seed=0,
         use_cpu=not torch.cuda.is_available(),
+        bf16=bf16,
     )
     collate = DataCollatorForSeq2Seq(tokenizer, padding=True)
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
@@ -79,6 +88,7 @@ def drift(model_name: str, data: Path, out: Path, steps: int = STEPS) -> dict[st
         "steps": steps,
         "batch": BATCH,
         "rate": RATE,
+        "bf16": bf16,
         "records": len(rows),
         "first_loss": history[0],
         "last_loss": history[-1],
@@ -92,8 +102,9 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16")
     args = parser.parse_args()
-    print(json.dumps(drift(args.model, args.data, args.out, args.steps)))
+    print(json.dumps(drift(args.model, args.data, args.out, args.steps, bf16=args.bf16)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from dtt_plugin.leaderboard.flips import check_paired
 from dtt_plugin.leaderboard.lm_eval_files import read_runs
 from dtt_plugin.leaderboard.runs import Run
 from dtt_plugin.probe.verdict import Reference, closed_share, judge, z_score
+from dtt_plugin.tokens.training_log import log_of
 
 NATIVE = MODELS[QWEN].tokens
 PAIRS = ("E1", "E2")
@@ -145,7 +147,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def token_table(files: Sequence[Path]) -> str:
-    """Return what trained token files say of themselves, "" for none."""
+    """Return what trained token files and the logs of their trainings say, "" for none."""
     from dtt_plugin.tokens.files import load_tokens
 
     rows = []
@@ -156,9 +158,20 @@ def token_table(files: Sequence[Path]) -> str:
         if re.fullmatch("[0-9a-f]{64}", start):  # tokens, by their digest
             start = f"`{start[:16]}...`"
         cost = f"{float(seconds) / 60:.0f}" if seconds else "-"
-        rows.append([file.stem, f"`{tokens.digest[:16]}...`", start, *told, cost])
-    head = ["tokens", "rows' SHA-256", "trained from", "steps", "batch", "seed", "core-minutes"]
+        log = log_of(file.with_name(f"{file.name.split('.')[0]}.safetensors"))
+        reached = so_far(log, int(told[0])) if told[0].isdigit() else ("-", "-")
+        rows.append([file.stem, f"`{tokens.digest[:16]}...`", start, *told, *reached, cost])
+    head = ["tokens", "rows' SHA-256", "trained from", "steps", "batch", "seed"]
+    head += ["training loss", "held-out ASR(max)", "core-minutes"]
     return table(head, rows) if files else ""
+
+
+def so_far(log: Path, step: int) -> tuple[str, str]:
+    """Return what a training's log tells of a step: the mean loss of the ten up to it, and the held-out ASR(max)."""
+    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    losses = [entry["loss"] for entry in entries if "loss" in entry and step - 10 < entry["step"] <= step]
+    held_out = next(entry for entry in entries if "asr" in entry and entry["step"] == step)
+    return f"{np.mean(losses):.3f}", f"{held_out['asr'] * held_out['n']:.0f}/{held_out['n']}"
 
 
 def probe_table(probes: Probes) -> str:

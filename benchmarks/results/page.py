@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from benchmarks.results.experiments import DRIFTS, ISOMETRIES, attacked_losses
 from benchmarks.results.kept import Kept, Probes
+from benchmarks.results.steps import HELD_OUT
 from benchmarks.results.validation import cells, scatter, validate
 from dtt_plugin.data.suffixes import read_attacks
 from dtt_plugin.demo.model import MODELS, QWEN
@@ -20,6 +20,7 @@ from dtt_plugin.files.replacing import replacing
 from dtt_plugin.leaderboard import sheets, statistics, tables
 from dtt_plugin.leaderboard.board import Bound, Leaderboard, Ratio
 from dtt_plugin.leaderboard.comparison import build
+from dtt_plugin.leaderboard.curves import read_curve
 from dtt_plugin.leaderboard.flips import check_paired
 from dtt_plugin.leaderboard.lm_eval_files import read_runs
 from dtt_plugin.leaderboard.runs import Run
@@ -168,10 +169,9 @@ def token_table(files: Sequence[Path]) -> str:
 
 def so_far(log: Path, step: int) -> tuple[str, str]:
     """Return what a training's log tells of a step: the mean loss of the ten up to it, and the held-out ASR(max)."""
-    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    losses = [entry["loss"] for entry in entries if "loss" in entry and step - 10 < entry["step"] <= step]
-    held_out = next(entry for entry in entries if "asr" in entry and entry["step"] == step)
-    return f"{np.mean(losses):.3f}", f"{held_out['asr'] * held_out['n']:.0f}/{held_out['n']}"
+    curve = read_curve(log)
+    losses = [loss for at, loss in curve.loss if step - 10 < at <= step]
+    return f"{np.mean(losses):.3f}", f"{dict(curve.asr)[step] * HELD_OUT:.0f}/{HELD_OUT}"
 
 
 def probe_table(probes: Probes) -> str:
